@@ -1,0 +1,125 @@
+"""The algebra of each recurrent cell, written once for every backend. Formulas and gate order are torch.nn's.
+
+forward(x, r, s) -> (s_next, saved)                    one step
+backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
+
+All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh; s: S states, s[0] = h
+is the one that W_hh multiplies; ds: the gradient of s_next. ds_prev leaves out what flows back through W_hh: the
+recurrence adds that. A cell in which x and r meet only as x + r returns one and the same object as dx and dr.
+
+The names sigmoid, tanh, relu, positive and zeros_like are scalars' here; `bind` gives a backend its own. The functions have
+no annotations, because Triton reads their source.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import exp, tanh
+from types import FunctionType
+from typing import Any, cast
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + exp(-x))
+
+
+def relu(x: Any) -> Any:
+    return max(x, 0.0)
+
+
+def positive(x: Any) -> Any:
+    return float(x > 0)
+
+
+def zeros_like(x: Any) -> Any:
+    return 0.0
+
+
+def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """A copy of `function` whose free names resolve to `names`."""
+    plain = cast(FunctionType, function)
+    return FunctionType(plain.__code__, {**plain.__globals__, **names}, plain.__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A recurrence: its two functions, its number G of gates and S of states."""
+
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    gates: int
+    states: int
+
+    @cached_property
+    def _trial(self) -> tuple[int, bool]:
+        x, s = (0.5,) * self.gates, (0.5,) * self.states
+        s_next, saved = self.forward(x, x, s)
+        dx, dr, _ = self.backward(saved, s, s_next, s)
+        return len(saved), dx is not dr
+
+    @property
+    def saved(self) -> int:
+        """A, the number of activations that the adjoint needs beside the states."""
+        return self._trial[0]
+
+    @property
+    def split(self) -> bool:
+        """Whether x and r are used apart, so that their gradients differ."""
+        return self._trial[1]
+
+
+def _rnn_tanh(x, r, s):
+    return (tanh(x[0] + r[0]),), ()
+
+
+def _rnn_tanh_backward(saved, s, s_next, ds):
+    d = (ds[0] * (1 - s_next[0] * s_next[0]),)
+    return d, d, (zeros_like(ds[0]),)
+
+
+def _rnn_relu(x, r, s):
+    return (relu(x[0] + r[0]),), ()
+
+
+def _rnn_relu_backward(saved, s, s_next, ds):
+    d = (ds[0] * positive(s_next[0]),)
+    return d, d, (zeros_like(ds[0]),)
+
+
+def _lstm(x, r, s):
+    i = sigmoid(x[0] + r[0])
+    f = sigmoid(x[1] + r[1])
+    g = tanh(x[2] + r[2])
+    o = sigmoid(x[3] + r[3])
+    c = f * s[1] + i * g
+    return (o * tanh(c), c), (i, f, g, o)
+
+
+def _lstm_backward(saved, s, s_next, ds):
+    i, f, g, o = saved
+    tc = tanh(s_next[1])
+    dc = ds[1] + ds[0] * o * (1 - tc * tc)
+    d = (dc * g * i * (1 - i), dc * s[1] * f * (1 - f), dc * i * (1 - g * g), ds[0] * tc * o * (1 - o))
+    return d, d, (zeros_like(dc), dc * f)
+
+
+def _gru(x, r, s):
+    reset = sigmoid(x[0] + r[0])
+    z = sigmoid(x[1] + r[1])
+    n = tanh(x[2] + reset * r[2])
+    return (n + z * (s[0] - n),), (reset, z, n, r[2])
+
+
+def _gru_backward(saved, s, s_next, ds):
+    reset, z, n, rn = saved
+    dn = ds[0] * (1 - z) * (1 - n * n)
+    dz = ds[0] * (s[0] - n) * z * (1 - z)
+    dreset = dn * rn * reset * (1 - reset)
+    return (dreset, dz, dn), (dreset, dz, dn * reset), (ds[0] * z,)
+
+
+rnn_tanh = Cell("rnn_tanh", _rnn_tanh, _rnn_tanh_backward, gates=1, states=1)
+rnn_relu = Cell("rnn_relu", _rnn_relu, _rnn_relu_backward, gates=1, states=1)
+lstm = Cell("lstm", _lstm, _lstm_backward, gates=4, states=2)
+gru = Cell("gru", _gru, _gru_backward, gates=3, states=1)

@@ -1,0 +1,364 @@
+"""The recurrence in Triton: one forward and one backward body for every cell and every scope of the step barrier.
+
+Hidden units are the rows of a tile and sequences its columns, so that 8 sequences already fill the matrix unit. Time
+loops are `while`: a `for` sinks the resident W_hh into shared memory and reads it again at every step. State 0 is an
+operand of the product: in block scope it stays in registers, else programs pass it on through memory.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cells import Cell, bind
+from .plan import Plan, Rows, power_of_2
+
+
+@triton.jit
+def _tanh(x):
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.06, series, 1 - 2 / (tl.exp(2 * x) + 1))  # the quotient cancels near 0
+
+
+@triton.jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _positive(x):
+    return (x > 0).to(x.dtype)
+
+
+@lru_cache
+def functions(cell: Cell) -> tuple[Any, Any]:
+    """The cell's forward and backward as Triton functions, which the kernels take as arguments."""
+    names = dict(tl=tl, sigmoid=tl.sigmoid, tanh=_tanh, relu=_relu, positive=_positive, zeros_like=tl.zeros_like)
+    return triton.jit(bind(cell.forward, **names)), triton.jit(bind(cell.backward, **names))
+
+
+@triton.jit
+def _load(ptr, pitch, offsets, mask, N: tl.constexpr):
+    out = ()
+    for k in tl.static_range(N):
+        out = out + (tl.load(ptr + k * pitch + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _store(ptr, pitch, offsets, values, mask, N: tl.constexpr):
+    for k in tl.static_range(N):
+        tl.store(ptr + k * pitch + offsets, values[k].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _where(mask, a, b, N: tl.constexpr):
+    """b None is 0."""
+    out = ()
+    for k in tl.static_range(N):
+        out = out + (tl.where(mask, a[k], 0.0 if b is None else b[k]),)
+    return out
+
+
+@triton.jit
+def _add(a, b, N: tl.constexpr):
+    out = ()
+    for k in tl.static_range(N):
+        out = out + (a[k] + b[k],)
+    return out
+
+
+@triton.jit
+def _biases(b, offsets, mask, pitch, BB: tl.constexpr, G: tl.constexpr):
+    """What the products of each gate start from: b None is 0."""
+    out = ()
+    for g in tl.static_range(G):
+        acc = tl.zeros((offsets.shape[0], BB), tl.float32)
+        if b is not None:
+            acc += tl.load(b + g * pitch + offsets, mask=mask, other=0.0).to(tl.float32)[:, None]
+        out = out + (acc,)
+    return out
+
+
+@triton.jit
+def _matrix(ptr, row_pitch, column_pitch, o_row, o_column, m_row, m_column, CACHE: tl.constexpr = ""):
+    offsets = o_row[:, None] * row_pitch + o_column[None, :] * column_pitch
+    return tl.load(ptr + offsets, mask=m_row[:, None] & m_column[None, :], other=0.0, cache_modifier=CACHE)
+
+
+@triton.jit
+def _matrices(w, pitch, row_pitch, column_pitch, o_row, first, m_row, K, BK: tl.constexpr, KT: tl.constexpr,
+              G: tl.constexpr):
+    """The tiles of all gates' weights: G times KT of BK columns each."""
+    out = ()
+    for i in tl.static_range(G * KT):
+        o_k = first + (i % KT) * BK + tl.arange(0, BK)
+        out = out + (_matrix(w + (i // KT) * pitch, row_pitch, column_pitch, o_row, o_k, m_row, o_k < K),)
+    return out
+
+
+@triton.jit
+def _dot(w, h, acc, PRECISION: tl.constexpr):
+    if PRECISION == "interpreter":  # it multiplies the bit patterns of bf16 operands
+        return tl.dot(w.to(tl.float32), h.to(w.dtype).to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(w, h.to(w.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _dots(ws, h, acc, first: tl.constexpr, step: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr):
+    """acc[g] + w[g] h for every gate, with w[g] = ws[first + g * step]."""
+    out = ()
+    for g in tl.static_range(G):
+        out = out + (_dot(ws[first + g * step], h, acc[g], PRECISION),)
+    return out
+
+
+@triton.jit
+def _barrier(counter, target):
+    """Waits until `target` programs have arrived. All of them must be resident: a cooperative launch sees to that."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    seen = target - 1
+    while seen < target:
+        seen = tl.inline_asm_elementwise("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=tl.int32,
+                                         is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _place(B, H, N: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr):
+    """This program's recurrence, sequences and units, and where they begin in x, y and the states."""
+    n = tl.program_id(2)
+    b0 = tl.program_id(1).to(tl.int64) * BB
+    i_b, o_n = tl.arange(0, BB), tl.program_id(0) * BN + tl.arange(0, BN)
+    o_x, o_y, o_s = i_b * (N * G * H), i_b * (N * H), i_b * H
+    first = b0 * (N * G * H) + n * G * H, b0 * (N * H) + n * H, (n * S * B + b0) * H
+    return n, b0, o_n, first, o_x[None, :] + o_n[:, None], o_y[None, :] + o_n[:, None], o_s[None, :] + o_n[:, None]
+
+
+@triton.jit
+def _at(u, descending, rev, T, B, o_b, lengths, offsets, resets):
+    """Step u of a sweep: its first row, which sequences run in it, which of these come in from a reset."""
+    inside = (u >= 0) & (u < T)
+    t = tl.where(descending, T - 1 - u, u)
+    row = t.to(tl.int64) * B
+    end = tl.where(o_b < B, T, 0)
+    if lengths is not None:
+        end = tl.load(lengths + o_b, mask=o_b < B, other=0)
+    if offsets is not None:
+        row = tl.load(offsets + t, mask=inside, other=0)
+    runs = inside & (t < end)
+    cut = runs & False
+    if resets is not None:
+        cut = tl.load(resets + (t + rev).to(tl.int64) * B + o_b, mask=runs & (t + rev < end), other=0) != 0
+    return row, runs, cut
+
+
+@triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
+def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
+                   u0, u1, T, B, R, I, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
+                   N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   KT: tl.constexpr, BI: tl.constexpr, SCOPE: tl.constexpr, BARRIER: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Steps u0 <= u < u1 of each sweep. x [R, N, G, H], or [R, I] with w_ih; state [N, S, B, H] float32, in and out;
+    hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
+    n, b0, o_n, first, o_x, o_y, o_s = _place(B, H, N, G, S, BB, BN)
+    rev = (REVERSE >> n) & 1
+    i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
+    o_b = b0 + i_b
+    m = m_n[:, None] & (o_b < B)[None, :]
+    plane, slot = R.to(tl.int64) * (N * H), B.to(tl.int64) * (N * H)
+    w_hh += n * G * H * H
+    ws, wi = (), ()
+    if SCOPE != "launch":
+        ws = _matrices(w_hh, H * H, H, 1, o_n, 0, m_n, H, BK, KT, G)
+    if w_ih is not None:
+        wi = _matrices(w_ih + n * G * H * I, H * I, I, 1, o_n, 0, m_n, I, BI, 1, G)
+    bx = _biases(b_ih, n * G * H + o_n, m_n, H, BB, G)
+    br = _biases(b_hh, n * G * H + o_n, m_n, H, BB, G)
+
+    s = _load(state + first[2], B * H, o_s, m, S)
+    u = u0
+    row, runs, cut = _at(u, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
+    if w_ih is not None:
+        xs = (_matrix(x + (row + b0) * I, 1, I, o_i, i_b, o_i < I, runs),)
+    else:
+        xs = _load(x + row * (N * G * H) + first[0], H, o_x, m & runs[None, :], G)
+    while u < u1:
+        row_next, runs_next, cut_next = _at(u + 1, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
+        wanted = runs_next & (u + 1 < u1)  # x is fetched one step ahead
+        if w_ih is not None:
+            xs_next = (_matrix(x + (row_next + b0) * I, 1, I, o_i, i_b, o_i < I, wanted),)
+        else:
+            xs_next = _load(x + row_next * (N * G * H) + first[0], H, o_x, m & wanted[None, :], G)
+
+        s = _where(~cut[None, :], s, None, S)
+        r = br
+        if SCOPE == "block":
+            r = _dots(ws, s[0], r, 0, 1, G, PRECISION)
+        else:
+            came, m_b = hidden + (u % 2) * slot + (n * B + b0) * H, (o_b < B) & ~cut
+            if SCOPE == "grid":
+                for k in tl.static_range(KT):
+                    o_k = k * BK + tl.arange(0, BK)
+                    r = _dots(ws, _matrix(came, 1, H, o_k, i_b, o_k < H, m_b, ".cg"), r, k, KT, G, PRECISION)
+            else:
+                k = 0
+                while k < H:
+                    o_k = k + tl.arange(0, BK)
+                    wk = _matrices(w_hh, H * H, H, 1, o_n, k, m_n, H, BK, 1, G)
+                    r = _dots(wk, _matrix(came, 1, H, o_k, i_b, o_k < H, m_b), r, 0, 1, G, PRECISION)
+                    k += BK
+        if w_ih is not None:
+            xs = _dots(wi, xs[0], bx, 0, 1, G, PRECISION)
+        new, a = CELL(xs, r, s)
+        s = _where(runs[None, :], new, s, S)
+        new = _where(runs[None, :], new, None, S)
+        written = m & runs[None, :] if offsets is not None else m
+        _store(y + row * (N * H) + first[1], 0, o_y, new, written, 1)
+        if states is not None:
+            _store(states + row * (N * H) + first[1], plane, o_y, new[1:], written, S - 1)
+        if saved is not None:
+            _store(saved + row * (N * H) + first[1], plane, o_y, a, written, A)
+        if SCOPE != "block":
+            _store(hidden + ((u + 1) % 2) * slot + (n * B + b0) * H, 0, o_s, s, m, 1)
+        u += 1
+        if BARRIER:
+            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
+        row, runs, cut, xs = row_next, runs_next, cut_next, xs_next
+    _store(state + first[2], B * H, o_s, s, m, S)
+
+
+@triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
+def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came, lengths, offsets, resets, counter,
+                    u0, u1, T, B, R, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
+                    N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                    KT: tl.constexpr, SCOPE: tl.constexpr, BARRIER: tl.constexpr, PRECISION: tl.constexpr):
+    """Steps u0 <= u < u1 of each sweep's reversal. Step T only adds W_hh^T dr of the last one to ds. state [N, S, B, H]
+    came into the first step; ds likewise, float32, in and out; dx (None where dr serves) and dr [R, N, G, H]."""
+    n, b0, o_n, first, o_x, o_y, o_s = _place(B, H, N, G, S, BB, BN)
+    rev = (REVERSE >> n) & 1
+    i_b, m_n = tl.arange(0, BB), o_n < H
+    o_b = b0 + i_b
+    m = m_n[:, None] & (o_b < B)[None, :]
+    plane = R.to(tl.int64) * (N * H)
+    w_hh += n * G * H * H
+    ws = ()
+    if SCOPE != "launch":
+        ws = _matrices(w_hh, H * H, 1, H, o_n, 0, m_n, H, BK, KT, G)
+
+    d = _load(ds + first[2], B * H, o_s, m, S)
+    gr = _biases(None, o_n, m_n, 0, BB, G)
+    u = u0
+    row_last, runs_last, cut_last = _at(u - 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
+    row, runs, cut = _at(u, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
+    while u < u1:
+        row_next, runs_next, cut_next = _at(u + 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
+        acc = tl.zeros((BN, BB), tl.float32)
+        if SCOPE == "block":
+            for g in tl.static_range(G):
+                acc = _dot(ws[g], tl.where(cut_last[None, :], 0.0, gr[g]), acc, PRECISION)
+        else:
+            last, flows = dr + row_last * (N * G * H) + first[0], runs_last & ~cut_last
+            if SCOPE == "grid":
+                for i in tl.static_range(G * KT):
+                    o_k = (i % KT) * BK + tl.arange(0, BK)
+                    dk = _matrix(last + (i // KT) * H, 1, N * G * H, o_k, i_b, o_k < H, flows, ".cg")
+                    acc = _dot(ws[i], dk, acc, PRECISION)
+            else:
+                k = 0
+                while k < H:
+                    o_k = k + tl.arange(0, BK)
+                    wk = _matrices(w_hh, H * H, 1, H, o_n, k, m_n, H, BK, 1, G)
+                    for g in tl.static_range(G):
+                        dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows)
+                        acc = _dot(wk[g], dk, acc, PRECISION)
+                    k += BK
+
+        m_run = m & runs[None, :]
+        before, start = m_run & (runs_next & ~cut)[None, :], m_run & ~(runs_next | cut)[None, :]
+        at, at_next = row * (N * H) + first[1], row_next * (N * H) + first[1]
+        held = (d[0] + acc,) + d[1:]
+        given, s_next = _load(dy + at, 0, o_y, m_run, 1), _load(y + at, 0, o_y, m_run, 1)
+        s_prev = _load(y + at_next, 0, o_y, before, 1)
+        if states is not None:
+            s_next = s_next + _load(states + at, plane, o_y, m_run, S - 1)
+            s_prev = s_prev + _load(states + at_next, plane, o_y, before, S - 1)
+        s_prev = _add(s_prev, _load(state + first[2], B * H, o_s, start, S), S)
+        a = ()
+        if saved is not None:
+            a = _load(saved + at, plane, o_y, m_run, A)
+        if dstates is not None:
+            d = _add(held, given + _load(dstates + at, plane, o_y, m_run, S - 1), S)
+        else:
+            d = (held[0] + given[0],) + held[1:]
+        gx, gr, d = CELL(a, s_prev, s_next, d)
+        d = _where(runs[None, :], _where(~cut[None, :], d, None, S), held, S)
+        gr = _where(runs[None, :], gr, None, G)
+        written = m_run if offsets is not None else m & (u < T)
+        if dx is not None:
+            _store(dx + row * (N * G * H) + first[0], H, o_x, _where(runs[None, :], gx, None, G), written, G)
+        _store(dr + row * (N * G * H) + first[0], H, o_x, gr, written, G)
+        if came is not None:
+            _store(came + at, 0, o_y, s_prev, written, 1)
+        u += 1
+        if BARRIER:
+            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
+        row_last, runs_last, cut_last = row, runs, cut
+        row, runs, cut = row_next, runs_next, cut_next
+    _store(ds + first[2], B * H, o_s, d, m, S)
+
+
+def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, steps: int, tensors: Sequence[Tensor | None],
+            reverse: Sequence[bool], B: int, H: int, *sizes: int, **constants: int) -> None:
+    """Run a kernel over its steps: in one launch, or in one launch each where the host is the barrier."""
+    interpreted = triton.knobs.runtime.interpret  # it runs one program after another: none may wait for another
+    grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(reverse))
+    barrier = plan.scope == "grid" and not interpreted
+    options: dict[str, Any] = dict(num_warps=plan.warps, num_stages=1)
+    if barrier:
+        options["launch_cooperative_grid"] = True
+    counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=tensors[0].device)
+    at_once = steps if plan.scope == "block" or barrier else 1
+    for u in range(0, steps if B else 0, at_once):
+        kernel[grid](*tensors, counter, u, u + at_once, *sizes, H, CELL=function, G=cell.gates, S=cell.states,
+                     A=cell.saved, N=grid[2], REVERSE=sum(r << n for n, r in enumerate(reverse)), BB=plan.sequences, BN=plan.units,
+                     BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
+                     PRECISION="interpreter" if interpreted else plan.precision, **constants, **options)
+
+
+def forward(cell: Cell, plan: Plan, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, rows: Rows,
+            resets: Tensor | None, reverse: Sequence[bool], keep: int, w_ih: Tensor | None = None,
+            b_ih: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `cpu.forward`, on contiguous tensors of one device. With w_ih [N*G*H, I] and b_ih, x is the input [R, I]."""
+    N, S, A, R, I, (_, B, H) = len(reverse), cell.states, cell.saved, *x.shape, s0.shape
+    state, y = s0.to(torch.float32, copy=True), x.new_empty(R, N * H)
+    states, saved = x.new_empty(S - 1, R if keep else 0, N * H), x.new_empty(A, R if keep > 1 else 0, N * H)
+    hidden = None
+    if plan.scope != "block":
+        hidden = x.new_empty(2, N, B, H)
+        hidden[0] = s0[::S]
+    tensors = (x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states if states.numel() else None,
+               saved if saved.numel() else None, rows.lengths, rows.offsets, resets)
+    _launch(forward_kernel, functions(cell)[0], cell, plan, rows.steps, tensors, reverse, B, H, rows.steps, B, R, I,
+            BI=power_of_2(I, 16) if w_ih is not None else 16)
+    return y, states, state.to(x.dtype), saved
+
+
+def backward(cell: Cell, plan: Plan, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor, saved: Tensor, dy: Tensor,
+             dstates: Tensor | None, dlast: Tensor, rows: Rows, resets: Tensor | None,
+             reverse: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `cpu.backward`."""
+    ds, dr = dlast.to(torch.float32, copy=True), y.new_empty(len(y), len(w_hh))
+    dx = torch.empty_like(dr) if cell.split else None
+    came = None if rows.lengths is None and resets is None else torch.empty_like(y)
+    tensors = (w_hh, s0, y, states if len(states) else None, saved if len(saved) else None, dy, dstates, ds, dx, dr,
+               came, rows.lengths, rows.offsets, resets)
+    _launch(backward_kernel, functions(cell)[1], cell, plan, rows.steps + 1, tensors, reverse, *s0.shape[1:],
+            rows.steps, s0.shape[1], len(y))
+    return dr if dx is None else dx, dr, ds.to(y.dtype), came

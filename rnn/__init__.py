@@ -1,0 +1,6 @@
+"""Recurrent layers in fused kernels: RNN and RNNCell take the place of torch.nn's."""
+
+from . import ops as functional
+from .layers import RNN
+
+__all__ = ["RNN", "functional"]
