@@ -3,36 +3,22 @@
 forward(x, r, s) -> (s_next, saved)                    one step
 backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
 
-All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh; s: S states, s[0] = h
-is the one that W_hh multiplies; ds: the gradient of s_next. ds_prev leaves out what flows back through W_hh: the
+All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh; s: S states, of
+which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what flows back through W_hh: the
 recurrence adds that. A cell in which x and r meet only as x + r returns one and the same object as dx and dr.
 
-The names sigmoid, tanh, relu, positive and zeros_like are scalars' here; `bind` gives a backend its own. The functions have
-no annotations, because Triton reads their source.
+The functions have no annotations, because Triton reads their source.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from math import exp, tanh
 from types import FunctionType
 from typing import Any, cast
 
-
-def sigmoid(x: Any) -> Any:
-    return 1 / (1 + exp(-x))
-
-
-def relu(x: Any) -> Any:
-    return max(x, 0.0)
-
-
-def positive(x: Any) -> Any:
-    return float(x > 0)
-
-
-def zeros_like(x: Any) -> Any:
-    return 0.0
+# The free names of the algebra, for scalars; `bind` gives a backend its own.
+sigmoid, relu = lambda x: 1 / (1 + exp(-x)), lambda x: max(x, 0.0)
+positive, zeros_like = lambda x: float(x > 0), lambda x: 0.0
 
 
 def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
@@ -41,32 +27,25 @@ def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
     return FunctionType(plain.__code__, {**plain.__globals__, **names}, plain.__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Cell:
-    """A recurrence: its two functions, its number G of gates and S of states."""
+    """A recurrence of G gates and S states, that saves A activations for its adjoint.
+
+    `split` says that x and r are used apart, so that their gradients differ."""
 
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     gates: int
     states: int
+    saved: int = field(init=False)
+    split: bool = field(init=False)
 
-    @cached_property
-    def _trial(self) -> tuple[int, bool]:
+    def __post_init__(self) -> None:
         x, s = (0.5,) * self.gates, (0.5,) * self.states
         s_next, saved = self.forward(x, x, s)
         dx, dr, _ = self.backward(saved, s, s_next, s)
-        return len(saved), dx is not dr
-
-    @property
-    def saved(self) -> int:
-        """A, the number of activations that the adjoint needs beside the states."""
-        return self._trial[0]
-
-    @property
-    def split(self) -> bool:
-        """Whether x and r are used apart, so that their gradients differ."""
-        return self._trial[1]
+        self.saved, self.split = len(saved), dx is not dr
 
 
 def _rnn_tanh(x, r, s):

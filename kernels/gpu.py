@@ -43,10 +43,14 @@ def functions(cell: Cell) -> tuple[Any, Any]:
 
 
 @triton.jit
-def _load(ptr, pitch, offsets, mask, N: tl.constexpr):
+def _load(ptr, pitch, offsets, mask, start, N: tl.constexpr):
+    """start + N tiles in float32, where no pointer and no start mean 0."""
     out = ()
     for k in tl.static_range(N):
-        out = out + (tl.load(ptr + k * pitch + offsets, mask=mask, other=0.0).to(tl.float32),)
+        tile = tl.zeros(offsets.shape, tl.float32) if start is None else start[k]
+        if ptr is not None:
+            tile += tl.load(ptr + k * pitch + offsets, mask=mask, other=0.0).to(tl.float32)
+        out = out + (tile,)
     return out
 
 
@@ -58,30 +62,10 @@ def _store(ptr, pitch, offsets, values, mask, N: tl.constexpr):
 
 @triton.jit
 def _where(mask, a, b, N: tl.constexpr):
-    """b None is 0."""
+    """No b means 0."""
     out = ()
     for k in tl.static_range(N):
         out = out + (tl.where(mask, a[k], 0.0 if b is None else b[k]),)
-    return out
-
-
-@triton.jit
-def _add(a, b, N: tl.constexpr):
-    out = ()
-    for k in tl.static_range(N):
-        out = out + (a[k] + b[k],)
-    return out
-
-
-@triton.jit
-def _biases(b, offsets, mask, pitch, BB: tl.constexpr, G: tl.constexpr):
-    """What the products of each gate start from: b None is 0."""
-    out = ()
-    for g in tl.static_range(G):
-        acc = tl.zeros((offsets.shape[0], BB), tl.float32)
-        if b is not None:
-            acc += tl.load(b + g * pitch + offsets, mask=mask, other=0.0).to(tl.float32)[:, None]
-        out = out + (acc,)
     return out
 
 
@@ -92,12 +76,12 @@ def _matrix(ptr, row_pitch, column_pitch, o_row, o_column, m_row, m_column, CACH
 
 
 @triton.jit
-def _matrices(w, pitch, row_pitch, column_pitch, o_row, first, m_row, K, BK: tl.constexpr, KT: tl.constexpr,
+def _matrices(w, pitch, row_pitch, column_pitch, o_row, k0, m_row, K, BK: tl.constexpr, KT: tl.constexpr,
               G: tl.constexpr):
-    """The tiles of all gates' weights: G times KT of BK columns each."""
+    """Tiles of all gates' weights: G times KT of BK columns each, from column k0."""
     out = ()
     for i in tl.static_range(G * KT):
-        o_k = first + (i % KT) * BK + tl.arange(0, BK)
+        o_k = k0 + (i % KT) * BK + tl.arange(0, BK)
         out = out + (_matrix(w + (i // KT) * pitch, row_pitch, column_pitch, o_row, o_k, m_row, o_k < K),)
     return out
 
@@ -131,14 +115,14 @@ def _barrier(counter, target):
 
 
 @triton.jit
-def _place(B, H, N: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr):
-    """This program's recurrence, sequences and units, and where they begin in x, y and the states."""
-    n = tl.program_id(2)
-    b0 = tl.program_id(1).to(tl.int64) * BB
-    i_b, o_n = tl.arange(0, BB), tl.program_id(0) * BN + tl.arange(0, BN)
-    o_x, o_y, o_s = i_b * (N * G * H), i_b * (N * H), i_b * H
-    first = b0 * (N * G * H) + n * G * H, b0 * (N * H) + n * H, (n * S * B + b0) * H
-    return n, b0, o_n, first, o_x[None, :] + o_n[:, None], o_y[None, :] + o_n[:, None], o_s[None, :] + o_n[:, None]
+def _place(B, H, REVERSE: tl.constexpr, N: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BB: tl.constexpr,
+           BN: tl.constexpr):
+    """This program's recurrence, sequences and units, and their offsets in [R, N, G, H], [R, N, H] and [N, S, B, H]."""
+    n, b0 = tl.program_id(2), tl.program_id(1).to(tl.int64) * BB
+    i_b, o_n = tl.arange(0, BB)[None, :], tl.program_id(0) * BN + tl.arange(0, BN)
+    o_x, o_y, o_s = i_b * (N * G * H) + o_n[:, None], i_b * (N * H) + o_n[:, None], i_b * H + o_n[:, None]
+    x0, y0, s0 = b0 * (N * G * H) + n * G * H, b0 * (N * H) + n * H, (n * S * B + b0) * H
+    return n, (REVERSE >> n) & 1, b0, o_n, o_x, o_y, o_s, x0, y0, s0
 
 
 @triton.jit
@@ -146,8 +130,7 @@ def _at(u, descending, rev, T, B, o_b, lengths, offsets, resets):
     """Step u of a sweep: its first row, which sequences run in it, which of these come in from a reset."""
     inside = (u >= 0) & (u < T)
     t = tl.where(descending, T - 1 - u, u)
-    row = t.to(tl.int64) * B
-    end = tl.where(o_b < B, T, 0)
+    row, end = t.to(tl.int64) * B, tl.where(o_b < B, T, 0)
     if lengths is not None:
         end = tl.load(lengths + o_b, mask=o_b < B, other=0)
     if offsets is not None:
@@ -167,10 +150,9 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
                    PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep. x [R, N, G, H], or [R, I] with w_ih; state [N, S, B, H] float32, in and out;
     hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
-    n, b0, o_n, first, o_x, o_y, o_s = _place(B, H, N, G, S, BB, BN)
-    rev = (REVERSE >> n) & 1
+    n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
-    o_b = b0 + i_b
+    o_b, h0, o_bias = b0 + i_b, (n * B + b0) * H, (n * G * H + o_n)[:, None] + i_b[None, :] * 0
     m = m_n[:, None] & (o_b < B)[None, :]
     plane, slot = R.to(tl.int64) * (N * H), B.to(tl.int64) * (N * H)
     w_hh += n * G * H * H
@@ -179,30 +161,27 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
         ws = _matrices(w_hh, H * H, H, 1, o_n, 0, m_n, H, BK, KT, G)
     if w_ih is not None:
         wi = _matrices(w_ih + n * G * H * I, H * I, I, 1, o_n, 0, m_n, I, BI, 1, G)
-    bx = _biases(b_ih, n * G * H + o_n, m_n, H, BB, G)
-    br = _biases(b_hh, n * G * H + o_n, m_n, H, BB, G)
-
-    s = _load(state + first[2], B * H, o_s, m, S)
+    bx, br = _load(b_ih, H, o_bias, m, None, G), _load(b_hh, H, o_bias, m, None, G)
+    s = _load(state + s0, B * H, o_s, m, None, S)
     u = u0
     row, runs, cut = _at(u, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
     if w_ih is not None:
         xs = (_matrix(x + (row + b0) * I, 1, I, o_i, i_b, o_i < I, runs),)
     else:
-        xs = _load(x + row * (N * G * H) + first[0], H, o_x, m & runs[None, :], G)
+        xs = _load(x + row * (N * G * H) + x0, H, o_x, m & runs[None, :], None, G)
     while u < u1:
         row_next, runs_next, cut_next = _at(u + 1, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
         wanted = runs_next & (u + 1 < u1)  # x is fetched one step ahead
         if w_ih is not None:
             xs_next = (_matrix(x + (row_next + b0) * I, 1, I, o_i, i_b, o_i < I, wanted),)
         else:
-            xs_next = _load(x + row_next * (N * G * H) + first[0], H, o_x, m & wanted[None, :], G)
-
+            xs_next = _load(x + row_next * (N * G * H) + x0, H, o_x, m & wanted[None, :], None, G)
         s = _where(~cut[None, :], s, None, S)
         r = br
         if SCOPE == "block":
             r = _dots(ws, s[0], r, 0, 1, G, PRECISION)
         else:
-            came, m_b = hidden + (u % 2) * slot + (n * B + b0) * H, (o_b < B) & ~cut
+            came, m_b = hidden + (u % 2) * slot + h0, (o_b < B) & ~cut
             if SCOPE == "grid":
                 for k in tl.static_range(KT):
                     o_k = k * BK + tl.arange(0, BK)
@@ -218,20 +197,19 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
             xs = _dots(wi, xs[0], bx, 0, 1, G, PRECISION)
         new, a = CELL(xs, r, s)
         s = _where(runs[None, :], new, s, S)
-        new = _where(runs[None, :], new, None, S)
-        written = m & runs[None, :] if offsets is not None else m
-        _store(y + row * (N * H) + first[1], 0, o_y, new, written, 1)
+        written, at = m & runs[None, :], row * (N * H) + y0
+        _store(y + at, 0, o_y, s, written, 1)
         if states is not None:
-            _store(states + row * (N * H) + first[1], plane, o_y, new[1:], written, S - 1)
+            _store(states + at, plane, o_y, s[1:], written, S - 1)
         if saved is not None:
-            _store(saved + row * (N * H) + first[1], plane, o_y, a, written, A)
+            _store(saved + at, plane, o_y, a, written, A)
         if SCOPE != "block":
-            _store(hidden + ((u + 1) % 2) * slot + (n * B + b0) * H, 0, o_s, s, m, 1)
+            _store(hidden + ((u + 1) % 2) * slot + h0, 0, o_s, s, m, 1)
         u += 1
         if BARRIER:
             _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
         row, runs, cut, xs = row_next, runs_next, cut_next, xs_next
-    _store(state + first[2], B * H, o_s, s, m, S)
+    _store(state + s0, B * H, o_s, s, m, S)
 
 
 @triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
@@ -241,30 +219,26 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
                     KT: tl.constexpr, SCOPE: tl.constexpr, BARRIER: tl.constexpr, PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep's reversal. Step T only adds W_hh^T dr of the last one to ds. state [N, S, B, H]
     came into the first step; ds likewise, float32, in and out; dx (None where dr serves) and dr [R, N, G, H]."""
-    n, b0, o_n, first, o_x, o_y, o_s = _place(B, H, N, G, S, BB, BN)
-    rev = (REVERSE >> n) & 1
+    n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, m_n = tl.arange(0, BB), o_n < H
-    o_b = b0 + i_b
+    o_b, plane = b0 + i_b, R.to(tl.int64) * (N * H)
     m = m_n[:, None] & (o_b < B)[None, :]
-    plane = R.to(tl.int64) * (N * H)
     w_hh += n * G * H * H
     ws = ()
     if SCOPE != "launch":
         ws = _matrices(w_hh, H * H, 1, H, o_n, 0, m_n, H, BK, KT, G)
-
-    d = _load(ds + first[2], B * H, o_s, m, S)
-    gr = _biases(None, o_n, m_n, 0, BB, G)
+    d, gr = _load(ds + s0, B * H, o_s, m, None, S), _load(None, 0, o_s, m, None, G)
     u = u0
     row_last, runs_last, cut_last = _at(u - 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     row, runs, cut = _at(u, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     while u < u1:
         row_next, runs_next, cut_next = _at(u + 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
-        acc = tl.zeros((BN, BB), tl.float32)
+        acc = d[0]
         if SCOPE == "block":
             for g in tl.static_range(G):
                 acc = _dot(ws[g], tl.where(cut_last[None, :], 0.0, gr[g]), acc, PRECISION)
         else:
-            last, flows = dr + row_last * (N * G * H) + first[0], runs_last & ~cut_last
+            last, flows = dr + row_last * (N * G * H) + x0, runs_last & ~cut_last
             if SCOPE == "grid":
                 for i in tl.static_range(G * KT):
                     o_k = (i % KT) * BK + tl.arange(0, BK)
@@ -279,86 +253,78 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
                         dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows)
                         acc = _dot(wk[g], dk, acc, PRECISION)
                     k += BK
-
-        m_run = m & runs[None, :]
-        before, start = m_run & (runs_next & ~cut)[None, :], m_run & ~(runs_next | cut)[None, :]
-        at, at_next = row * (N * H) + first[1], row_next * (N * H) + first[1]
-        held = (d[0] + acc,) + d[1:]
-        given, s_next = _load(dy + at, 0, o_y, m_run, 1), _load(y + at, 0, o_y, m_run, 1)
-        s_prev = _load(y + at_next, 0, o_y, before, 1)
+        d = (acc,) + d[1:]
+        m_run, at, at_next = m & runs[None, :], row * (N * H) + y0, row_next * (N * H) + y0
+        before = m_run & (runs_next & ~cut)[None, :]
+        s_next = _load(y + at, 0, o_y, m_run, None, 1)
+        s_prev = _load(y + at_next, 0, o_y, before, None, 1)
         if states is not None:
-            s_next = s_next + _load(states + at, plane, o_y, m_run, S - 1)
-            s_prev = s_prev + _load(states + at_next, plane, o_y, before, S - 1)
-        s_prev = _add(s_prev, _load(state + first[2], B * H, o_s, start, S), S)
-        a = ()
-        if saved is not None:
-            a = _load(saved + at, plane, o_y, m_run, A)
+            s_next = s_next + _load(states + at, plane, o_y, m_run, None, S - 1)
+            s_prev = s_prev + _load(states + at_next, plane, o_y, before, None, S - 1)
+        s_prev = _load(state + s0, B * H, o_s, m_run & ~(runs_next | cut)[None, :], s_prev, S)
+        given, a = _load(dy + at, 0, o_y, m_run, d, 1) + d[1:], ()
         if dstates is not None:
-            d = _add(held, given + _load(dstates + at, plane, o_y, m_run, S - 1), S)
-        else:
-            d = (held[0] + given[0],) + held[1:]
-        gx, gr, d = CELL(a, s_prev, s_next, d)
-        d = _where(runs[None, :], _where(~cut[None, :], d, None, S), held, S)
+            given = given[:1] + _load(dstates + at, plane, o_y, m_run, d[1:], S - 1)
+        if saved is not None:
+            a = _load(saved + at, plane, o_y, m_run, None, A)
+        gx, gr, passed = CELL(a, s_prev, s_next, given)
+        d = _where(runs[None, :], _where(~cut[None, :], passed, None, S), d, S)
         gr = _where(runs[None, :], gr, None, G)
-        written = m_run if offsets is not None else m & (u < T)
         if dx is not None:
-            _store(dx + row * (N * G * H) + first[0], H, o_x, _where(runs[None, :], gx, None, G), written, G)
-        _store(dr + row * (N * G * H) + first[0], H, o_x, gr, written, G)
+            _store(dx + row * (N * G * H) + x0, H, o_x, gx, m_run, G)
+        _store(dr + row * (N * G * H) + x0, H, o_x, gr, m_run, G)
         if came is not None:
-            _store(came + at, 0, o_y, s_prev, written, 1)
+            _store(came + at, 0, o_y, s_prev, m_run, 1)
         u += 1
         if BARRIER:
             _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
         row_last, runs_last, cut_last = row, runs, cut
         row, runs, cut = row_next, runs_next, cut_next
-    _store(ds + first[2], B * H, o_s, d, m, S)
+    _store(ds + s0, B * H, o_s, d, m, S)
 
 
-def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, steps: int, tensors: Sequence[Tensor | None],
-            reverse: Sequence[bool], B: int, H: int, *sizes: int, **constants: int) -> None:
+def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, steps: int, tensors: Sequence[Any], B: int,
+            H: int, *sizes: int, **constants: int) -> None:
     """Run a kernel over its steps: in one launch, or in one launch each where the host is the barrier."""
     interpreted = triton.knobs.runtime.interpret  # it runs one program after another: none may wait for another
-    grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(reverse))
+    grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(rows.reverse))
     barrier = plan.scope == "grid" and not interpreted
-    options: dict[str, Any] = dict(num_warps=plan.warps, num_stages=1)
-    if barrier:
-        options["launch_cooperative_grid"] = True
+    options: dict[str, Any] = {"launch_cooperative_grid": True} if barrier else {}
     counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=tensors[0].device)
     at_once = steps if plan.scope == "block" or barrier else 1
     for u in range(0, steps if B else 0, at_once):
-        kernel[grid](*tensors, counter, u, u + at_once, *sizes, H, CELL=function, G=cell.gates, S=cell.states,
-                     A=cell.saved, N=grid[2], REVERSE=sum(r << n for n, r in enumerate(reverse)), BB=plan.sequences, BN=plan.units,
+        kernel[grid](*tensors, rows.lengths, rows.offsets, rows.resets, counter, u, u + at_once, rows.steps, B, *sizes,
+                     H, CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
+                     REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
                      BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
-                     PRECISION="interpreter" if interpreted else plan.precision, **constants, **options)
+                     PRECISION="interpreter" if interpreted else plan.precision, num_warps=plan.warps, num_stages=1,
+                     **constants, **options)
 
 
-def forward(cell: Cell, plan: Plan, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, rows: Rows,
-            resets: Tensor | None, reverse: Sequence[bool], keep: int, w_ih: Tensor | None = None,
-            b_ih: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,
+            w_ih: Tensor | None = None, b_ih: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `cpu.forward`, on contiguous tensors of one device. With w_ih [N*G*H, I] and b_ih, x is the input [R, I]."""
-    N, S, A, R, I, (_, B, H) = len(reverse), cell.states, cell.saved, *x.shape, s0.shape
-    state, y = s0.to(torch.float32, copy=True), x.new_empty(R, N * H)
-    states, saved = x.new_empty(S - 1, R if keep else 0, N * H), x.new_empty(A, R if keep > 1 else 0, N * H)
-    hidden = None
+    N, S, A, (R, I), (_, B, H) = len(rows.reverse), cell.states, cell.saved, x.shape, s0.shape
+    new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
+    state, hidden, y = s0.to(torch.float32, copy=True), None, new(R, N * H)
+    states, saved = new(S - 1, R if keep else 0, N * H), new(A, R if keep > 1 else 0, N * H)
     if plan.scope != "block":
         hidden = x.new_empty(2, N, B, H)
         hidden[0] = s0[::S]
     tensors = (x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states if states.numel() else None,
-               saved if saved.numel() else None, rows.lengths, rows.offsets, resets)
-    _launch(forward_kernel, functions(cell)[0], cell, plan, rows.steps, tensors, reverse, B, H, rows.steps, B, R, I,
-            BI=power_of_2(I, 16) if w_ih is not None else 16)
+               saved if saved.numel() else None)
+    _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
+            BI=16 if w_ih is None else power_of_2(I, 16))
     return y, states, state.to(x.dtype), saved
 
 
-def backward(cell: Cell, plan: Plan, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor, saved: Tensor, dy: Tensor,
-             dstates: Tensor | None, dlast: Tensor, rows: Rows, resets: Tensor | None,
-             reverse: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor, saved: Tensor,
+             dy: Tensor, dstates: Tensor | None, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `cpu.backward`."""
-    ds, dr = dlast.to(torch.float32, copy=True), y.new_empty(len(y), len(w_hh))
-    dx = torch.empty_like(dr) if cell.split else None
-    came = None if rows.lengths is None and resets is None else torch.empty_like(y)
-    tensors = (w_hh, s0, y, states if len(states) else None, saved if len(saved) else None, dy, dstates, ds, dx, dr,
-               came, rows.lengths, rows.offsets, resets)
-    _launch(backward_kernel, functions(cell)[1], cell, plan, rows.steps + 1, tensors, reverse, *s0.shape[1:],
-            rows.steps, s0.shape[1], len(y))
+    new = y.new_empty if rows.lengths is None or rows.offsets is not None else y.new_zeros
+    ds, dr = dlast.to(torch.float32, copy=True), new(len(y), len(w_hh))
+    dx = new(dr.shape) if cell.split else None
+    came = None if rows.lengths is None and rows.resets is None else new(y.shape)
+    tensors = (w_hh, s0, y, states if len(states) else None, saved if len(saved) else None, dy, dstates, ds, dx, dr, came)
+    _launch(backward_kernel, functions(cell)[1], cell, plan, rows, rows.steps + 1, tensors, *s0.shape[1:], len(y))
     return dr if dx is None else dx, dr, ds.to(y.dtype), came

@@ -1,13 +1,10 @@
 """Which kernel a layer runs in, chosen from its sizes alone: pure data and a pure function.
 
-The scope of a plan is that of the barrier between two time steps.
-
-| scope  | who loops over time                                      | W_hh                                   |
-|--------|----------------------------------------------------------|----------------------------------------|
-| host   | the host, over array operations (NumPy or torch)         | in memory                              |
-| block  | the kernel; one block owns all of H for its sequences    | in registers or shared memory          |
-| grid   | the kernel, launched cooperatively; h goes through L2    | likewise, a slice of rows per block    |
-| launch | the host, one launch a step                              | read at every step                     |
+The scope of a plan is that of the barrier between two time steps:
+host    the host goes through time, over array operations
+block   the kernel does; one block owns all of H for its sequences; W_hh stays in registers or shared memory
+grid    likewise, in a cooperative launch in which each block owns a slice of H; h goes through the L2 cache
+launch  the host does, with one launch a step; W_hh is read at every step
 """
 
 from collections.abc import Sequence
@@ -15,10 +12,19 @@ from typing import Any, NamedTuple
 
 from .cells import Cell
 
+# Largest H, rounded up to a power of 2, whose W_hh one block holds without spilling, whatever the options: by gates
+# (more than 4: none), then by bytes per element (8 is tf32x3, which splits float32 in two).
+BLOCK_UNITS = {1: {2: 256, 4: 128, 8: 128}, 2: {2: 128, 4: 64, 8: 64}, 3: {2: 128, 4: 64, 8: 32},
+               4: {2: 64, 4: 32, 8: 16}}
+FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh
+GRID_ROW_BYTES = 768  # of a row of W_hh, all gates: what a program of the grid holds without spilling
+# Multiplications up to which NumPy's BLAS stays on one thread. Past that torch's is faster, and two thread pools would
+# be in each other's way.
+NUMPY_PRODUCT = 2**18
+
 
 class Gpu(NamedTuple):
-    """What a plan needs to know of a device: compute capability (90 for 9.0), multiprocessors, bytes of shared memory
-    that one block can have."""
+    """Compute capability (90 for 9.0), number of multiprocessors, bytes of shared memory that one block can have."""
 
     capability: int
     multiprocessors: int
@@ -26,13 +32,11 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one layer is computed.
+    """How one layer is computed. `backend` is "numpy", "torch" (both: array operations on the CPU) or "triton".
 
-    `backend` is "numpy", "torch" (array operations on tensors, in place), "triton", or "formula" (differentiable torch
-    operations). The rest is for "triton": the tile of one program is `units` hidden units of every gate by `sequences`
-    of the batch, its products are over `depth` units at a time; `fused` computes W_ih x_t + b in the step, from x_t;
-    `precision` is that of float32 products: "tf32", or "tf32x3", which is as good as float32.
-    """
+    The rest is for "triton". A program's tile is `units` hidden units of every gate by `sequences` of the batch, its
+    products are over `depth` units at a time. `fused`: W_ih x_t + b is computed in the step. `precision` is that of
+    float32 products: "tf32", or "tf32x3", which is as good as float32."""
 
     backend: str
     scope: str = "host"
@@ -44,30 +48,18 @@ class Plan(NamedTuple):
     precision: str = "ieee"
 
 
-# Largest H, rounded up to a power of two, whose W_hh one block holds without spilling, forward and backward, with every
-# option: by gates (more than 4 never), then by bytes per element (8 stands for tf32x3, which splits float32 in two).
-BLOCK_UNITS = {1: {2: 256, 4: 128, 8: 128}, 2: {2: 128, 4: 64, 8: 64}, 3: {2: 128, 4: 64, 8: 32}, 4: {2: 64, 4: 32, 8: 16}}
-# The widest input that is worth a product in the step: its W_ih must fit beside W_hh.
-FUSED_INPUT = 32
-# Bytes of all the gates' W_hh rows, per row, that a program of the grid holds without spilling.
-GRID_ROW_BYTES = 768
-# Multiplications a step up to which NumPy's BLAS stays on one thread; past it torch's is faster and the two thread
-# pools would take turns.
-NUMPY_PRODUCT = 2**18
-
-
 class Rows(NamedTuple):
-    """Where the steps of B sequences stand in memory, whose rows (one step of one sequence) are numbered in [0, R).
+    """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences go through them.
 
-    On the host, `sizes` has the number of rows of each step, for the first so many sequences; they follow each other.
-    On a GPU there are `steps` steps of B rows, of which a sequence b has the first lengths[b] (or all); or, packed, step
-    t begins at row offsets[t] and has the rows of the sequences with lengths[b] > t, which come first.
-    """
+    Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at offsets[t] and are those of the `sizes`[t]
+    sequences that run, which come first; else they are all B. `resets` [T, B] is as in `rnn.functional.recurrence`."""
 
     steps: int
+    reverse: Sequence[bool]
     sizes: Sequence[int] = ()
     lengths: Any = None
     offsets: Any = None
+    resets: Any = None
 
 
 def power_of_2(n: int, at_least: int) -> int:
@@ -75,21 +67,20 @@ def power_of_2(n: int, at_least: int) -> int:
 
 
 def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu | None, tf32: bool = False) -> Plan:
-    """The plan for `sizes` (sequences B, inputs I, hidden units H, recurrences N) in `dtype` ("float32"...), on the CPU
-    where there is no `gpu`; `tf32` allows that precision for float32."""
+    """The plan for `sizes` (B, I, H, N) in `dtype` ("float32"...), on the CPU where there is no `gpu` (of capability
+    80 or more); `tf32` allows that precision for float32."""
     B, I, H, N = sizes
+    G, units = cell.gates, power_of_2(H, 16)
     if gpu is None:
-        return Plan("numpy" if B * cell.gates * H * H <= NUMPY_PRODUCT else "torch")
-    if dtype not in ("float16", "bfloat16", "float32") or gpu.capability < 80:
-        return Plan("formula")
+        return Plan("numpy" if B * G * H * H <= NUMPY_PRODUCT else "torch")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
-    precision = "tf32" if size == 4 else "tf32x3" if size == 8 else "ieee"
-    units, G = power_of_2(H, 16), cell.gates
+    precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
     fused = I <= FUSED_INPUT and (G == 1 or size < 8)
     shared = G * units * (units + FUSED_INPUT * fused) * min(size, 4) + 64 * units
     if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory:
         return Plan("triton", "block", units, 8, units, min(8, units // 16), fused, precision)
-    if G * -(-H // 64) * 64 * size <= GRID_ROW_BYTES and -(-H // 64) * -(-B // 8) * N <= gpu.multiprocessors:
+    blocks = -(-H // 64)
+    if G * blocks * 64 * size <= GRID_ROW_BYTES and blocks * -(-B // 8) * N <= gpu.multiprocessors:
         return Plan("triton", "grid", 64, 8, 64, 4, False, precision)
     tile = (64 if G == 1 else 32, 64) if size < 8 or G == 1 else (16, 16)
     return Plan("triton", "launch", tile[0], min(tile[1], power_of_2(B, 16)), 128 // size, 8, False, precision)

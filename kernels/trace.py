@@ -23,11 +23,11 @@ class _Value:
     def __sub__(self, other: Any) -> Any:
         return self if _is_zero(other) else self.record("subtract", self, other)
 
-    def __mul__(self, other: Any) -> Any:
-        return other if _is_zero(other) else self.record("multiply", self, other)
-
     def __rsub__(self, other: Any) -> Any:
         return self.record("subtract", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return other if _is_zero(other) else self.record("multiply", self, other)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -37,7 +37,7 @@ def _is_zero(x: Any) -> bool:
 
 
 class Program(NamedTuple):
-    """`run(*inputs, *outputs, *temporaries)`; `skipped` says that the output which may be skipped has no buffer."""
+    """`run(*inputs, *outputs, *temporaries)`; `skipped`: the output that may be skipped is 0, and has no buffer."""
 
     run: Callable[..., None]
     temporaries: int
@@ -46,28 +46,24 @@ class Program(NamedTuple):
 
 def record(function: Callable[..., Any], inputs: Sequence[Sequence[str | None]], outputs: Sequence[Sequence[str]],
            operations: Mapping[str, Callable[..., Any]], skip: str = "") -> Program:
-    """Record `function`, which takes and returns tuples, as a Program over the named buffers, all of them distinct.
+    """Record `function`, which takes and returns tuples, as a Program over distinct named buffers.
 
-    An input named None is the constant 0; an empty group of outputs is left out, and the output named `skip` where it
-    is the constant 0. `operations` has add, subtract, multiply, copy, fill, tanh, relu and positive, each with an `out`
-    argument, and may have sigmoid.
-    """
+    An input named None is the constant 0; an empty group of outputs is left out, and so is the output `skip` if it is
+    the constant 0. `operations` are add, subtract, multiply, copy, tanh, relu, positive and perhaps sigmoid, each with
+    an `out` argument."""
     lines: list[tuple[str, tuple[Any, ...], _Value]] = []
     leaves = [tuple(_Value(lines, name) if name else 0 for name in group) for group in inputs]
     unary = {name: lambda v, name=name: v.record(name, v) for name in ("tanh", "relu", "positive", "sigmoid")}
     if "sigmoid" not in operations:
         unary["sigmoid"] = lambda v: unary["tanh"](v * 0.5) * 0.5 + 0.5
     results = bind(function, zeros_like=lambda v: 0, **unary)(*leaves)
-    parameters = [name for group in inputs for name in group if name]
-    skipped = False
+    parameters, skipped = [name for group in inputs for name in group if name], False
     for name, value in (pair for group in zip(outputs, results) for pair in zip(*group)):
-        if not isinstance(value, _Value):
-            skipped |= name == skip
-            if name == skip:
-                continue
-            value = _Value(lines).record("fill", value)
-        elif value.name:
-            value = value.record("copy", value)
+        if name == skip and _is_zero(value):
+            skipped = True
+            continue
+        if not isinstance(value, _Value) or value.name:  # a constant, an input, or an output already
+            value = _Value(lines).record("copy", value)
         value.name = name
         parameters.append(name)
 
@@ -82,7 +78,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Sequence[str | None]],
                 free.append(temporaries[-1])
             result.name = free.pop()
         text.append(f"    {operation}({', '.join(words)}, out={result.name})")
-    scope: dict[str, Any] = dict(operations)
-    # Straight-line Python: a loop over the operations would cost as much as they do at small sizes.
+    scope = dict(operations)
+    # Straight-line Python, because a loop over the operations would cost as much as they do at small sizes.
     exec(f"def run({', '.join(parameters + temporaries)}):\n" + "\n".join(text), scope)  # noqa: S102
     return Program(scope["run"], len(temporaries), skipped)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .formula import step
 from .kernels import cells
-from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .ops import recurrence
 
@@ -22,30 +22,18 @@ class _Stack(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self.plan = plan
 
-    @property
-    def _cell(self) -> Cell:
-        return _CELLS[self.mode]
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        """The weights as they are now: no buffer holds copies that could be out of date."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Any]) -> None:
-        pass
-
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
 
-    def _weights(self, layer: int) -> list[Tensor | None]:
-        """w_ih, w_hh, b_ih, b_hh of a layer, those of all directions one below the other."""
-        D = 1 + self.bidirectional
-        directions = [[getattr(self, name) for name in names] for names in self._all_weights[layer * D : (layer + 1) * D]]
-        weights = [torch.cat(parts) for parts in zip(*directions)] if self.bidirectional else directions[0]
-        return weights if self.bias else [*weights, None, None]
+    def _layers(self) -> list[list[Any]]:
+        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other."""
+        weights = [[getattr(self, name) for name in names] for names in self._all_weights]
+        if self.bidirectional:
+            weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
+        return weights if self.bias else [[*pair, None, None] for pair in weights]
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None,
+                resets: Tensor | None = None) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -53,8 +41,8 @@ class _Stack(nn.RNNBase):
             hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one sequence.
             lengths: integers [B] on any device, in any order, zeros allowed: the number of steps of each sequence. Its
                 output is 0 past them and its last state that of its own last step.
-            resets: bool [T, B] (as `input` if batch_first or unbatched): where a new episode begins, to which no state
-                is carried over from the step before (nor, in reverse, from it to that step).
+            resets: bool [T, B], laid out as `input`: where a new episode begins, into which no state is carried from
+                the step before (nor, in reverse, out of it to that step).
 
         Returns:
             The output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`.
@@ -62,42 +50,45 @@ class _Stack(nn.RNNBase):
         Raises:
             ValueError, RuntimeError: what torch.nn refuses, as it does, before anything is computed.
         """
-        batch_sizes = sorted_indices = unsorted_indices = None
+        batch_sizes = order = restore = None
         x, one, batch_dim = input, False, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
-            x, batch_sizes, sorted_indices, unsorted_indices = input
+            x, batch_sizes, order, restore = input
         else:
+            name, one = self.mode.partition("_")[0], x.dim() == 2
             if x.dim() not in (2, 3):
-                raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D tensor instead")
-            one = x.dim() == 2
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D tensor instead")
             if hx is not None and hx.dim() != x.dim():
-                kind = "unbatched" if one else "batched"
-                raise RuntimeError(f"For {kind} {x.dim()}-D input, hx should also be {x.dim()}-D but got {hx.dim()}-D tensor")
+                raise RuntimeError(f"For {'unbatched' if one else 'batched'} {x.dim()}-D input, hx should also be "
+                                   f"{x.dim()}-D but got {hx.dim()}-D tensor")
             if one:
                 x, hx = x.unsqueeze(batch_dim), hx if hx is None else hx.unsqueeze(1)
                 resets = resets if resets is None else resets.unsqueeze(batch_dim)
-        if hx is None:
-            L, B, H = self.get_expected_hidden_size(x, batch_sizes)
-            hx = torch.zeros(L, B, H, dtype=x.dtype, device=x.device)
-        else:
-            hx = self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(x, hx, batch_sizes)
+        layers = self._layers()
+        if x.dtype != layers[0][0].dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({layers[0][0].dtype}). Convert "
+                             f"input: input.to({layers[0][0].dtype}), or convert model: model.to({x.dtype})")
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got "
+                               f"{x.shape[-1]}")
+        expected = self.get_expected_hidden_size(x, batch_sizes)
+        hx = x.new_zeros(expected) if hx is None else self.permute_hidden(hx, order)
+        self.check_hidden_size(hx, expected)
         if self.batch_first and batch_sizes is None:
             x, resets = x.transpose(0, 1), resets if resets is None else resets.transpose(0, 1)
-        if resets is not None and sorted_indices is not None:
-            resets = resets.index_select(1, sorted_indices)
+        resets = resets if resets is None or order is None else resets.index_select(1, order)
 
         D, last = 1 + self.bidirectional, []
-        for layer in range(self.num_layers):
-            if layer and self.dropout:
+        for i, weights in enumerate(layers):
+            if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            s0 = hx if self.num_layers == 1 else hx[layer * D : (layer + 1) * D]
-            x, _, s_n = recurrence(self._cell, x, *self._weights(layer), s0, lengths, batch_sizes, resets,
-                                   (False, True)[:D], plan=self.plan)
+            s0 = hx if len(layers) == 1 else hx[i * D : (i + 1) * D]
+            x, _, s_n = recurrence(_CELLS[self.mode], x, *weights, s0, lengths, batch_sizes, resets, (False, True)[:D],
+                                   plan=self.plan)
             last.append(s_n)
-        h_n = self.permute_hidden(torch.cat(last) if len(last) > 1 else last[0], unsorted_indices)
+        h_n = self.permute_hidden(last[0] if len(last) == 1 else torch.cat(last), restore)
         if batch_sizes is not None:
-            return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices), h_n
+            return PackedSequence(x, batch_sizes, order, restore), h_n
         x = x.transpose(0, 1) if self.batch_first else x
         return (x.squeeze(batch_dim), h_n.squeeze(1)) if one else (x, h_n)
 
@@ -108,16 +99,36 @@ class RNN(_Stack):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity, args = args[3], args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        self.nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
 
 
 class RNNCell(nn.RNNCellBase):
     __doc__ = nn.RNNCell.__doc__
-    nonlinearity: str
-    ...
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh",
+                 device: Any = None, dtype: Any = None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: the next state, from `input` [B, I] or [I] and the state `hx` [B, H] or [H], zeros if None."""
+        for name, t in (("input", input), ("hidden", hx)):
+            if t is not None and t.dim() not in (1, 2):
+                raise ValueError(f"RNNCell: Expected {name} to be 1D or 2D, got {t.dim()}D instead")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        one, I, H = input.dim() == 1, self.input_size, self.hidden_size
+        x, h = input.unsqueeze(0) if one else input, hx.unsqueeze(0) if one and hx is not None else hx
+        if x.shape[1] != I:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {I}")
+        h = x.new_zeros(len(x), H) if h is None else h
+        if len(h) == len(x) and h.shape[1] != H:
+            raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {h.shape[1]}, expected {H}")
+        if h.shape != (len(x), H):
+            raise RuntimeError(f"Input batch size {len(x)} doesn't match hidden0 batch size {len(h)}")
+        cell = _CELLS[f"RNN_{self.nonlinearity.upper()}"]
+        (h,) = step(cell, F.linear(x, self.weight_ih, self.bias_ih), self.weight_hh, self.bias_hh, (h,))
+        return h.squeeze(0) if one else h
