@@ -302,29 +302,31 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,
-            w_ih: Tensor | None = None, b_ih: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            w_ih: Tensor | None = None,
+            b_ih: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """As `cpu.forward`, on contiguous tensors of one device. With w_ih [N*G*H, I] and b_ih, x is the input [R, I]."""
     N, S, A, (R, I), (_, B, H) = len(rows.reverse), cell.states, cell.saved, x.shape, s0.shape
     new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
     state, hidden, y = s0.to(torch.float32, copy=True), None, new(R, N * H)
-    states, saved = new(S - 1, R if keep else 0, N * H), new(A, R if keep > 1 else 0, N * H)
+    states, saved = new(S - 1, R, N * H) if S > 1 and keep else None, new(A, R, N * H) if A and keep > 1 else None
     if plan.scope != "block":
         hidden = x.new_empty(2, N, B, H)
         hidden[0] = s0[::S]
-    tensors = (x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states if states.numel() else None,
-               saved if saved.numel() else None)
+    tensors = x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved
     _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
             BI=16 if w_ih is None else power_of_2(I, 16))
     return y, states, state.to(x.dtype), saved
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor, saved: Tensor,
-             dy: Tensor, dstates: Tensor | None, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor | None,
+             saved: Tensor | None, dy: Tensor, dstates: Tensor | None,
+             dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `cpu.backward`."""
     new = y.new_empty if rows.lengths is None or rows.offsets is not None else y.new_zeros
-    ds, dr = dlast.to(torch.float32, copy=True), new(len(y), len(w_hh))
+    dr = new(len(y), len(w_hh))
+    ds = torch.zeros_like(s0, dtype=torch.float32) if dlast is None else dlast.to(torch.float32, copy=True)
     dx = new(dr.shape) if cell.split else None
     came = None if rows.lengths is None and rows.resets is None else new(y.shape)
-    tensors = (w_hh, s0, y, states if len(states) else None, saved if len(saved) else None, dy, dstates, ds, dx, dr, came)
+    tensors = w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came
     _launch(backward_kernel, functions(cell)[1], cell, plan, rows, rows.steps + 1, tensors, *s0.shape[1:], len(y))
     return dr if dx is None else dx, dr, ds.to(y.dtype), came

@@ -34,8 +34,10 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
     return make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
 
 
-def _arrays(numpy: bool, *tensors: Any) -> list[Any]:
-    return [t.detach().numpy() if isinstance(t, Tensor) else t for t in tensors] if numpy else list(tensors)
+def _arrays(numpy: bool, *tensors: Any) -> Sequence[Any]:
+    if not numpy:
+        return tensors
+    return [(t.detach() if t.requires_grad else t).numpy() if isinstance(t, Tensor) else t for t in tensors]
 
 
 def _tensors(*arrays: Any) -> list[Any]:
@@ -71,24 +73,26 @@ class _Run:
             self.rows = Rows(len(batch_sizes), reverse, batch_sizes.tolist(), ends.to(x.device), starts.to(x.device),
                              resets)
 
-    def pick(self, t: Tensor) -> Tensor:
+    def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
-        return t if self.index is None else t.index_select(-2, self.index)
+        return t if t is None or self.index is None else t.index_select(-2, self.index)
 
-    def spread(self, t: Tensor) -> Tensor:
-        """The inverse, with 0 in the rows left out. What was not kept has no rows, and stays so."""
-        if self.index is None or t.shape[-2] != len(self.index):
+    def spread(self, t: Any) -> Any:
+        """The inverse, with 0 in the rows left out."""
+        if t is None or self.index is None:
             return t
         return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
 
-    def sort(self, t: Tensor, back: bool = False) -> Tensor:
+    def sort(self, t: Any, back: bool = False) -> Any:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
-        return t.contiguous() if self.order is None else t[:, self.order.argsort() if back else self.order]
+        if t is None or self.order is None:
+            return t if t is None else t.contiguous()
+        return t[:, self.order.argsort() if back else self.order]
 
 
 def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-            reverse: Sequence[bool], keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, states, last, and the activations [A, R, N*H] that `backward` needs (no rows unless keep = 2)."""
+            reverse: Sequence[bool], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), run = given, _Run(cell, plan, given, masks, reverse)
     small, shape = run.numpy and run.total * w_ih.numel() <= NUMPY_PRODUCT, x.shape[:-1]
     x, w_ih, b_ih, b_hh = _arrays(small, run.pick(x.reshape(run.total, x.shape[-1])), w_ih, b_ih, b_hh)
@@ -108,20 +112,19 @@ def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence
 
 
 def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-             reverse: Sequence[bool], kept: Sequence[Tensor], d: Sequence[Tensor | None],
+             reverse: Sequence[bool], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
     (x, w_ih, w_hh, _, _, s0), run = given, _Run(cell, plan, given, masks, reverse)
     small, shape = run.numpy and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT, x.shape
     x, y, dy = (run.pick(t.reshape(run.total, t.shape[-1]).contiguous())
                 for t in (x, kept[0], torch.zeros_like(kept[0]) if d[0] is None else d[0]))
-    s0, dlast = run.sort(s0), run.sort(torch.zeros_like(s0) if d[2] is None else d[2])
-    dstates = None if d[1] is None or not d[1].numel() else run.pick(d[1].contiguous())
+    s0, dlast, dstates = run.sort(s0), run.sort(d[2]), None if d[1] is None else run.pick(d[1].contiguous())
     arrays = _arrays(run.numpy, w_hh.contiguous(), s0, y, run.pick(kept[1]), run.pick(kept[2]), dy, dstates, dlast)
     dx, dr, ds, came = run.backend.backward(cell, run.plan, run.rows, *arrays)
     # From here on either NumPy's arrays or torch's tensors: the same words serve.
-    x, w_ih, y, s0 = _arrays(small, x, w_ih, y, s0)
-    dx, dr, came = (dx, dr, came) if small else _tensors(dx, dr, came)
+    x, w_ih = _arrays(small, x, w_ih)
+    dx, dr, came, s0, y = (dx, dr, came, *arrays[1:3]) if small else _tensors(dx, dr, came, s0, y)
     grads: list[Any] = [None] * 6
     if needs[0]:
         grads[0] = run.spread(_tensors(dx @ w_ih)[0]).view(shape)
@@ -137,7 +140,7 @@ def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequenc
     if needs[3]:
         grads[3] = dx.sum(0)
     if needs[4]:
-        grads[4] = dr.sum(0)
+        grads[4] = dr.sum(0) if cell.split or grads[3] is None else grads[3] + 0
     if needs[5]:
         grads[5] = run.sort(_tensors(ds)[0], back=True)
     return _tensors(*grads)

@@ -21,7 +21,7 @@ def step(cell: Cell, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s: Sequence[T
 
 
 def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], reverse: Sequence[bool],
-            keep: int) -> tuple[Tensor, Tensor, Tensor]:
+            keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
     N, S, (_, B, H) = len(reverse), cell.states, s0.shape
@@ -52,4 +52,4 @@ def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], re
     if batch_sizes is not None:
         columns = [pack_padded_sequence(column, lengths).data for column in columns]
     rest = [column.flatten(0, -2) for column in columns[1 : S if keep else 1]]
-    return columns[0], torch.stack(rest) if rest else x.new_empty(S - 1, 0, N * H), torch.stack(last)
+    return columns[0], torch.stack(rest) if rest else None, torch.stack(last)

@@ -22,7 +22,7 @@ from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def _traced(*tensors: Tensor) -> bool:
@@ -38,15 +38,18 @@ def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     (*ctx.choices, _), (y, states, _, saved) = inputs[:4], output
     ctx.save_for_backward(*inputs[4:], y, states, saved)
-    ctx.mark_non_differentiable(saved)
+    if saved is not None:
+        ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
-    given, masks, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.saved_tensors[9:]
+    given, masks = ctx.saved_tensors[:6], ctx.saved_tensors[6:9]
+    (y, *kept), d = ctx.saved_tensors[9:], [t if t is not None and len(t) else None for t in d[:3]]
+    kept = [y, *(t if t is not None and len(t) else None for t in kept)]
     (cell, plan, reverse), needs = ctx.choices, ctx.needs_input_grad[4:10]
-    if isinstance(cell, str) and _traced(*kept):
-        grads = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *d[:3])
+    if isinstance(cell, str) and _traced(y):
+        grads = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *d)
         grads = [g if need else None for g, need in zip(grads, needs)]
     elif torch.is_grad_enabled():
         # Aliases, so that an input which was computed from another one counts for itself alone.
@@ -57,7 +60,7 @@ def _vjp(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
         rest = iter(found)
         grads = [next(rest) if need else None for need in needs]
     else:
-        grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, d[:3], needs)
+        grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, d, needs)
     return None, None, None, None, *grads, None, None, None
 
 
@@ -74,13 +77,14 @@ class _Layer(torch.autograd.Function):
 
 _GIVEN = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
 _MASKS = "Tensor? lengths, Tensor? batch_sizes, Tensor? resets"
-_KEPT = "Tensor y, Tensor states, Tensor saved, Tensor? dy, Tensor? dstates, Tensor? dlast"
+_KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, Tensor? dlast"
 
 
 @torch.library.custom_op("fused_rnn::forward", mutates_args=(), schema=(
     f"(str cell, str plan, bool[] reverse, int keep, {_GIVEN}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)"))
-def _forward_op(cell: str, plan: str, reverse: list[bool], keep: int, *tensors: Any) -> Outputs:
-    return compute.forward(*_objects(cell, plan), tensors[:6], tensors[6:], reverse, keep)
+def _forward_op(cell: str, plan: str, reverse: list[bool], keep: int, *tensors: Any) -> tuple[Tensor, ...]:
+    out = compute.forward(*_objects(cell, plan), tensors[:6], tensors[6:], reverse, keep)
+    return tuple(tensors[0].new_empty(0) if t is None else t for t in out)
 
 
 @torch.library.custom_op("fused_rnn::backward", mutates_args=(), schema=(
@@ -92,11 +96,11 @@ def _backward_op(cell: str, plan: str, reverse: list[bool], needs: list[bool], *
 
 
 @_forward_op.register_fake
-def _(cell: str, plan: str, reverse: list[bool], keep: int, x: Tensor, *tensors: Any) -> Outputs:
-    S, A, R, s0 = getattr(cells, cell).states, getattr(cells, cell).saved, math.prod(x.shape[:-1]), tensors[4]
-    width = len(reverse) * s0.shape[-1]
-    return (x.new_empty(*x.shape[:-1], width), x.new_empty(S - 1, R if keep else 0, width), x.new_empty(s0.shape),
-            x.new_empty(A, R if keep > 1 else 0, width))
+def _(cell: str, plan: str, reverse: list[bool], keep: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    others, saved, s0 = getattr(cells, cell).states - 1, getattr(cells, cell).saved, tensors[4]
+    R, width = math.prod(x.shape[:-1]), len(reverse) * s0.shape[-1]
+    return (x.new_empty(*x.shape[:-1], width), x.new_empty((others, R, width) if others and keep else 0),
+            x.new_empty(s0.shape), x.new_empty((saved, R, width) if saved and keep > 1 else 0))
 
 
 @_backward_op.register_fake
@@ -110,7 +114,7 @@ _forward_op.register_autograd(_vjp, setup_context=_setup)
 def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, s0: Tensor,
                lengths: Tensor | None = None, batch_sizes: Tensor | None = None, resets: Tensor | None = None,
                reverse: Sequence[bool] = (False,), keep: int = 0,
-               plan: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+               plan: Plan | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """N recurrences over the same sequences, each in its own direction: one layer.
 
     Args:
@@ -128,8 +132,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         plan: how to compute it, if not as `make_plan` would.
 
     Returns:
-        y [T, B, N*H] or [R, N*H], state 0 of every step; the other states [S-1, R, N*H] (no rows without `keep`); the
-        last states [N*S, B, H].
+        y [T, B, N*H] or [R, N*H], state 0 of every step; the other states [S-1, R, N*H], with `keep` and if there are
+        any; the last states [N*S, B, H].
 
     Raises:
         RuntimeError: a shape, dtype, device or length is not as above; nothing has been computed then.
@@ -149,7 +153,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     if transformed or (traced and not known) or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return formula(cell, given, masks, reverse, keep)
     if traced:
-        return _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2, *given, *masks)[:3]
+        y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2, *given, *masks)
+        return y, states if cell.states > 1 else None, last
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _Layer.apply(cell, plan, reverse, 2, *given, *masks)[:3]
     return compute.forward(cell, plan, given, masks, reverse, keep)[:3]
