@@ -7,8 +7,7 @@ All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones 
 which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what flows back through W_hh: the
 recurrence adds that. A cell in which x and r meet only as x + r returns one and the same object as dx and dr.
 
-The functions have no annotations, because Triton reads their source.
-"""
+The functions have no annotations, because Triton reads their source."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +16,7 @@ from types import FunctionType
 from typing import Any, cast
 
 # The free names of the algebra, for scalars; `bind` gives a backend its own.
-sigmoid, relu = lambda x: 1 / (1 + exp(-x)), lambda x: max(x, 0.0)
-positive, zeros_like = lambda x: float(x > 0), lambda x: 0.0
+sigmoid, relu, zeros_like = lambda x: 1 / (1 + exp(-x)), lambda x: max(x, 0.0), lambda x: 0.0
 
 
 def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
@@ -62,7 +60,7 @@ def _rnn_relu(x, r, s):
 
 
 def _rnn_relu_backward(saved, s, s_next, ds):
-    d = (ds[0] * positive(s_next[0]),)
+    d = (ds[0] * (s_next[0] > 0),)
     return d, d, (zeros_like(ds[0]),)
 
 

@@ -1,8 +1,7 @@
 """The recurrence as array operations, step after step: in NumPy, in torch on the CPU, or in CuPy.
 
 The plan's backend names the library. NumPy has the least overhead per call; torch has the faster large products and, in
-`addmm`, a product and a sum in one. Rows are packed: step t owns the sizes[t] rows that follow those of step t - 1.
-"""
+`addmm`, a product and a sum in one. Rows are packed: step t owns the sizes[t] rows that follow those of step t - 1."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
@@ -32,11 +31,10 @@ def _functions(backend: str, cell: Cell) -> tuple[Any, Callable[..., Any], Calla
     """The array library and the cell's forward and backward in it."""
     library = import_module(backend)
     names = dict(tanh=library.tanh, zeros_like=lambda x: 0)
-    if library.__name__ == "torch":
-        names |= dict(sigmoid=library.sigmoid, relu=library.relu, positive=lambda x: (x > 0).to(x.dtype))
+    if backend == "torch":
+        names |= dict(sigmoid=library.sigmoid, relu=library.relu)
     else:
-        names |= dict(sigmoid=lambda x: library.tanh(x * 0.5) * 0.5 + 0.5, relu=lambda x: library.maximum(x, 0),
-                      positive=lambda x: x > 0)
+        names |= dict(sigmoid=lambda x: library.tanh(x * 0.5) * 0.5 + 0.5, relu=lambda x: library.maximum(x, 0))
     return library, bind(cell.forward, **names), bind(cell.backward, **names)
 
 
@@ -60,11 +58,8 @@ class _Sweep:
 
     def views(self, *arrays: Array) -> list[tuple[Array, ...]]:
         """The rows of each step, in every array."""
-        if not arrays:
-            return [()] * len(self.sizes)
-        if self.torch:
-            return list(zip(*(a.split(self.sizes) for a in arrays)))
-        return list(zip(*([a[i:j] for i, j in self.bounds] for a in arrays)))
+        parts = [a.split(self.sizes) if self.torch else [a[i:j] for i, j in self.bounds] for a in arrays]
+        return list(zip(*parts)) if parts else [()] * len(self.sizes)
 
     def came(self, states: Sequence[tuple[Array, ...]], first: Array, adjoint: bool) -> Iterable[Sequence[Array]]:
         """The states that come into each step, made when they are asked for."""

@@ -2,8 +2,7 @@
 
 Hidden units are the rows of a tile and sequences its columns, so that 8 sequences already fill the matrix unit. Time
 loops are `while`: a `for` sinks the resident W_hh into shared memory and reads it again at every step. State 0 is an
-operand of the product: in block scope it stays in registers, else programs pass it on through memory.
-"""
+operand of the product: in block scope it stays in registers, else programs pass it on through memory."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -30,15 +29,10 @@ def _relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def _positive(x):
-    return (x > 0).to(x.dtype)
-
-
 @lru_cache
 def functions(cell: Cell) -> tuple[Any, Any]:
     """The cell's forward and backward as Triton functions, which the kernels take as arguments."""
-    names = dict(tl=tl, sigmoid=tl.sigmoid, tanh=_tanh, relu=_relu, positive=_positive, zeros_like=tl.zeros_like)
+    names = dict(tl=tl, sigmoid=tl.sigmoid, tanh=_tanh, relu=_relu, zeros_like=tl.zeros_like)
     return triton.jit(bind(cell.forward, **names)), triton.jit(bind(cell.backward, **names))
 
 
@@ -87,18 +81,15 @@ def _matrices(w, pitch, row_pitch, column_pitch, o_row, k0, m_row, K, BK: tl.con
 
 
 @triton.jit
-def _dot(w, h, acc, PRECISION: tl.constexpr):
-    if PRECISION == "interpreter":  # it multiplies the bit patterns of bf16 operands
-        return tl.dot(w.to(tl.float32), h.to(w.dtype).to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(w, h.to(w.dtype), acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _dots(ws, h, acc, first: tl.constexpr, step: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr):
     """acc[g] + w[g] h for every gate, with w[g] = ws[first + g * step]."""
     out = ()
     for g in tl.static_range(G):
-        out = out + (_dot(ws[first + g * step], h, acc[g], PRECISION),)
+        w, v = ws[first + g * step], h.to(ws[0].dtype)
+        if PRECISION == "interpreter":  # it multiplies the bit patterns of bf16 operands
+            out = out + (tl.dot(w.to(tl.float32), v.to(tl.float32), acc[g], input_precision="ieee"),)
+        else:
+            out = out + (tl.dot(w, v, acc[g], input_precision=PRECISION),)
     return out
 
 
@@ -146,36 +137,31 @@ def _at(u, descending, rev, T, B, o_b, lengths, offsets, resets):
 def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
                    u0, u1, T, B, R, I, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
                    N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   KT: tl.constexpr, BI: tl.constexpr, SCOPE: tl.constexpr, BARRIER: tl.constexpr,
-                   PRECISION: tl.constexpr):
-    """Steps u0 <= u < u1 of each sweep. x [R, N, G, H], or [R, I] with w_ih; state [N, S, B, H] float32, in and out;
-    hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
+                   KT: tl.constexpr, BI: tl.constexpr, XN: tl.constexpr, SCOPE: tl.constexpr,
+                   BARRIER: tl.constexpr, PRECISION: tl.constexpr):
+    """Steps u0 <= u < u1 of each sweep. x [R, N, G, H] (XN = G), or with w_ih [R, I] (XN = 1); state [N, S, B, H] in
+    float32, in and out; hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
     o_b, h0, o_bias = b0 + i_b, (n * B + b0) * H, (n * G * H + o_n)[:, None] + i_b[None, :] * 0
     m = m_n[:, None] & (o_b < B)[None, :]
     plane, slot = R.to(tl.int64) * (N * H), B.to(tl.int64) * (N * H)
     w_hh += n * G * H * H
-    ws, wi = (), ()
+    ws, wi, m_x, pitch = (), (), m, N * G * H
     if SCOPE != "launch":
         ws = _matrices(w_hh, H * H, H, 1, o_n, 0, m_n, H, BK, KT, G)
     if w_ih is not None:
         wi = _matrices(w_ih + n * G * H * I, H * I, I, 1, o_n, 0, m_n, I, BI, 1, G)
+        o_x, m_x, x0, pitch = i_b[None, :] * I + o_i[:, None], (o_i < I)[:, None], b0 * I, I
     bx, br = _load(b_ih, H, o_bias, m, None, G), _load(b_hh, H, o_bias, m, None, G)
     s = _load(state + s0, B * H, o_s, m, None, S)
     u = u0
     row, runs, cut = _at(u, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
-    if w_ih is not None:
-        xs = (_matrix(x + (row + b0) * I, 1, I, o_i, i_b, o_i < I, runs),)
-    else:
-        xs = _load(x + row * (N * G * H) + x0, H, o_x, m & runs[None, :], None, G)
+    xs = _load(x + row * pitch + x0, H, o_x, m_x & runs[None, :], None, XN)
     while u < u1:
         row_next, runs_next, cut_next = _at(u + 1, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
-        wanted = runs_next & (u + 1 < u1)  # x is fetched one step ahead
-        if w_ih is not None:
-            xs_next = (_matrix(x + (row_next + b0) * I, 1, I, o_i, i_b, o_i < I, wanted),)
-        else:
-            xs_next = _load(x + row_next * (N * G * H) + x0, H, o_x, m & wanted[None, :], None, G)
+        wanted = (runs_next & (u + 1 < u1))[None, :]  # x is fetched one step ahead
+        xs_next = _load(x + row_next * pitch + x0, H, o_x, m_x & wanted, None, XN)
         s = _where(~cut[None, :], s, None, S)
         r = br
         if SCOPE == "block":
@@ -233,17 +219,17 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
     row, runs, cut = _at(u, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     while u < u1:
         row_next, runs_next, cut_next = _at(u + 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
-        acc = d[0]
+        acc = (d[0],)
         if SCOPE == "block":
             for g in tl.static_range(G):
-                acc = _dot(ws[g], tl.where(cut_last[None, :], 0.0, gr[g]), acc, PRECISION)
+                acc = _dots(ws, tl.where(cut_last[None, :], 0.0, gr[g]), acc, g, 0, 1, PRECISION)
         else:
             last, flows = dr + row_last * (N * G * H) + x0, runs_last & ~cut_last
             if SCOPE == "grid":
                 for i in tl.static_range(G * KT):
                     o_k = (i % KT) * BK + tl.arange(0, BK)
                     dk = _matrix(last + (i // KT) * H, 1, N * G * H, o_k, i_b, o_k < H, flows, ".cg")
-                    acc = _dot(ws[i], dk, acc, PRECISION)
+                    acc = _dots(ws, dk, acc, i, 0, 1, PRECISION)
             else:
                 k = 0
                 while k < H:
@@ -251,9 +237,9 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
                     wk = _matrices(w_hh, H * H, 1, H, o_n, k, m_n, H, BK, 1, G)
                     for g in tl.static_range(G):
                         dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows)
-                        acc = _dot(wk[g], dk, acc, PRECISION)
+                        acc = _dots(wk, dk, acc, g, 0, 1, PRECISION)
                     k += BK
-        d = (acc,) + d[1:]
+        d = acc + d[1:]
         m_run, at, at_next = m & runs[None, :], row * (N * H) + y0, row_next * (N * H) + y0
         before = m_run & (runs_next & ~cut)[None, :]
         s_next = _load(y + at, 0, o_y, m_run, None, 1)
@@ -314,7 +300,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: T
         hidden[0] = s0[::S]
     tensors = x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved
     _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
-            BI=16 if w_ih is None else power_of_2(I, 16))
+            BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1)
     return y, states, state.to(x.dtype), saved
 
 

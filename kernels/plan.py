@@ -4,8 +4,7 @@ The scope of a plan is that of the barrier between two time steps:
 host    the host goes through time, over array operations
 block   the kernel does; one block owns all of H for its sequences; W_hh stays in registers or shared memory
 grid    likewise, in a cooperative launch in which each block owns a slice of H; h goes through the L2 cache
-launch  the host does, with one launch a step; W_hh is read at every step
-"""
+launch  the host does, with one launch a step; W_hh is read at every step"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -51,8 +50,8 @@ class Plan(NamedTuple):
 class Rows(NamedTuple):
     """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences go through them.
 
-    Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at offsets[t] and are those of the `sizes`[t]
-    sequences that run, which come first; else they are all B. `resets` [T, B] is as in `rnn.functional.recurrence`."""
+    Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at offsets[t] and are those of the first
+    sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`."""
 
     steps: int
     reverse: Sequence[bool]

@@ -4,6 +4,7 @@ Shapes are those of `ops.recurrence`; `given` is its x to s0, `masks` its length
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,9 +36,9 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
 
 
 def _arrays(numpy: bool, *tensors: Any) -> Sequence[Any]:
-    if not numpy:
-        return tensors
-    return [(t.detach() if t.requires_grad else t).numpy() if isinstance(t, Tensor) else t for t in tensors]
+    if numpy:
+        return [(t.detach() if t.requires_grad else t).numpy() if isinstance(t, Tensor) else t for t in tensors]
+    return tensors
 
 
 def _tensors(*arrays: Any) -> list[Any]:
@@ -53,11 +54,9 @@ class _Run:
         (x, *_, s0), (lengths, batch_sizes, resets), B = given, masks, given[5].shape[1]
         tf32 = x.is_cuda and torch.backends.cudnn.rnn.fp32_precision == "tf32"
         self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
-        self.numpy, self.backend, T = self.plan.backend == "numpy", cpu, x.shape[0]
-        if self.plan.backend == "triton":
-            from .kernels import gpu  # Triton may be missing, and takes a while to import
-
-            self.backend = gpu
+        # Imported late: Triton may be missing, and takes a while.
+        self.backend = import_module(".kernels.gpu", __package__) if self.plan.backend == "triton" else cpu
+        self.numpy, T = self.plan.backend == "numpy", x.shape[0]
         self.total, self.index, self.order = x.shape[:-1].numel(), None, None
         if lengths is not None and self.backend is cpu:
             ends, self.order = lengths.cpu().sort(descending=True, stable=True)
@@ -79,15 +78,13 @@ class _Run:
 
     def spread(self, t: Any) -> Any:
         """The inverse, with 0 in the rows left out."""
-        if t is None or self.index is None:
-            return t
-        return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
+        whole = t is None or self.index is None
+        return t if whole else t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
 
     def sort(self, t: Any, back: bool = False) -> Any:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
-        if t is None or self.order is None:
-            return t if t is None else t.contiguous()
-        return t[:, self.order.argsort() if back else self.order]
+        order = self.order.argsort() if back and self.order is not None else self.order
+        return t if t is None else t.contiguous() if order is None else t[:, order]
 
 
 def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
@@ -125,25 +122,19 @@ def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequenc
     # From here on either NumPy's arrays or torch's tensors: the same words serve.
     x, w_ih = _arrays(small, x, w_ih)
     dx, dr, came, s0, y = (dx, dr, came, *arrays[1:3]) if small else _tensors(dx, dr, came, s0, y)
-    grads: list[Any] = [None] * 6
-    if needs[0]:
-        grads[0] = run.spread(_tensors(dx @ w_ih)[0]).view(shape)
-    if needs[1]:
-        if masks[0] is not None and run.index is None:  # 0 times a NaN in the padding is NaN
-            x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
-        grads[1] = dx.T @ x
-    if needs[2]:
-        H, GH, h = w_hh.shape[1], len(w_hh) // len(reverse), y if came is None else came
-        parts = [_product(dr[:, n * GH : (n + 1) * GH].T, h[:, n * H : (n + 1) * H],
-                          s0[n * cell.states] if came is None else None, back) for n, back in enumerate(reverse)]
-        grads[2] = parts[0] if len(parts) == 1 else torch.cat(_tensors(*parts))
-    if needs[3]:
-        grads[3] = dx.sum(0)
-    if needs[4]:
-        grads[4] = dr.sum(0) if cell.split or grads[3] is None else grads[3] + 0
-    if needs[5]:
-        grads[5] = run.sort(_tensors(ds)[0], back=True)
-    return _tensors(*grads)
+    if masks[0] is not None and run.index is None:  # 0 times a NaN in the padding is NaN
+        x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
+    (GH, H), N, h = (len(w_hh) // len(reverse), w_hh.shape[1]), len(reverse), y if came is None else came
+
+    def recurrent(n: int) -> Any:
+        first = s0[n * cell.states] if came is None else None
+        return _product(dr[:, n * GH : (n + 1) * GH].T, h[:, n * H : (n + 1) * H], first, reverse[n])
+
+    db = dx.sum(0) if needs[3] or needs[4] else None
+    grads = (lambda: run.spread(_tensors(dx @ w_ih)[0]).view(shape), lambda: dx.T @ x,
+             lambda: recurrent(0) if N == 1 else torch.cat(_tensors(*map(recurrent, range(N)))), lambda: db,
+             lambda: dr.sum(0) if cell.split else db + 0, lambda: run.sort(_tensors(ds)[0], back=True))
+    return _tensors(*(grad() if need else None for grad, need in zip(grads, needs)))
 
 
 def _product(d: Any, h: Any, first: Any, reverse: bool) -> Any:

@@ -10,13 +10,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .kernels.cells import Cell, bind
 
-OPERATIONS = dict(sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu, positive=lambda x: (x > 0).to(x.dtype),
-                  zeros_like=torch.zeros_like)
+OPERATIONS = dict(sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu, zeros_like=torch.zeros_like)
 
 
-def step(cell: Cell, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The next states [B, H], from x [B, G*H] = W_ih x_t + b_ih and the states s."""
-    r = F.linear(s[0], w_hh, b_hh)
+def step(cell: Cell, x: Tensor, r: Tensor, s: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The next states [B, H], from the pre-activations x and r [B, G*H] and the states s."""
     return bind(cell.forward, **OPERATIONS)(x.chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
 
 
@@ -40,7 +38,7 @@ def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], re
         for t in reversed(range(T)) if backwards else range(T):
             if resets is not None and t + backwards < T:
                 s = [torch.where(resets[t + backwards, :, None] & (t + backwards < ends), 0, v) for v in s]
-            out[t] = step(cell, gates[n][t], weights[n], biases[n], s)
+            out[t] = step(cell, gates[n][t], F.linear(s[0], weights[n], biases[n]), s)
             if lengths is None:
                 s = out[t]
             else:

@@ -32,8 +32,7 @@ class _Stack(nn.RNNBase):
             weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
         return weights if self.bias else [[*pair, None, None] for pair in weights]
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None,
-                resets: Tensor | None = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Any = None) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -47,37 +46,35 @@ class _Stack(nn.RNNBase):
         Returns:
             The output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`.
 
-        Raises:
-            ValueError, RuntimeError: what torch.nn refuses, as it does, before anything is computed.
-        """
+        Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
         batch_sizes = order = restore = None
         x, one, batch_dim = input, False, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
             x, batch_sizes, order, restore = input
         else:
-            name, one = self.mode.partition("_")[0], x.dim() == 2
+            one = x.dim() == 2
             if x.dim() not in (2, 3):
+                name = self.mode.partition("_")[0]
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D tensor instead")
             if hx is not None and hx.dim() != x.dim():
                 raise RuntimeError(f"For {'unbatched' if one else 'batched'} {x.dim()}-D input, hx should also be "
                                    f"{x.dim()}-D but got {hx.dim()}-D tensor")
             if one:
-                x, hx = x.unsqueeze(batch_dim), hx if hx is None else hx.unsqueeze(1)
-                resets = resets if resets is None else resets.unsqueeze(batch_dim)
+                x, hx, resets = (t if t is None else t.unsqueeze(dim) for t, dim in
+                                 ((x, batch_dim), (hx, 1), (resets, batch_dim)))
         layers = self._layers()
         if x.dtype != layers[0][0].dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({layers[0][0].dtype}). Convert "
                              f"input: input.to({layers[0][0].dtype}), or convert model: model.to({x.dtype})")
         if x.shape[-1] != self.input_size:
-            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got "
-                               f"{x.shape[-1]}")
+            sizes = f"Expected {self.input_size}, got {x.shape[-1]}"
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. {sizes}")
         expected = self.get_expected_hidden_size(x, batch_sizes)
         hx = x.new_zeros(expected) if hx is None else self.permute_hidden(hx, order)
         self.check_hidden_size(hx, expected)
-        if self.batch_first and batch_sizes is None:
-            x, resets = x.transpose(0, 1), resets if resets is None else resets.transpose(0, 1)
-        resets = resets if resets is None or order is None else resets.index_select(1, order)
-
+        if resets is not None:
+            resets = resets[:, order] if order is not None else resets.T if self.batch_first else resets
+        x = x.transpose(0, 1) if self.batch_first and batch_sizes is None else x
         D, last = 1 + self.bidirectional, []
         for i, weights in enumerate(layers):
             if i and self.dropout:
@@ -129,6 +126,6 @@ class RNNCell(nn.RNNCellBase):
             raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {h.shape[1]}, expected {H}")
         if h.shape != (len(x), H):
             raise RuntimeError(f"Input batch size {len(x)} doesn't match hidden0 batch size {len(h)}")
-        cell = _CELLS[f"RNN_{self.nonlinearity.upper()}"]
-        (h,) = step(cell, F.linear(x, self.weight_ih, self.bias_ih), self.weight_hh, self.bias_hh, (h,))
+        x, r = F.linear(x, self.weight_ih, self.bias_ih), F.linear(h, self.weight_hh, self.bias_hh)
+        (h,) = step(_CELLS[f"RNN_{self.nonlinearity.upper()}"], x, r, (h,))
         return h.squeeze(0) if one else h

@@ -1,10 +1,9 @@
 """The operator: one layer, all its directions, the whole sequence; its gradients, and what PyTorch sees of it.
 
-`recurrence` takes one of three routes. Under vmap and forward-mode AD, and where no kernel is for the device or dtype: the
-formula, in differentiable torch operations. While compiling, exporting or under a dispatch mode: custom operators that
-PyTorch does not look into (forward-mode AD must not come there: it would silently give 0). Else: an autograd.Function,
-whose backward is the formula's where a graph of it is asked for, so that it can be differentiated again.
-"""
+`recurrence` takes one of three routes. Under vmap and forward-mode AD, and where there is no kernel for the device or
+dtype: the formula, in differentiable torch operations. While compiling, exporting or under a dispatch mode: custom
+operators that PyTorch does not look into (forward-mode AD must not come there: it would silently give 0). Else: an
+autograd.Function, whose backward is the formula's where a graph of it is asked for, to be differentiated again."""
 
 import json
 import math
@@ -22,8 +21,6 @@ from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 
-Outputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-
 
 def _traced(*tensors: Tensor) -> bool:
     return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -35,7 +32,7 @@ def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
     return (getattr(cells, cell), Plan(*json.loads(plan)) if plan else None) if isinstance(cell, str) else (cell, plan)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     (*ctx.choices, _), (y, states, _, saved) = inputs[:4], output
     ctx.save_for_backward(*inputs[4:], y, states, saved)
     if saved is not None:
@@ -44,21 +41,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _vjp(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
-    given, masks = ctx.saved_tensors[:6], ctx.saved_tensors[6:9]
-    (y, *kept), d = ctx.saved_tensors[9:], [t if t is not None and len(t) else None for t in d[:3]]
-    kept = [y, *(t if t is not None and len(t) else None for t in kept)]
-    (cell, plan, reverse), needs = ctx.choices, ctx.needs_input_grad[4:10]
-    if isinstance(cell, str) and _traced(y):
-        grads = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *d)
-        grads = [g if need else None for g, need in zip(grads, needs)]
+    given, masks, (cell, plan, reverse) = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.choices
+    there = [t if t is not None and len(t) else None for t in (*ctx.saved_tensors[9:], *d[:3])]
+    kept, d, needs = there[:3], there[3:], ctx.needs_input_grad[4:10]
+    if isinstance(cell, str) and _traced(kept[0]):
+        found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *d)
+        grads = [g if need else None for g, need in zip(found, needs)]
     elif torch.is_grad_enabled():
         # Aliases, so that an input which was computed from another one counts for itself alone.
         alias = [t if t is None else t.view_as(t) for t in given]
         pairs = [(o, g) for o, g in zip(formula(_objects(cell, plan)[0], alias, masks, reverse, 1), d) if g is not None]
-        found = torch.autograd.grad([o for o, _ in pairs], [t for t, need in zip(alias, needs) if need],
-                                    [g for _, g in pairs], create_graph=True, allow_unused=True)
-        rest = iter(found)
-        grads = [next(rest) if need else None for need in needs]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], [t for t, need in zip(alias, needs) if need],
+                                         [g for _, g in pairs], create_graph=True, allow_unused=True))
+        grads = [next(found) if need else None for need in needs]
     else:
         grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, d, needs)
     return None, None, None, None, *grads, None, None, None
@@ -66,7 +61,7 @@ def _vjp(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Outputs:  # with a separate setup_context, apply would cost 60 us more
+    def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:  # a separate setup_context would cost 60 us more
         cell, plan, reverse, keep, *tensors = inputs
         output = compute.forward(cell, plan, tensors[:6], tensors[6:], reverse, keep)
         _setup(ctx, inputs, output)
@@ -135,9 +130,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         y [T, B, N*H] or [R, N*H], state 0 of every step; the other states [S-1, R, N*H], with `keep` and if there are
         any; the last states [N*S, B, H].
 
-    Raises:
-        RuntimeError: a shape, dtype, device or length is not as above; nothing has been computed then.
-    """
+    Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
     given, masks, kind = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), x.device.type
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
     if autocast or (kind == "cpu" and plan is None and x.dtype in (torch.float16, torch.bfloat16)):
@@ -148,31 +141,34 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
             out = recurrence(cell, *cast, *masks, reverse, keep, plan)
         return out if autocast else tuple(t.to(x.dtype) for t in out)
     _check(cell, given, masks, len(reverse))
-    traced, known, reverse = _traced(x, w_hh), getattr(cells, cell.name, None) is cell, list(reverse)
+    traced, reverse = _traced(x, w_hh), list(reverse)
     transformed = not traced and (torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0)
-    if transformed or (traced and not known) or (plan is None and not compute.has_kernel(x.device, x.dtype)):
+    unknown = traced and getattr(cells, cell.name, None) is not cell
+    if transformed or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return formula(cell, given, masks, reverse, keep)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if traced:
-        y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2, *given, *masks)
-        return y, states if cell.states > 1 else None, last
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2 if train else keep,
+                                         *given, *masks)
+        return y, states if len(states) else None, last
+    if train:
         return _Layer.apply(cell, plan, reverse, 2, *given, *masks)[:3]
     return compute.forward(cell, plan, given, masks, reverse, keep)[:3]
 
 
 def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: int) -> None:
-    (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
-    (_, B, H), I, width = s0.shape, x.shape[-1], N * cell.gates * s0.shape[-1]
-    T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    floats, integers = (x.dtype,) if x.dtype.is_floating_point or x.dtype.is_complex else (), (torch.int64, torch.int32)
-    for name, t, shape, dtypes in (
-            ("input", x, (T, B, I) if batch_sizes is None else (len(x), I), floats), ("weight_ih", w_ih, (width, I), floats),
-            ("weight_hh", w_hh, (width, H), floats), ("bias_ih", b_ih, (width,), floats),
-            ("bias_hh", b_hh, (width,), floats), ("hidden", s0, (N * cell.states, B, H), floats),
-            ("resets", resets, (T, B), (torch.bool,)), ("lengths", lengths, (B,), integers)):
-        if t is not None and (t.shape != shape or t.dtype not in dtypes or t.device != x.device and t is not lengths):
-            raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, dtypes))} and on {x.device}, "
-                               f"as the input, got {list(t.shape)}, {t.dtype} and {t.device}")
+    (x, *_), (lengths, batch_sizes, _), (_, B, H) = given, masks, given[5].shape
+    width, I, T = N * cell.gates * H, x.shape[-1], len(x) if batch_sizes is None else len(batch_sizes)
+    shapes = dict(input=(T, B, I) if batch_sizes is None else (len(x), I), weight_ih=(width, I), weight_hh=(width, H),
+                  bias_ih=(width,), bias_hh=(width,), hidden=(N * cell.states, B, H), lengths=(B,), batch_sizes=(T,),
+                  resets=(T, B))
+    floats, int64 = (x.dtype,) if x.dtype.is_floating_point or x.dtype.is_complex else (), torch.int64
+    dtypes = *[floats] * 6, (int64, torch.int32), (int64,), (torch.bool,)
+    for (name, shape), allowed, t in zip(shapes.items(), dtypes, (*given, *masks)):
+        anywhere = t is lengths or t is batch_sizes
+        if t is not None and (t.shape != shape or t.dtype not in allowed or t.device != x.device and not anywhere):
+            raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, allowed))} and on "
+                               f"{x.device}, got {list(t.shape)}, {t.dtype} and on {t.device}")
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None and batch_sizes is not None:

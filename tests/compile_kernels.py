@@ -72,16 +72,16 @@ def measure(cell_name: str, dtype_name: str, B: int, I: int, H: int, N: int, cap
     plan = make_plan(cell, (B, I, H, N), dtype_name, GPUS[capability], tf32)
     T, G, S, A = 3, cell.gates, cell.states, cell.saved
     new = lambda *shape: torch.empty(shape, dtype=dtype)  # noqa: E731
-    rows = Rows(T, (), torch.zeros(B, dtype=torch.int64) if "lengths" in options else None,
-                torch.zeros(T, dtype=torch.int64) if "offsets" in options else None)
+    lengths = torch.zeros(B, dtype=torch.int64) if "lengths" in options or "offsets" in options else None
+    offsets = torch.zeros(T, dtype=torch.int64) if "offsets" in options else None
     resets = torch.zeros(T, B, dtype=torch.bool) if "resets" in options else None
-    reverse = [n % 2 == 1 for n in range(N)]
+    rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
     w, b, s, y = new(N * G * H, H), new(N * G * H), new(N * S, B, H), new(T * B, N * H)
     x, fused = (new(T * B, I), dict(w_ih=new(N * G * H, I), b_ih=b)) if plan.fused else (new(T * B, N * G * H), {})
     recorders = gpu.forward_kernel, gpu.backward_kernel = Recorder(gpu.forward_kernel), Recorder(gpu.backward_kernel)
-    gpu.forward(cell, plan, x, w, b if cell.split else None, s, rows, resets, reverse, 2, **fused)
-    states = new(S - 1, T * B, N * H)
-    gpu.backward(cell, plan, w, s, y, states, new(A, T * B, N * H), y, states if "states" in options and S > 1 else None, s, rows, resets, reverse)
+    gpu.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
+    states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
+    gpu.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
     gpu.forward_kernel, gpu.backward_kernel = (r.kernel for r in recorders)
     for recorder in recorders:
         arguments, launch = recorder.launches[0]
