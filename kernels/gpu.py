@@ -64,7 +64,7 @@ def _where(mask, a, b, N: tl.constexpr):
 
 
 @triton.jit
-def _matrix(ptr, row_pitch, column_pitch, o_row, o_column, m_row, m_column, CACHE: tl.constexpr = ""):
+def _matrix(ptr, row_pitch, column_pitch, o_row, o_column, m_row, m_column, CACHE: tl.constexpr):
     offsets = o_row[:, None] * row_pitch + o_column[None, :] * column_pitch
     return tl.load(ptr + offsets, mask=m_row[:, None] & m_column[None, :], other=0.0, cache_modifier=CACHE)
 
@@ -76,7 +76,7 @@ def _matrices(w, pitch, row_pitch, column_pitch, o_row, k0, m_row, K, BK: tl.con
     out = ()
     for i in tl.static_range(G * KT):
         o_k = k0 + (i % KT) * BK + tl.arange(0, BK)
-        out = out + (_matrix(w + (i // KT) * pitch, row_pitch, column_pitch, o_row, o_k, m_row, o_k < K),)
+        out = out + (_matrix(w + (i // KT) * pitch, row_pitch, column_pitch, o_row, o_k, m_row, o_k < K, ""),)
     return out
 
 
@@ -177,7 +177,7 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
                 while k < H:
                     o_k = k + tl.arange(0, BK)
                     wk = _matrices(w_hh, H * H, H, 1, o_n, k, m_n, H, BK, 1, G)
-                    r = _dots(wk, _matrix(came, 1, H, o_k, i_b, o_k < H, m_b), r, 0, 1, G, PRECISION)
+                    r = _dots(wk, _matrix(came, 1, H, o_k, i_b, o_k < H, m_b, ""), r, 0, 1, G, PRECISION)
                     k += BK
         if w_ih is not None:
             xs = _dots(wi, xs[0], bx, 0, 1, G, PRECISION)
@@ -236,7 +236,7 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
                     o_k = k + tl.arange(0, BK)
                     wk = _matrices(w_hh, H * H, 1, H, o_n, k, m_n, H, BK, 1, G)
                     for g in tl.static_range(G):
-                        dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows)
+                        dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows, "")
                         acc = _dots(wk, dk, acc, g, 0, 1, PRECISION)
                     k += BK
         d = acc + d[1:]
