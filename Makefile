@@ -1,0 +1,37 @@
+# Every target makes what it needs: `make demo` and `make test` on a fresh machine are all that is to be done.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := rnn tests bench examples
+
+.PHONY: demo test check lint bench clean
+
+demo: .venv/demo
+	$(BIN)/python examples/language_model.py
+
+test: .venv/test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: .venv/test
+	$(BIN)/python -m pytest -q --cases 2000
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(SOURCES)
+
+bench: .venv/test
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	touch $@
+
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@ .venv/demo
