@@ -1,11 +1,12 @@
 """Times `rnn.RNN` against `torch.nn.RNN`, side by side: forward without gradients, and training (forward and backward).
 
-The layers take turns, and medians are compared, so that what else the machine does falls on all of them alike. float32 runs
-in the same mode everywhere: on a GPU in TF32 or not, as torch.backends.cudnn.rnn.fp32_precision says. Prints a table, and
-writes a JSON file with the device, the versions and the commit, and a plot of the ratios."""
+The layers take turns, and medians are compared, so that what else the machine does falls on all of them alike. float32
+runs in the same mode everywhere: on a GPU in TF32 or not, as torch.backends.cudnn.rnn.fp32_precision says. Prints a
+table, and writes a JSON file with the device, the versions and the commit, and a plot of the ratios."""
 
 import argparse
 import datetime
+import functools
 import importlib
 import json
 import platform
@@ -13,23 +14,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
+import suites
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from a checkout, not installed
-
-import rnn  # noqa: E402
-from bench import suites  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # it runs from a checkout, too
+import rnn
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def timed(functions: list[Callable[[], Any]], seconds: float, device: str) -> list[float]:
+def timed(functions: Sequence[Callable[[], Any]], seconds: float, device: str) -> list[float]:
     """The median time of each function in seconds; they are called in turn for some `seconds`."""
 
     def once(function: Callable[[], Any]) -> float:
@@ -39,7 +39,7 @@ def timed(functions: list[Callable[[], Any]], seconds: float, device: str) -> li
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for function in functions * 2:
+    for function in [*functions, *functions]:
         once(function)
     rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
@@ -75,7 +75,7 @@ def measure(shape: suites.Shape, layers: dict[str, Any], options: argparse.Names
 
     row: dict[str, Any] = dict(B=B, T=T, H=H, I=I)
     for kind in (forward, training):
-        functions = [lambda layer=layer, kind=kind: kind(layer) for layer in built.values()]
+        functions = [functools.partial(kind, layer) for layer in built.values()]
         row[kind.__name__] = dict(zip(built, timed(functions, options.seconds, options.device)))
     weights = {name: p.to(dtype).double() for name, p in oracle.state_dict().items()}
     oracle.load_state_dict(weights)
@@ -91,7 +91,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         done = subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True)
         return done.stdout.strip()
 
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__)
+    versions: dict[str, Any] = dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__)
     if options.device == "cuda":
         device = torch.cuda.get_device_name()
         versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
@@ -101,8 +101,9 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
                   if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
         device = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
     return dict(device=device, kind=options.device, dtype=options.dtype, cell=options.cell, suite=options.suite,
-                fp32_precision=torch.backends.cudnn.rnn.fp32_precision if options.device == "cuda" else "ieee",
-                versions=versions, commit=git("rev-parse", "--short", "HEAD"), modified=bool(git("status", "--porcelain", "-uno")),
+                fp32_precision=getattr(torch.backends.cudnn.rnn, "fp32_precision", "unknown"),
+                versions=versions, commit=git("rev-parse", "--short", "HEAD"),
+                modified=bool(git("status", "--porcelain", "-uno")),
                 date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
 
@@ -113,7 +114,8 @@ def ratio(row: dict[str, Any], kind: str) -> float:
 
 def show(row: dict[str, Any]) -> str:
     def cell(kind: str) -> str:
-        return "".join(f"{1e6 * seconds / row['T']:12.2f}" for seconds in row[kind].values()) + f"{ratio(row, kind):8.2f}"
+        times = "".join(f"{1e6 * seconds / row['T']:12.2f}" for seconds in row[kind].values())
+        return f"{times}{ratio(row, kind):8.2f}"
 
     return (f"{row['B']:5}{row['T']:7}{row['H']:6}{row['I']:6} {cell('forward')}  {cell('training')}  "
             + "".join(f"{error:9.1e}" for error in row["error"].values()))
@@ -161,10 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     for peer in options.peer:
         module, _, name = peer.partition(":")
         layers[peer] = getattr(importlib.import_module(module), name)
-    results = environment(options) | dict(rows=[])
-    print(f"{results['device']}, {options.dtype}, {options.cell}; us per step of {', '.join(layers)}; ratio of torch.nn to rnn")
+    results: dict[str, Any] = environment(options) | dict(rows=[])
+    print(f"{results['device']}, {options.dtype}, {options.cell}; us per step of {', '.join(layers)}, and the ratio of "
+          "torch.nn's time to rnn's")
     width = 12 * len(layers) + 8
-    print(f"{'B':>5}{'T':>7}{'H':>6}{'I':>6} {'forward':>{width}}  {'training':>{width}}  {'errors':>{9 * len(layers)}}")
+    print(f"{'B':>5}{'T':>7}{'H':>6}{'I':>6} {'forward':>{width}}  {'training':>{width}}  "
+          f"{'errors':>{9 * len(layers)}}")
     for shape in (suites.CPU if options.device == "cpu" else suites.GPU)[options.suite]:
         row = measure(shape, layers, options)
         results["rows"].append(row)
@@ -176,7 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     if small and options.device == "cpu":
         print(f"training at B <= 16, H <= 128: median {statistics.median(small):.2f}")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.device}-{options.suite}-{options.cell}-{options.dtype}-{results['commit'] or 'unknown'}.json"
+    name = "-".join((options.device, options.suite, options.cell, options.dtype, results["commit"] or "unknown"))
+    path = options.out / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     plot(path.with_suffix(".png"), results)
     print(f"{path}\n{path.with_suffix('.png')}")

@@ -9,7 +9,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +23,7 @@ import rnn
 class LanguageModel(nn.Module):
     """h_t = tanh(W_xh x_t + W_hh h_{t-1} + b), y_t = W_hy h_t + b_y, where y_t scores the next character."""
 
-    def __init__(self, layer: type[nn.RNNBase], characters: int, hidden: int) -> None:
+    def __init__(self, layer: Callable[[int, int], nn.Module], characters: int, hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, hidden)
         self.rnn = layer(hidden, hidden)
@@ -111,13 +111,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--text", metavar="FILE", help="UTF-8 text to learn (default: the help texts of Python's standard library)")
-    option("--hidden", type=positive, default=256, help="hidden units, and size of the embedding (default: %(default)s)")
+    option("--text", metavar="FILE", help="UTF-8 text to learn (default: the help texts that come with Python)")
+    option("--hidden", type=positive, default=256, help="hidden units and embedding size (default: %(default)s)")
     option("--batch", type=positive, default=32, help="streams that the text is cut into (default: %(default)s)")
     option("--length", type=positive, default=64, help="characters of each stream in a step (default: %(default)s)")
     option("--steps", type=positive, default=800, help="training steps (default: %(default)s)")
     option("--rate", type=float, default=2e-3, help="learning rate of Adam (default: %(default)s)")
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    option("--device", default=device, help="cpu or cuda (default: %(default)s)")
     option("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="(default: %(default)s)")
     option("--seed", type=int, default=0, help="of the weights and of the sample (default: %(default)s)")
     option("--plot", metavar="FILE", default="language_model.png", help="the loss curves (default: %(default)s)")

@@ -1,12 +1,12 @@
 """The recurrence as array operations, step after step: in NumPy, in torch on the CPU, or in CuPy.
-
 The plan's backend names the library. NumPy has the least overhead per call; torch has the faster large products and, in
 `addmm`, a product and a sum in one. Rows are packed: step t owns the sizes[t] rows that follow those of step t - 1."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from itertools import accumulate, pairwise
+from operator import setitem
 from typing import Any
 
 from .cells import Cell, bind
@@ -15,27 +15,69 @@ from .plan import Plan, Rows
 Array = Any
 
 
-class _Nothing:
-    """What x is where r holds x + r."""
+def _method(operation: str, swap: bool = False) -> Callable[..., Any]:
+    return lambda self, other: self.do(operation, *((other, self) if swap else (self, other)))
 
-    __array_ufunc__ = None  # NumPy leaves the sum to __radd__
 
-    def __add__(self, other: Any) -> Any:
-        return other
+class _Value:
+    """A value while it is recorded. The constant 0 adds nothing."""
 
-    __radd__ = __add__
+    def __init__(self, lines: list[Any], name: str) -> None:
+        self.lines, self.name = lines, name
+
+    def do(self, operation: str, *arguments: Any) -> Any:
+        if operation == "add" and 0 in arguments:
+            return self
+        self.lines.append((operation, arguments, _Value(self.lines, f"t{len(self.lines)}")))
+        return self.lines[-1][2]
+
+    __add__, __radd__, __mul__, __rmul__ = (_method(name) for name in ("add", "add", "multiply", "multiply"))
+    __sub__, __rsub__, __gt__ = _method("subtract"), _method("subtract", swap=True), _method("greater")
+
+
+def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outputs: Sequence[Sequence[str]],
+           operations: Mapping[str, Callable[..., Any]], skip: str = "") -> tuple[Callable[..., None], int, bool]:
+    """`function`, of and to tuples of values, as `run(*inputs, *outputs, *temporaries)` on arrays; the number of those
+    temporaries; and whether the output `skip` is the constant 0 and has no array. Inputs and outputs go by names, a
+    letter, not t, and a number; an input without a name is the constant 0, outputs without names are left out."""
+    lines: list[Any] = []
+    unary: Any = {name: lambda v, name=name: v.do(name, v) for name in ("tanh", "relu", "sigmoid")}
+    if "sigmoid" not in operations:
+        unary["sigmoid"] = lambda v: unary["tanh"](v * 0.5) * 0.5 + 0.5
+    results = bind(function, zeros_like=lambda v: 0, **unary)(
+        *(tuple(_Value(lines, name) if name else 0 for name in group) for group in inputs))
+    skipped, parameters = False, [name for group in inputs for name in group if name]
+    for name, value in [pair for group in zip(outputs, results) for pair in zip(*group)]:
+        if name == skip and not isinstance(value, _Value):
+            skipped = True
+            continue
+        if not isinstance(value, _Value) or value.name[0] != "t":  # a constant, an input, or an output already
+            lines.append(("copy", (value,), _Value(lines, "t")))
+            value = lines[-1][2]
+        value.name = name
+        parameters.append(name)
+    temporaries = [result.name for *_, result in lines if result.name[0] == "t"]
+    names = [", ".join(a.name if isinstance(a, _Value) else repr(a) for a in arguments) for _, arguments, _ in lines]
+    text = "\n ".join(f"{line[0]}({given}, out={line[2].name})" for line, given in zip(lines, names))
+    scope = dict(operations)
+    # Straight-line Python, because a loop over the operations would cost as much as they do at small sizes.
+    exec(f"def run({', '.join(parameters + temporaries)}):\n {text}", scope)
+    return scope["run"], len(temporaries), skipped
 
 
 @lru_cache
-def _functions(backend: str, cell: Cell) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
-    """The array library and the cell's forward and backward in it."""
+def _program(backend: str, cell: Cell, adjoint: bool, save: bool = True) -> tuple[Any, Callable[..., None], int, bool]:
+    """The array library, and the cell's forward or backward in it."""
     library = import_module(backend)
-    names = dict(tanh=library.tanh, zeros_like=lambda x: 0)
+    operations: Any = {name: getattr(library, name) for name in ("add", "subtract", "multiply", "greater", "tanh")}
+    operations |= dict(copy=lambda value, out: setitem(out, ..., value), relu=partial(library.maximum, 0))
     if backend == "torch":
-        names |= dict(sigmoid=library.sigmoid, relu=library.relu)
-    else:
-        names |= dict(sigmoid=lambda x: library.tanh(x * 0.5) * 0.5 + 0.5, relu=lambda x: library.maximum(x, 0))
-    return library, bind(cell.forward, **names), bind(cell.backward, **names)
+        operations |= dict(relu=partial(library.clamp_min, min=0), sigmoid=library.sigmoid)
+    G, S, A = cell.gates, cell.states, cell.saved
+    x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
+    if adjoint:
+        return library, *_record(cell.backward, (a, s, n, d), (x if cell.split else (), r, p), operations, "p0")
+    return library, *_record(cell.forward, (x if cell.split else [""] * G, r, s), (n, a if save else ()), operations)
 
 
 class _Sweep:
@@ -61,10 +103,10 @@ class _Sweep:
         parts = [a.split(self.sizes) if self.torch else [a[i:j] for i, j in self.bounds] for a in arrays]
         return list(zip(*parts)) if parts else [()] * len(self.sizes)
 
-    def came(self, states: Sequence[tuple[Array, ...]], first: Array, adjoint: bool) -> Iterable[Sequence[Array]]:
+    def came(self, states: Sequence[Any], first: Array, adjoint: bool) -> Iterable[Sequence[Array]]:
         """The states that come into each step, made when they are asked for."""
         if self.even:
-            came = [tuple(z[: self.sizes[0]] for z in first), *states[:: -1 if self.reverse else 1][:-1]]
+            came: list[Any] = [tuple(z[: self.sizes[0]] for z in first), *states[:: -1 if self.reverse else 1][:-1]]
             yield from reversed(came) if adjoint else came
             return
         for t in reversed(self.order) if adjoint else self.order:
@@ -91,15 +133,14 @@ def _part(array: Array, k: int, width: int) -> Array:
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Array | None, s0: Array,
             keep: int) -> tuple[Array, Array | None, Array, Array | None]:
-    """x [R, N*G*H] input pre-activations, with b_hh in them unless cell.split; w_hh [N*G*H, H]; b_hh [N*G*H];
-    s0 [N*S, B, H].
-
-    Returns y [R, N*H], with keep >= 1 the other states of every step [S-1, R, N*H], the last states [N*S, B, H], and
-    with keep >= 2 the activations for the adjoint [A, R, N*H]; None for what is not kept or not there."""
-    (library, step, _), sizes = _functions(plan.backend, cell), rows.sizes
+    """x [R, N*G*H] input pre-activations, overwritten, with b_hh in them unless cell.split; w_hh [N*G*H, H];
+    b_hh [N*G*H]; s0 [N*S, B, H]. Returns y [R, N*H], with keep >= 1 the other states of every step [S-1, R, N*H], the
+    last states [N*S, B, H], and with keep >= 2 the activations for the adjoint [A, R, N*H]; None for what is not."""
+    (library, run, pool, _), sizes = _program(plan.backend, cell, False, keep > 1), rows.sizes
     N, S, G, R, (_, B, H) = len(rows.reverse), cell.states, cell.gates, len(x), s0.shape
-    empty, nothing = partial(library.empty, dtype=x.dtype), [_Nothing()] * G
-    y, last, r = empty((R, N * H)), empty((N * S, B, H)), empty((B, G * H))
+    empty = partial(library.empty, dtype=x.dtype)
+    y = empty((R, N * H)) if G > 1 or cell.split else x  # fresh memory costs as much as a step's arithmetic
+    last, r, temporaries = empty((N * S, B, H)), empty((B, G * H)), empty((pool, B, H))
     states = empty((S - 1, R, N * H)) if S > 1 and keep else None
     saved = empty((cell.saved, R, N * H)) if cell.saved and keep > 1 else None
     last[:] = s0
@@ -107,8 +148,8 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Arr
         sweep = _Sweep(library, rows, n)
         out = sweep.views(_part(y, n, H), *(() if states is None else (_part(c, n, H) for c in states)))
         if S > 1 and not keep:
-            scratch = empty((2, S - 1, B, H))
-            out = [(*h, *scratch[t % 2, :, :size]) for t, (h, size) in enumerate(zip(out, sizes))]
+            pair = empty((2, S - 1, B, H))
+            out = [(*h, *pair[t % 2, :, :size]) for t, (h, size) in enumerate(zip(out, sizes))]
         acts = sweep.views(*(() if saved is None else (_part(a, n, H) for a in saved)))
         gates = sweep.views(*(_part(x, n * G + g, H) for g in range(G) if cell.split))
         sums = sweep.views(_part(x, n, G * H))
@@ -118,11 +159,9 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Arr
         for t, s in zip(sweep.order, sweep.came(out, s0[n * S : (n + 1) * S], False)):
             if rt is None or len(rt) != sizes[t]:
                 rt = r[: sizes[t]]
-                rg = [_part(rt, g, H) for g in range(G)]
+                rg, work = [_part(rt, g, H) for g in range(G)], [a[: sizes[t]] for a in temporaries]
             sweep.affine(sums[t][0], s[0], w, rt)
-            new, a = step(gates[t] or nothing, rg, s)
-            for array, value in zip((*out[t], *acts[t]), (*new, *a)):
-                array[:] = value
+            run(*gates[t], *rg, *s, *out[t], *acts[t], *work)
             if t in sweep.ends:
                 for array, value in zip(last[n * S :], out[t]):
                     array[sweep.ends[t]] = value[sweep.ends[t]]
@@ -132,14 +171,12 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Arr
 def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Array, s0: Array, y: Array, states: Array | None,
              saved: Array | None, dy: Array, dstates: Array | None,
              dlast: Array | None) -> tuple[Array, Array, Array, Array | None]:
-    """The adjoint of `forward`, from what it kept and the gradients of its outputs.
-
-    Returns the gradients of the input and of the recurrent pre-activations [R, N*G*H] (one array unless cell.split)
-    and of s0; and the h that came into each row [R, N*H], unless that is just the h of B rows before (or after)."""
-    (library, _, adjoint), sizes = _functions(plan.backend, cell), rows.sizes
+    """The adjoint of `forward`: the gradients of x, of the recurrent pre-activations [R, N*G*H] (the same array unless
+    cell.split) and of s0; and the h that came into each row [R, N*H], unless that is just the h of B rows away."""
+    (library, run, pool, skipped), sizes = _program(plan.backend, cell, True), rows.sizes
     N, S, G, R, (_, B, H) = len(rows.reverse), cell.states, cell.gates, len(y), s0.shape
     empty = partial(library.empty, dtype=y.dtype)
-    dr, ds = empty((R, N * G * H)), empty((N * S, B, H))
+    dr, ds, passed, temporaries = empty((R, N * G * H)), empty((N * S, B, H)), empty((S, B, H)), empty((pool, B, H))
     dx = empty((R, N * G * H)) if cell.split else dr
     came = None if rows.resets is None and sizes[-1] == B else empty((R, N * H))
     ds[:] = 0 if dlast is None else dlast
@@ -148,21 +185,22 @@ def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Array, s0: Array, y: Arra
         out = sweep.views(_part(y, n, H), *(() if states is None else (_part(c, n, H) for c in states)))
         given = sweep.views(_part(dy, n, H), *(() if dstates is None else (_part(c, n, H) for c in dstates)))
         acts = sweep.views(*(() if saved is None else (_part(a, n, H) for a in saved)))
-        grads = sweep.views(*(_part(d, n * G + g, H) for d in ((dr, dx) if cell.split else (dr,)) for g in range(G)))
+        grads = sweep.views(*(_part(d, n * G + g, H) for d in ((dx, dr) if cell.split else (dr,)) for g in range(G)))
         sums = sweep.views(_part(dr, n, G * H))
         inputs = sweep.views(*(() if came is None else (_part(came, n, H),)))
         w, d = w_hh[n * G * H : (n + 1) * G * H], None
         for t, s in zip(reversed(sweep.order), sweep.came(out, s0[n * S : (n + 1) * S], True)):
             if d is None or len(d[0]) != sizes[t]:
-                d = [a[: sizes[t]] for a in ds[n * S : (n + 1) * S]]
+                d, p = [a[: sizes[t]] for a in ds[n * S : (n + 1) * S]], [a[: sizes[t]] for a in passed]
+                work = [a[: sizes[t]] for a in temporaries]
             for array, value in zip(d, given[t]):
                 library.add(array, value, out=array)
-            gx, gr, passed = adjoint(acts[t], s, out[t], d)
-            for array, value in zip((*grads[t], *d[1:]), (*gr, *(gx if cell.split else ()), *passed[1:])):
-                array[:] = value
             for array in inputs[t]:
                 array[:] = s[0]
-            sweep.affine(None if isinstance(passed[0], int) else passed[0], sums[t][0], w, d[0])
+            run(*acts[t], *s, *out[t], *d, *grads[t], *p[skipped:], *work)
+            for array, value in zip(d[1:], p[1:]):
+                array[:] = value
+            sweep.affine(None if skipped else p[0], sums[t][0], w, d[0])
             if t in sweep.cuts:
                 for array in d:
                     array[: len(sweep.cuts[t])][sweep.cuts[t]] = 0

@@ -1,5 +1,4 @@
 """The recurrence in Triton: one forward and one backward body for every cell and every scope of the step barrier.
-
 Hidden units are the rows of a tile and sequences its columns, so that 8 sequences already fill the matrix unit. Time
 loops are `while`: a `for` sinks the resident W_hh into shared memory and reads it again at every step. State 0 is an
 operand of the product: in block scope it stays in registers, else programs pass it on through memory."""
@@ -85,11 +84,8 @@ def _dots(ws, h, acc, first: tl.constexpr, step: tl.constexpr, G: tl.constexpr, 
     """acc[g] + w[g] h for every gate, with w[g] = ws[first + g * step]."""
     out = ()
     for g in tl.static_range(G):
-        w, v = ws[first + g * step], h.to(ws[0].dtype)
-        if PRECISION == "interpreter":  # it multiplies the bit patterns of bf16 operands
-            out = out + (tl.dot(w.to(tl.float32), v.to(tl.float32), acc[g], input_precision="ieee"),)
-        else:
-            out = out + (tl.dot(w, v, acc[g], input_precision=PRECISION),)
+        w = ws[first + g * step]
+        out = out + (tl.dot(w, h.to(w.dtype), acc[g], input_precision=PRECISION),)
     return out
 
 
@@ -272,9 +268,9 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
 def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, steps: int, tensors: Sequence[Any], B: int,
             H: int, *sizes: int, **constants: int) -> None:
     """Run a kernel over its steps: in one launch, or in one launch each where the host is the barrier."""
-    interpreted = triton.knobs.runtime.interpret  # it runs one program after another: none may wait for another
     grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(rows.reverse))
-    barrier = plan.scope == "grid" and not interpreted
+    # The interpreter runs one program after another: none may wait for another.
+    barrier = plan.scope == "grid" and not triton.knobs.runtime.interpret
     options: dict[str, Any] = {"launch_cooperative_grid": True} if barrier else {}
     counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=tensors[0].device)
     at_once = steps if plan.scope == "block" or barrier else 1
@@ -283,8 +279,7 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
                      H, CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
                      REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
                      BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
-                     PRECISION="interpreter" if interpreted else plan.precision, num_warps=plan.warps, num_stages=1,
-                     **constants, **options)
+                     PRECISION=plan.precision, num_warps=plan.warps, num_stages=1, **constants, **options)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,
@@ -293,11 +288,10 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: T
     """As `cpu.forward`, on contiguous tensors of one device. With w_ih [N*G*H, I] and b_ih, x is the input [R, I]."""
     N, S, A, (R, I), (_, B, H) = len(rows.reverse), cell.states, cell.saved, x.shape, s0.shape
     new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
-    state, hidden, y = s0.to(torch.float32, copy=True), None, new(R, N * H)
+    state, y, hidden = s0.to(torch.float32, copy=True), new(R, N * H), None
     states, saved = new(S - 1, R, N * H) if S > 1 and keep else None, new(A, R, N * H) if A and keep > 1 else None
     if plan.scope != "block":
-        hidden = x.new_empty(2, N, B, H)
-        hidden[0] = s0[::S]
+        hidden = torch.stack((s0[::S], s0[::S]))
     tensors = x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved
     _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
             BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1)

@@ -31,11 +31,10 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one layer is computed. `backend` is "numpy", "torch" (both: array operations on the CPU) or "triton".
-
-    The rest is for "triton". A program's tile is `units` hidden units of every gate by `sequences` of the batch, its
-    products are over `depth` units at a time. `fused`: W_ih x_t + b is computed in the step. `precision` is that of
-    float32 products: "tf32", or "tf32x3", which is as good as float32."""
+    """How one layer is computed. `backend` is "numpy", "torch" (both: array operations on the CPU) or "triton", for
+    which the rest is. A program's tile is `units` hidden units of every gate by `sequences`, its products are over
+    `depth` units at a time. `fused`: W_ih x_t + b is computed in the step. `precision` is that of float32 products:
+    "tf32", or "tf32x3", which is as good as float32."""
 
     backend: str
     scope: str = "host"
@@ -49,7 +48,6 @@ class Plan(NamedTuple):
 
 class Rows(NamedTuple):
     """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences go through them.
-
     Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at offsets[t] and are those of the first
     sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`."""
 

@@ -1,5 +1,5 @@
-"""The operator's two halves on tensors: choose a plan, run its kernels, and do the large matrix products around them.
-
+"""The operator's two halves on tensors: choose a plan, run its kernels, do the large matrix products around them. And
+the formula, in differentiable torch operations: slow, and right wherever torch is.
 Shapes are those of `ops.recurrence`; `given` is its x to s0, `masks` its lengths, batch_sizes and resets."""
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .kernels import cpu
-from .kernels.cells import Cell
+from .kernels.cells import Cell, bind
 from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
 
@@ -31,7 +32,8 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
     gpu = None
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
+        shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+        gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, shared)
     return make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
 
 
@@ -46,13 +48,12 @@ def _tensors(*arrays: Any) -> list[Any]:
 
 
 class _Run:
-    """One call: its plan, backend, and the rows and sequences that the kernels see. On the host, `lengths` becomes
-    packing: rows past an end are left out."""
+    """One call: plan, backend, and the rows that the kernels see. On the host, those past an end are left out."""
 
     def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
                  reverse: Sequence[bool]) -> None:
         (x, *_, s0), (lengths, batch_sizes, resets), B = given, masks, given[5].shape[1]
-        tf32 = x.is_cuda and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+        tf32 = x.is_cuda and getattr(torch.backends.cudnn.rnn, "fp32_precision", "") == "tf32"
         self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
         # Imported late: Triton may be missing, and takes a while.
         self.backend = import_module(".kernels.gpu", __package__) if self.plan.backend == "triton" else cpu
@@ -78,8 +79,8 @@ class _Run:
 
     def spread(self, t: Any) -> Any:
         """The inverse, with 0 in the rows left out."""
-        whole = t is None or self.index is None
-        return t if whole else t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
+        out = None if t is None or self.index is None else t.new_zeros(*t.shape[:-2], self.total, t.shape[-1])
+        return t if out is None else out.index_copy_(-2, self.index, t)
 
     def sort(self, t: Any, back: bool = False) -> Any:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
@@ -130,7 +131,7 @@ def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequenc
         first = s0[n * cell.states] if came is None else None
         return _product(dr[:, n * GH : (n + 1) * GH].T, h[:, n * H : (n + 1) * H], first, reverse[n])
 
-    db = dx.sum(0) if needs[3] or needs[4] else None
+    db: Any = dx.sum(0) if needs[3] or needs[4] else None
     grads = (lambda: run.spread(_tensors(dx @ w_ih)[0]).view(shape), lambda: dx.T @ x,
              lambda: recurrent(0) if N == 1 else torch.cat(_tensors(*map(recurrent, range(N)))), lambda: db,
              lambda: dr.sum(0) if cell.split else db + 0, lambda: run.sort(_tensors(ds)[0], back=True))
@@ -145,3 +146,44 @@ def _product(d: Any, h: Any, first: Any, reverse: bool) -> Any:
     if reverse:
         return d[:, early] @ h[late] + d[:, -len(first) :] @ first
     return d[:, late] @ h[early] + d[:, : len(first)] @ first
+
+
+def step(cell: Cell, x: Tensor, r: Tensor, s: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The next states [B, H], from the pre-activations x and r [B, G*H] and the states s."""
+    forward = bind(cell.forward, sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu)
+    return forward(x.chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
+
+
+def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[bool],
+            keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets."""
+    (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
+    N, S, B = len(reverse), cell.states, s0.shape[1]
+    if batch_sizes is not None:
+        x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
+    T = x.shape[0]
+    ends = torch.full((B, 1), T, device=x.device) if lengths is None else lengths.to(x.device)[:, None]
+    if lengths is not None:  # a NaN in the padding would come back in the gradients of the choices below
+        x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends, x, 0)
+    gates = F.linear(x, w_ih, b_ih).chunk(N, -1)
+    weights, biases = w_hh.chunk(N), [None] * N if b_hh is None else b_hh.chunk(N)
+    sweeps, last = [], list[Tensor]()
+    for n, backwards in enumerate(reverse):
+        s: Sequence[Any] = s0[n * S : (n + 1) * S].unbind(0)
+        out: list[Any] = [None] * T
+        for t in reversed(range(T)) if backwards else range(T):
+            if resets is not None and t + backwards < T:
+                s = [torch.where(resets[t + backwards, :, None] & (t + backwards < ends), 0, v) for v in s]
+            out[t] = step(cell, gates[n][t], F.linear(s[0], weights[n], biases[n]), s)
+            if lengths is None:
+                s = out[t]
+            else:
+                s = [torch.where(t < ends, new, old) for new, old in zip(out[t], s)]
+                out[t] = [torch.where(t < ends, new, 0) for new in out[t]]
+        sweeps.append([torch.stack(column) for column in zip(*out)])
+        last.extend(s)
+    columns = [torch.cat(parts, -1) for parts in zip(*sweeps)]  # S of [T, B, N*H]
+    if batch_sizes is not None:
+        columns = [pack_padded_sequence(column, lengths).data for column in columns]
+    rest = [column.flatten(0, -2) for column in columns[1 : S if keep else 1]]
+    return columns[0], torch.stack(rest) if rest else None, torch.stack(last)

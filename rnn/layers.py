@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .formula import step
+from .compute import step
 from .kernels import cells
 from .kernels.plan import Plan
 from .ops import recurrence
@@ -25,14 +25,14 @@ class _Stack(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
 
-    def _layers(self) -> list[list[Any]]:
+    def _layers(self) -> Any:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other."""
         weights = [[getattr(self, name) for name in names] for names in self._all_weights]
         if self.bidirectional:
             weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
         return weights if self.bias else [[*pair, None, None] for pair in weights]
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -40,12 +40,8 @@ class _Stack(nn.RNNBase):
             hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one sequence.
             lengths: integers [B] on any device, in any order, zeros allowed: the number of steps of each sequence. Its
                 output is 0 past them and its last state that of its own last step.
-            resets: bool [T, B], laid out as `input`: where a new episode begins, into which no state is carried from
-                the step before (nor, in reverse, out of it to that step).
 
-        Returns:
-            The output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`.
-
+        Returns the output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
         batch_sizes = order = restore = None
         x, one, batch_dim = input, False, 0 if self.batch_first else 1
@@ -60,28 +56,25 @@ class _Stack(nn.RNNBase):
                 raise RuntimeError(f"For {'unbatched' if one else 'batched'} {x.dim()}-D input, hx should also be "
                                    f"{x.dim()}-D but got {hx.dim()}-D tensor")
             if one:
-                x, hx, resets = (t if t is None else t.unsqueeze(dim) for t, dim in
-                                 ((x, batch_dim), (hx, 1), (resets, batch_dim)))
+                x, hx = x.unsqueeze(batch_dim), hx if hx is None else hx.unsqueeze(1)
         layers = self._layers()
         if x.dtype != layers[0][0].dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({layers[0][0].dtype}). Convert "
                              f"input: input.to({layers[0][0].dtype}), or convert model: model.to({x.dtype})")
         if x.shape[-1] != self.input_size:
-            sizes = f"Expected {self.input_size}, got {x.shape[-1]}"
-            raise RuntimeError(f"input.size(-1) must be equal to input_size. {sizes}")
+            sizes = f"{self.input_size}, got {x.shape[-1]}"
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {sizes}")
         expected = self.get_expected_hidden_size(x, batch_sizes)
         hx = x.new_zeros(expected) if hx is None else self.permute_hidden(hx, order)
         self.check_hidden_size(hx, expected)
-        if resets is not None:
-            resets = resets[:, order] if order is not None else resets.T if self.batch_first else resets
         x = x.transpose(0, 1) if self.batch_first and batch_sizes is None else x
         D, last = 1 + self.bidirectional, []
-        for i, weights in enumerate(layers):
+        for i, (w_ih, w_hh, b_ih, b_hh) in enumerate(layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             s0 = hx if len(layers) == 1 else hx[i * D : (i + 1) * D]
-            x, _, s_n = recurrence(_CELLS[self.mode], x, *weights, s0, lengths, batch_sizes, resets, (False, True)[:D],
-                                   plan=self.plan)
+            x, _, s_n = recurrence(_CELLS[self.mode], x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, None,
+                                   (False, True)[:D], 0, self.plan)
             last.append(s_n)
         h_n = self.permute_hidden(last[0] if len(last) == 1 else torch.cat(last), restore)
         if batch_sizes is not None:
@@ -102,14 +95,7 @@ class RNN(_Stack):
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
 
 
-class RNNCell(nn.RNNCellBase):
-    __doc__ = nn.RNNCell.__doc__
-
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh",
-                 device: Any = None, dtype: Any = None) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-
+class RNNCell(nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: the next state, from `input` [B, I] or [I] and the state `hx` [B, H] or [H], zeros if None."""
         for name, t in (("input", input), ("hidden", hx)):
@@ -117,15 +103,15 @@ class RNNCell(nn.RNNCellBase):
                 raise ValueError(f"RNNCell: Expected {name} to be 1D or 2D, got {t.dim()}D instead")
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        one, I, H = input.dim() == 1, self.input_size, self.hidden_size
-        x, h = input.unsqueeze(0) if one else input, hx.unsqueeze(0) if one and hx is not None else hx
-        if x.shape[1] != I:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {I}")
-        h = x.new_zeros(len(x), H) if h is None else h
-        if len(h) == len(x) and h.shape[1] != H:
-            raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {h.shape[1]}, expected {H}")
+        one, H = input.dim() == 1, self.hidden_size
+        x = input.unsqueeze(0) if one else input
+        h = x.new_zeros(len(x), H) if hx is None else hx.unsqueeze(0) if one else hx
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         if h.shape != (len(x), H):
-            raise RuntimeError(f"Input batch size {len(x)} doesn't match hidden0 batch size {len(h)}")
+            units = f"hidden0 has inconsistent hidden_size: got {h.shape[1]}, expected {H}"
+            batch = f"Input batch size {len(x)} doesn't match hidden0 batch size {len(h)}"
+            raise RuntimeError(units if len(h) == len(x) else batch)
         x, r = F.linear(x, self.weight_ih, self.bias_ih), F.linear(h, self.weight_hh, self.bias_hh)
         (h,) = step(_CELLS[f"RNN_{self.nonlinearity.upper()}"], x, r, (h,))
         return h.squeeze(0) if one else h

@@ -16,15 +16,14 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import compute
-from .formula import formula
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 
 
 def _traced(*tensors: Tensor) -> bool:
-    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-            or any(type(t) not in (Tensor, Parameter) for t in tensors))
+    plain = all(type(t) in (Tensor, Parameter) for t in tensors)
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or not plain
 
 
 def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
@@ -35,27 +34,27 @@ def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     (*ctx.choices, _), (y, states, _, saved) = inputs[:4], output
     ctx.save_for_backward(*inputs[4:], y, states, saved)
-    if saved is not None:
-        ctx.mark_non_differentiable(saved)
+    ctx.mark_non_differentiable(*([] if saved is None else [saved]))
     ctx.set_materialize_grads(False)
 
 
-def _vjp(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
+def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
     given, masks, (cell, plan, reverse) = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.choices
-    there = [t if t is not None and len(t) else None for t in (*ctx.saved_tensors[9:], *d[:3])]
-    kept, d, needs = there[:3], there[3:], ctx.needs_input_grad[4:10]
+    there: list[Any] = [t if t is not None and len(t) else None for t in (*ctx.saved_tensors[9:], *d[:3])]
+    kept, dy, needs = there[:3], there[3:], ctx.needs_input_grad[4:10]
     if isinstance(cell, str) and _traced(kept[0]):
-        found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *d)
+        found: Any = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
         grads = [g if need else None for g, need in zip(found, needs)]
     elif torch.is_grad_enabled():
         # Aliases, so that an input which was computed from another one counts for itself alone.
-        alias = [t if t is None else t.view_as(t) for t in given]
-        pairs = [(o, g) for o, g in zip(formula(_objects(cell, plan)[0], alias, masks, reverse, 1), d) if g is not None]
-        found = iter(torch.autograd.grad([o for o, _ in pairs], [t for t, need in zip(alias, needs) if need],
-                                         [g for _, g in pairs], create_graph=True, allow_unused=True))
-        grads = [next(found) if need else None for need in needs]
+        alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
+        out: Any = compute.formula(_objects(cell, plan)[0], alias, masks, reverse, 1)
+        used, wanted = [k for k in range(3) if dy[k] is not None], [alias[k] for k in range(6) if needs[k]]
+        found = torch.autograd.grad([out[k] for k in used], wanted, [dy[k] for k in used], create_graph=True,
+                                    allow_unused=True)
+        grads = [next(rest) if need else None for rest in (iter(found),) for need in needs]
     else:
-        grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, d, needs)
+        grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, dy, needs)
     return None, None, None, None, *grads, None, None, None
 
 
@@ -115,7 +114,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     Args:
         cell: `rnn.kernels.cells.rnn_tanh`, `rnn_relu`, `lstm`, `gru`, or one of your own.
         x: [T, B, I], or [R, I] with `batch_sizes`. All tensors have its device and floating-point dtype.
-        w_ih, w_hh: [N*G*H, I] and [N*G*H, H]; b_ih, b_hh: [N*G*H], both or neither.
+        w_ih, w_hh, b_ih, b_hh: [N*G*H, I], [N*G*H, H], and [N*G*H], both or neither.
         s0: [N*S, B, H], the states before the first step, those of each recurrence together.
         lengths: [B] integers in [0, T], on any device. y and states are 0 past an end; a sequence's last state is that
             of its last step (in reverse, of its first), or s0 where it has none.
@@ -126,26 +125,25 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         keep: 1 to have `states` returned.
         plan: how to compute it, if not as `make_plan` would.
 
-    Returns:
-        y [T, B, N*H] or [R, N*H], state 0 of every step; the other states [S-1, R, N*H], with `keep` and if there are
-        any; the last states [N*S, B, H].
-
+    Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
     given, masks, kind = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), x.device.type
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
+    if not autocast:
+        _check(cell, given, masks, len(reverse))
     if autocast or (kind == "cpu" and plan is None and x.dtype in (torch.float16, torch.bfloat16)):
-        # The CPU computes in float32 and rounds: NumPy has no bfloat16 and a slow float16.
-        dtype = torch.get_autocast_dtype(kind) if autocast else torch.float32
-        cast = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given]
+        dtype = torch.get_autocast_dtype(kind) if autocast else torch.float32  # NumPy has no bfloat16
+        cast: Any = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given]
+        again: Any = recurrence
         with torch.autocast(kind, enabled=False):
-            out = recurrence(cell, *cast, *masks, reverse, keep, plan)
-        return out if autocast else tuple(t.to(x.dtype) for t in out)
-    _check(cell, given, masks, len(reverse))
+            y, states, last = again(cell, *cast, *masks, reverse, keep, plan)
+        back = y.dtype if autocast else x.dtype
+        return y.to(back), states if states is None else states.to(back), last.to(back)
     traced, reverse = _traced(x, w_hh), list(reverse)
     transformed = not traced and (torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0)
     unknown = traced and getattr(cells, cell.name, None) is not cell
     if transformed or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
-        return formula(cell, given, masks, reverse, keep)
+        return compute.formula(cell, given, masks, reverse, keep)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if traced:
         y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2 if train else keep,
@@ -166,16 +164,14 @@ def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: 
     dtypes = *[floats] * 6, (int64, torch.int32), (int64,), (torch.bool,)
     for (name, shape), allowed, t in zip(shapes.items(), dtypes, (*given, *masks)):
         anywhere = t is lengths or t is batch_sizes
-        if t is not None and (t.shape != shape or t.dtype not in allowed or t.device != x.device and not anywhere):
+        if t is not None and (t.shape != shape or t.dtype not in allowed or not (anywhere or t.device == x.device)):
             raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, allowed))} and on "
                                f"{x.device}, got {list(t.shape)}, {t.dtype} and on {t.device}")
-    if T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if lengths is not None and batch_sizes is not None:
-        raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it")
-    # On a GPU these do not wait for the check: wrong lengths stop the device with an assertion.
+    if T == 0 or (lengths is not None and batch_sizes is not None):
+        raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
+                           "Expected sequence length to be larger than 0 in RNN")
+    if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), f"Expected lengths between 0 and {T}, the steps")
     if batch_sizes is not None:
         fits = (batch_sizes.sum() == len(x)) & (batch_sizes[0] == B)
         torch._assert_async(fits, f"Expected batch_sizes that add up to the {len(x)} rows and begin with {B}")
-    if lengths is not None:
-        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), f"Expected lengths between 0 and {T}, the steps")
