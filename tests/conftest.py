@@ -1,0 +1,81 @@
+"""Without a GPU, Triton's kernels run in its interpreter, which must be chosen before Triton is imported."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+def _devices() -> int:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+GPU = _devices() > 0
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=200, help="number of random cases")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--cases")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that an element that a kernel leaves unwritten is found."""
+
+    def poison(make: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Any:
+            array = make(*args, **kwargs)
+            if isinstance(array, torch.Tensor):
+                return array.fill_(float("nan")) if array.is_floating_point() and type(array) is torch.Tensor else array
+            if array.dtype.kind == "f":
+                array.fill(np.nan)
+            return array
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_products() -> Iterator[None]:
+    """Triton's interpreter multiplies the bit patterns of bfloat16 operands: here it gets them as float32."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def upcast(handle: Any) -> Any:
+        if handle.dtype.scalar.is_bf16():
+            bits = handle.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+        return handle
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, upcast(a), upcast(b), *rest)
+    yield
+    interpreter.InterpreterBuilder.create_dot = create_dot
