@@ -14,7 +14,7 @@ from math import exp, tanh
 from types import FunctionType
 from typing import Any, cast
 
-# The free names of the algebra, for scalars; `bind` gives a backend its own.
+# The names that the algebra may use, for scalars (a cell of your own imports them); `bind` gives a backend its own.
 sigmoid, relu, zeros_like = lambda x: 1 / (1 + exp(-x)), lambda x: max(x, 0.0), lambda x: 0.0
 
 

@@ -1,5 +1,6 @@
 """The case list, the oracle (torch.nn.RNN in float64) and the tolerance: torch's own error in the same dtype."""
 
+import itertools
 import random
 from typing import Any, NamedTuple
 
@@ -171,3 +172,72 @@ def close(got: dict[str, Tensor], allowed: dict[str, Tensor], want: dict[str, Te
                                for t in (got, allowed, want))
         error, other = relative(ours, right), relative(theirs, right)
         assert error <= factor * other + 2, f"{names}: error of {error:.1f} roundings, torch's {other:.1f}"
+
+
+def step_by_step(name: str, given: list[Any], masks: tuple[Any, Any], reverse: tuple[bool, ...]) -> list[Tensor]:
+    """What `rnn.functional.recurrence` means on padded rows, by torch's own cells, a sequence and a step at a time."""
+    (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, resets), (T, B, _) = given, masks, given[0].shape
+    N, S = len(reverse), 2 if name == "lstm" else 1
+    cell: Any = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell,
+                 "rnn_relu": torch.rnn_relu_cell}[name]
+    weights = [[None] * N if w is None else w.chunk(N) for w in (w_ih, w_hh, b_ih, b_hh)]
+    rows = [[[torch.zeros_like(s0[0, 0])] * S for _ in range(T * B)] for _ in range(N)]
+    last = [[torch.empty(0)] * B for _ in range(N * S)]
+    for n, b in itertools.product(range(N), range(B)):
+        s, length = s0[n * S : (n + 1) * S, b : b + 1], T if lengths is None else int(lengths[b])
+        for t in reversed(range(length)) if reverse[n] else range(length):
+            boundary = t + reverse[n]
+            if resets is not None and boundary < length and resets[boundary, b]:
+                s = torch.zeros_like(s)
+            new = cell(x[t, b : b + 1], tuple(s) if S > 1 else s[0], *(w[n] for w in weights))
+            s = torch.stack(new) if S > 1 else new[None]
+            rows[n][t * B + b] = list(s[:, 0])
+        for k in range(S):
+            last[n * S + k][b] = s[k, 0]
+    states = torch.stack([torch.cat([torch.stack([row[k] for row in rows[n]]) for n in range(N)], 1) for k in range(S)])
+    return [states[0].view(T, B, -1), *([states[1:]] if S > 1 else []), torch.stack([torch.stack(v) for v in last])]
+
+
+def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, int], reverse: tuple[bool, ...] = (False,),
+                     form: str = "padded", resets: bool = False, bias: bool = True,
+                     dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    """rnn.functional.recurrence of a layer of sizes T, B, I, H, all states and all gradients, against torch's cells."""
+    (T, B, I, H), N, cell = sizes, len(reverse), getattr(rnn.kernels.cells, name)
+    generator, G, S = torch.Generator().manual_seed(2), cell.gates, cell.states
+    shapes = ((T, B, I), (N * G * H, I), (N * G * H, H), (N * G * H,), (N * G * H,), (N * S, B, H))
+    data = [torch.randn(shape, generator=generator) / (H**0.5 if k == 2 else 1) for k, shape in enumerate(shapes)]
+    lengths, batch_sizes = None, None
+    if form != "padded":
+        lengths = torch.randint(0 if form == "lengths" else 1, T + 1, (B,), generator=generator)
+    if form == "packed":
+        assert lengths is not None
+        lengths = lengths.sort(descending=True).values
+        lengths[0] = T
+        batch_sizes = (lengths > torch.arange(T)[:, None]).sum(1)
+    cuts = torch.rand(T, B, generator=generator) < 0.3 if resets else None
+    running = torch.ones(T, B, dtype=torch.bool) if lengths is None else torch.arange(T)[:, None] < lengths
+
+    def run(dtype: torch.dtype, ours: bool) -> dict[str, Tensor]:
+        where = device if ours else "cpu"
+        given: list[Any] = [t.to(rounded).to(where, dtype, copy=True).requires_grad_() for t in data]
+        inputs = [*given]
+        if not bias:
+            inputs[3:5] = [None, None]
+        if ours:
+            if form == "packed":
+                inputs[0] = inputs[0][running.to(where)]
+            others = [None if t is None else t.to(where) for t in (lengths if form == "lengths" else None, cuts)]
+            y, states, last = rnn.functional.recurrence(cell, *inputs, others[0], batch_sizes, others[1], reverse, 1, plan)
+            outputs = [y.flatten(0, -2), *([] if states is None else [*states]), last]
+        else:
+            y, *rest = step_by_step(name, inputs, (lengths, cuts), reverse)
+            columns = [y.flatten(0, 1), *(rest[0] if S > 1 else [])]
+            outputs = [*(c[running.flatten()] if form == "packed" else c for c in columns), rest[-1]]
+        random = torch.Generator().manual_seed(3)
+        torch.autograd.backward(outputs, [torch.randn(o.shape, generator=random).to(rounded).to(where, dtype) for o in outputs])
+        grads = {f"d_{k}": t.grad for k, t in enumerate(given) if bias or k not in (3, 4)}
+        return {f"output_{k}": o.detach() for k, o in enumerate(outputs)} | grads
+
+    rounded = dtype
+    other = torch.float32 if dtype == torch.float64 else dtype
+    close(run(dtype, True), run(other, False), run(torch.float64, False))

@@ -1,0 +1,92 @@
+"""The cells' algebra: adjoints against autograd, and that a cell of one's own needs nothing else."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnn
+from rnn.kernels import cells
+from rnn.kernels.cells import Cell, bind, sigmoid, tanh
+from rnn.kernels.plan import Plan
+
+CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
+NAMES = dict(sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu, zeros_like=torch.zeros_like)
+
+
+def randn(count: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(200, dtype=torch.float64, requires_grad=True) for _ in range(count))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_adjoint(cell: Cell) -> None:
+    x, r, s = randn(cell.gates), randn(cell.gates), randn(cell.states)
+    s_next, saved = bind(cell.forward, **NAMES)(x, r, s)
+    ds = randn(cell.states)
+    given = torch.autograd.grad(s_next, (*x, *r, *s), ds, allow_unused=True)
+    want = [torch.zeros(200, dtype=torch.float64) if d is None else d for d in given]
+    got = [d for group in bind(cell.backward, **NAMES)(saved, s, s_next, ds) for d in group]
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("cell", "kernel"), [*zip(CELLS, ["rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"])],
+                         ids=lambda cell: getattr(cell, "name", ""))
+def test_formula(cell: Cell, kernel: str) -> None:
+    G, S = cell.gates, cell.states
+    x, r, s = randn(G), randn(G), randn(S)
+    eye = torch.eye(200 * G, dtype=torch.float64)
+    # Pre-activations come through unchanged where the input is one-hot: x alone has a weight, r is all bias.
+    want = getattr(torch, kernel)(torch.cat(x)[None], tuple(v[None] for v in s) if S > 1 else s[0][None], eye,
+                                  torch.zeros(200 * G, 200, dtype=torch.float64), torch.zeros_like(eye[0]),
+                                  torch.cat(r))
+    got = bind(cell.forward, **NAMES)(x, r, s)[0]
+    torch.testing.assert_close([v[None] for v in got], list(want) if S > 1 else [want], rtol=1e-14, atol=1e-14)
+
+
+def mgu(x, r, s):
+    """The minimal gated unit, in the form in which the gate multiplies W_hh h."""
+    f = sigmoid(x[0] + r[0])
+    n = tanh(x[1] + f * r[1])
+    return (s[0] + f * (n - s[0]),), (f, n, r[1])
+
+
+def mgu_backward(saved, s, s_next, ds):
+    f, n, rn = saved
+    dn = ds[0] * f * (1 - n * n)
+    df = (ds[0] * (n - s[0]) + dn * rn) * f * (1 - f)
+    return (df, dn), (df, dn * f), (ds[0] * (1 - f),)
+
+
+def mgu_by_hand(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, s0: Tensor) -> list[Tensor]:
+    h, out = s0[0], []
+    for x_t in x:
+        (xf, xn), (rf, rn) = (x_t @ w_ih.T + b_ih).chunk(2, -1), (h @ w_hh.T + b_hh).chunk(2, -1)
+        f = torch.sigmoid(xf + rf)
+        h = (1 - f) * h + f * torch.tanh(xn + f * rn)
+        out.append(h)
+    return [torch.stack(out), h[None]]
+
+
+@pytest.mark.parametrize("plan", [
+    None, Plan("numpy"), Plan("torch"), Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"),
+    Plan("triton", "launch", 16, 16, 16, 1, False, "tf32x3")],
+    ids=lambda plan: f"{plan.backend}-{plan.scope}" if plan else "chosen")
+def test_own_cell(plan: Plan | None) -> None:
+    cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)
+    assert (cell.saved, cell.split) == (3, True)
+    T, B, I, H = 6, 3, 4, 10
+    shapes = (T, B, I), (2 * H, I), (2 * H, H), (2 * H,), (2 * H,), (1, B, H)
+    given = [torch.randn(shape, dtype=torch.float64) / 2 for shape in shapes]
+    dtype = torch.float64 if plan is None else torch.float32
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
+        outputs = [t for t in function(*leaves) if t is not None]
+        return [*outputs, *torch.autograd.grad([(t * t).sum() for t in outputs], leaves)]
+
+    def ours(*leaves: Tensor) -> Any:
+        return rnn.functional.recurrence(cell, *leaves, plan=plan)
+
+    exact, limit = run(mgu_by_hand, torch.float64), 1e-12 if plan is None else 1e-5
+    torch.testing.assert_close([t.double() for t in run(ours, dtype)], exact, rtol=limit, atol=limit)
