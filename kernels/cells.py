@@ -10,12 +10,12 @@ recurrence adds that. A cell in which x and r meet only as x + r returns one and
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import exp, tanh
 from types import FunctionType
 from typing import Any, cast
 
-# The names that the algebra may use, for scalars (a cell of your own imports them); `bind` gives a backend its own.
-sigmoid, relu, zeros_like = lambda x: 1 / (1 + exp(-x)), lambda x: max(x, 0.0), lambda x: 0.0
+# The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives another backend its own.
+sigmoid, tanh, relu = lambda x: x.sigmoid(), lambda x: x.tanh(), lambda x: x.relu()
+zeros_like = lambda x: x.new_zeros(x.shape)  # noqa: E731
 
 
 def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
@@ -39,9 +39,10 @@ class Cell:
     split: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        names = dict.fromkeys(("sigmoid", "tanh", "relu", "zeros_like"), abs)  # of numbers: only to count the results
         x, s = (0.5,) * self.gates, (0.5,) * self.states
-        s_next, saved = self.forward(x, x, s)
-        dx, dr, _ = self.backward(saved, s, s_next, s)
+        s_next, saved = bind(self.forward, **names)(x, x, s)
+        dx, dr, _ = bind(self.backward, **names)(saved, s, s_next, s)
         self.saved, self.split = len(saved), dx is not dr
 
 

@@ -8,23 +8,26 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .kernels import cpu
-from .kernels.cells import Cell, bind
+from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
 
-@lru_cache
+TRITON = find_spec("triton") is not None  # asked once: it searches the disk
+
+
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether some plan runs here; the formula does everywhere."""
     if device.type == "cpu":
         return dtype in (torch.float64, torch.float32)
     return (device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-            and dtype in (torch.float32, torch.float16, torch.bfloat16) and find_spec("triton") is not None)
+            and dtype in (torch.float32, torch.float16, torch.bfloat16) and TRITON)
 
 
 @lru_cache
@@ -88,6 +91,7 @@ class _Run:
         return t if t is None else t.contiguous() if order is None else t[:, order]
 
 
+@np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
 def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
             reverse: Sequence[bool], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
@@ -109,6 +113,7 @@ def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence
     return y, run.spread(states), run.sort(last, back=True), run.spread(saved)
 
 
+@np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
 def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
              reverse: Sequence[bool], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
@@ -148,12 +153,6 @@ def _product(d: Any, h: Any, first: Any, reverse: bool) -> Any:
     return d[:, late] @ h[early] + d[:, : len(first)] @ first
 
 
-def step(cell: Cell, x: Tensor, r: Tensor, s: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The next states [B, H], from the pre-activations x and r [B, G*H] and the states s."""
-    forward = bind(cell.forward, sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu)
-    return forward(x.chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
-
-
 def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[bool],
             keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets."""
@@ -167,23 +166,23 @@ def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Seq
         x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends, x, 0)
     gates = F.linear(x, w_ih, b_ih).chunk(N, -1)
     weights, biases = w_hh.chunk(N), [None] * N if b_hh is None else b_hh.chunk(N)
-    sweeps, last = [], list[Tensor]()
+    sweeps = []
     for n, backwards in enumerate(reverse):
         s: Sequence[Any] = s0[n * S : (n + 1) * S].unbind(0)
         out: list[Any] = [None] * T
         for t in reversed(range(T)) if backwards else range(T):
             if resets is not None and t + backwards < T:
                 s = [torch.where(resets[t + backwards, :, None] & (t + backwards < ends), 0, v) for v in s]
-            out[t] = step(cell, gates[n][t], F.linear(s[0], weights[n], biases[n]), s)
+            r = F.linear(s[0], weights[n], biases[n])
+            out[t] = cell.forward(gates[n][t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
             if lengths is None:
                 s = out[t]
             else:
                 s = [torch.where(t < ends, new, old) for new, old in zip(out[t], s)]
                 out[t] = [torch.where(t < ends, new, 0) for new in out[t]]
-        sweeps.append([torch.stack(column) for column in zip(*out)])
-        last.extend(s)
-    columns = [torch.cat(parts, -1) for parts in zip(*sweeps)]  # S of [T, B, N*H]
+        sweeps.append(([torch.stack(column) for column in zip(*out)], s))
+    columns = [torch.cat(parts, -1) for parts in zip(*(out for out, _ in sweeps))]  # S of [T, B, N*H]
     if batch_sizes is not None:
         columns = [pack_padded_sequence(column, lengths).data for column in columns]
     rest = [column.flatten(0, -2) for column in columns[1 : S if keep else 1]]
-    return columns[0], torch.stack(rest) if rest else None, torch.stack(last)
+    return columns[0], torch.stack(rest) if rest else None, torch.stack([v for _, s in sweeps for v in s])

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .compute import step
 from .kernels import cells
 from .kernels.plan import Plan
 from .ops import recurrence
@@ -105,13 +104,13 @@ class RNNCell(nn.RNNCell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         one, H = input.dim() == 1, self.hidden_size
         x = input.unsqueeze(0) if one else input
-        h = x.new_zeros(len(x), H) if hx is None else hx.unsqueeze(0) if one else hx
+        h = x.new_zeros(x.shape[0], H) if hx is None else hx.unsqueeze(0) if one else hx
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        if h.shape != (len(x), H):
+        if h.shape != (x.shape[0], H):
             units = f"hidden0 has inconsistent hidden_size: got {h.shape[1]}, expected {H}"
-            batch = f"Input batch size {len(x)} doesn't match hidden0 batch size {len(h)}"
-            raise RuntimeError(units if len(h) == len(x) else batch)
+            batch = f"Input batch size {x.shape[0]} doesn't match hidden0 batch size {h.shape[0]}"
+            raise RuntimeError(units if h.shape[0] == x.shape[0] else batch)
         x, r = F.linear(x, self.weight_ih, self.bias_ih), F.linear(h, self.weight_hh, self.bias_hh)
-        (h,) = step(_CELLS[f"RNN_{self.nonlinearity.upper()}"], x, r, (h,))
+        (h,) = _CELLS[f"RNN_{self.nonlinearity.upper()}"].forward((x,), (r,), (h,))[0]
         return h.squeeze(0) if one else h

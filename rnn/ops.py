@@ -40,7 +40,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
     given, masks, (cell, plan, reverse) = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.choices
-    there: list[Any] = [t if t is not None and len(t) else None for t in (*ctx.saved_tensors[9:], *d[:3])]
+    there: list[Any] = [t if t is not None and t.dim() > 1 else None for t in (*ctx.saved_tensors[9:], *d[:3])]
     kept, dy, needs = there[:3], there[3:], ctx.needs_input_grad[4:10]
     if isinstance(cell, str) and _traced(kept[0]):
         found: Any = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
@@ -148,7 +148,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     if traced:
         y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2 if train else keep,
                                          *given, *masks)
-        return y, states if len(states) else None, last
+        return y, states if states.dim() > 1 else None, last
     if train:
         return _Layer.apply(cell, plan, reverse, 2, *given, *masks)[:3]
     return compute.forward(cell, plan, given, masks, reverse, keep)[:3]
@@ -156,9 +156,9 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
 
 def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: int) -> None:
     (x, *_), (lengths, batch_sizes, _), (_, B, H) = given, masks, given[5].shape
-    width, I, T = N * cell.gates * H, x.shape[-1], len(x) if batch_sizes is None else len(batch_sizes)
-    shapes = dict(input=(T, B, I) if batch_sizes is None else (len(x), I), weight_ih=(width, I), weight_hh=(width, H),
-                  bias_ih=(width,), bias_hh=(width,), hidden=(N * cell.states, B, H), lengths=(B,), batch_sizes=(T,),
+    R, I, GH, T = x.shape[0], x.shape[-1], N * cell.gates * H, (x if batch_sizes is None else batch_sizes).shape[0]
+    shapes = dict(input=(T, B, I) if batch_sizes is None else (R, I), weight_ih=(GH, I), weight_hh=(GH, H),
+                  bias_ih=(GH,), bias_hh=(GH,), hidden=(N * cell.states, B, H), lengths=(B,), batch_sizes=(T,),
                   resets=(T, B))
     floats, int64 = (x.dtype,) if x.dtype.is_floating_point or x.dtype.is_complex else (), torch.int64
     dtypes = *[floats] * 6, (int64, torch.int32), (int64,), (torch.bool,)
@@ -171,7 +171,7 @@ def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: 
         raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
                            "Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
-        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), f"Expected lengths between 0 and {T}, the steps")
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
     if batch_sizes is not None:
-        fits = (batch_sizes.sum() == len(x)) & (batch_sizes[0] == B)
-        torch._assert_async(fits, f"Expected batch_sizes that add up to the {len(x)} rows and begin with {B}")
+        fits = (batch_sizes.sum() == R) & (batch_sizes[0] == B)
+        torch._assert_async(fits, "Expected batch_sizes that begin with B and add up to the rows of input")

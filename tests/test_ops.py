@@ -1,0 +1,345 @@
+"""What autograd, the transforms of functions and the compiler see of the operator, and what never leaks through it."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import check_recurrence, step_by_step
+from test_gpu import plan_for
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves
+
+import rnn
+from rnn.kernels import cells
+from rnn.kernels.plan import Plan
+
+NUMPY, TORCH, BLOCK, LAUNCH = Plan("numpy"), Plan("torch"), plan_for("fused", 6), plan_for("launch", 6)
+PLANS = pytest.mark.parametrize("plan", [NUMPY, TORCH, BLOCK, LAUNCH], ids=["numpy", "torch", "block", "launch"])
+NAMES = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+T, B, I, H = 5, 4, 3, 6
+
+
+def data(name: str, N: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    cell = getattr(cells, name)
+    GH = N * cell.gates * H
+    shapes = ((T, B, I), (GH, I), (GH, H), (GH,), (GH,), (N * cell.states, B, H))
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def outputs(*found: Any) -> tuple[Tensor, ...]:
+    return tuple(t for t in found if t is not None)
+
+
+class TestMasks:
+    """NaN and infinity in one sequence, or in padding."""
+
+    @PLANS
+    @pytest.mark.parametrize("name", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_padding_reaches_nothing(self, name: str, plan: Plan, bad: float) -> None:
+        lengths, found = torch.tensor([2, 0, 5, 3]), []
+        padding = torch.arange(T)[:, None] >= lengths
+        given = data(name, dtype=torch.float32)
+        resets = torch.rand(T, B) < 0.3
+        for value in (bad, 0.0):
+            alone = [t.detach().clone().requires_grad_() for t in given]
+            with torch.no_grad():
+                alone[0][padding] = value
+            out = outputs(*rnn.functional.recurrence(getattr(cells, name), *alone, lengths, None, resets, (False, True),
+                                                     1, plan))
+            grads = torch.autograd.grad([o.sin().sum() for o in out], alone)
+            assert all(t.isfinite().all() for t in (*out, *grads))
+            assert not out[0][padding].any()
+            assert not grads[0][padding].any()
+            found.append((*out, *grads))
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+    @PLANS
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_a_sequence_reaches_no_other(self, name: str, plan: Plan, bad: float) -> None:
+        given = data(name, dtype=torch.float32)
+        found = []
+        for value in (bad, 0.0):
+            alone = [t.detach().clone().requires_grad_() for t in given]
+            with torch.no_grad():
+                alone[0][2, 1] = value
+            y, states, last = rnn.functional.recurrence(getattr(cells, name), *alone, reverse=(False, True), keep=1,
+                                                        plan=plan)
+            dx, ds0 = torch.autograd.grad(y.sin().sum() + last.sin().sum(), [alone[0], alone[5]])
+            others = [0, 2, 3]
+            found.append([y[:, others], last[:, others], dx[:, others], ds0[:, others]])
+            if states is not None:
+                found[-1].append(states.view(-1, T, B, 2 * H)[:, :, others])
+            if value != 0:  # as in torch.nn, a NaN is seen, by the steps that it comes before
+                assert not y[2, 1].isfinite().all() or name != "rnn_tanh" or bad != bad
+        assert all(t.isfinite().all() for t in found[0])
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+    @PLANS
+    def test_relu_and_its_gradient_keep_nan(self, plan: Plan) -> None:
+        given = data("rnn_relu", dtype=torch.float32)
+        with torch.no_grad():
+            given[0][2, 1] = float("nan")
+        y, _, last = rnn.functional.recurrence(cells.rnn_relu, *given, reverse=(False, True), plan=plan)
+        assert y[2:, 1, :H].isnan().all()
+        assert y[:3, 1, H:].isnan().all()
+        assert last[:, 1].isnan().all()
+
+    @PLANS
+    def test_no_steps(self, plan: Plan) -> None:
+        """A sequence of no steps has its initial state as its last, and passes on the gradient of that alone."""
+        given = data("lstm", dtype=torch.float32)
+        y, _, last = rnn.functional.recurrence(cells.lstm, *given, torch.tensor([0, 3, 0, 5]), None, None, (False, True),
+                                               plan=plan)
+        assert torch.equal(last[:, [0, 2]], given[5][:, [0, 2]])
+        grad = torch.randn_like(last)
+        (ds0,) = torch.autograd.grad([y, last], given[5], [torch.ones_like(y), grad])
+        assert torch.equal(ds0[:, [0, 2]], grad[:, [0, 2]])
+
+    @PLANS
+    @pytest.mark.parametrize("lengths", [[0, 0, 0, 0], [5, 5, 5, 5], [1, 1, 0, 0]])
+    def test_extreme_lengths(self, plan: Plan, lengths: list[int]) -> None:
+        given = data("gru", dtype=torch.float32)
+        masks = torch.tensor(lengths), None
+        out = rnn.functional.recurrence(cells.gru, *given, masks[0], None, None, (False, True), plan=plan)
+        want = step_by_step("gru", given, masks, (False, True))
+        mask = (torch.arange(T)[:, None] < masks[0])[..., None]
+        torch.testing.assert_close([out[0], out[2]], [want[0] * mask, want[1]])
+        grads = [torch.autograd.grad(y.sin().sum() + last.sin().sum(), given, allow_unused=True)
+                 for y, last in ((out[0], out[2]), (want[0] * mask, want[1]))]
+        zeros = [torch.zeros_like(a) if b is None else b for a, b in zip(*grads)]
+        torch.testing.assert_close(list(grads[0]), zeros, rtol=1e-4, atol=1e-5)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("plan", [NUMPY, TORCH], ids=["numpy", "torch"])
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+    def test_numerical(self, name: str, plan: Plan, form: str) -> None:
+        given, reverse = data(name), (False, True)
+        ends = torch.tensor([5, 3, 3, 1])
+        sizes = (ends > torch.arange(T)[:, None]).sum(1) if form == "packed" else None
+        if sizes is not None:
+            given[0] = given[0].detach().flatten(0, 1)[: int(sizes.sum())].requires_grad_()
+        masks = ends if form == "lengths" else None, sizes, torch.rand(T, B) < 0.3
+
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            return outputs(*rnn.functional.recurrence(getattr(cells, name), *given, *masks, reverse, 1, plan))
+
+        assert torch.autograd.gradcheck(run, given, fast_mode=True)
+        assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+
+    @PLANS
+    def test_each_gradient_alone(self, plan: Plan) -> None:
+        given = data("gru", dtype=torch.float32)
+        run = lambda: rnn.functional.recurrence(cells.gru, *given, reverse=(False, True), plan=plan)[0].sin().sum()  # noqa: E731
+        every = torch.autograd.grad(run(), given)
+        for k, t in enumerate(given):
+            for other in given:
+                other.requires_grad_(other is t)
+            torch.testing.assert_close(torch.autograd.grad(run(), t)[0], every[k], rtol=0, atol=0)
+
+    @PLANS
+    def test_each_output_alone(self, plan: Plan) -> None:
+        given = data("lstm", dtype=torch.float32)
+        found = outputs(*rnn.functional.recurrence(cells.lstm, *given, reverse=(False, True), keep=1, plan=plan))
+        want = step_by_step("lstm", given, (None, None), (False, True))
+        want[1] = want[1].view(1, T * B, 2 * H)
+        torch.testing.assert_close(found, tuple(want))
+        for ours, theirs in zip(found, want):
+            grads = [torch.autograd.grad(out.sin().sum(), given, retain_graph=True) for out in (ours, theirs)]
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    def test_states_of_gated_cells_in_half_precision(self) -> None:
+        for name, dtype in itertools.product(("lstm", "gru"), (torch.float16, torch.bfloat16)):
+            check_recurrence(name, None, (6, 5, 3, 20), (False, True), "lengths", True, dtype=dtype)
+
+    def test_input_that_is_computed_from_a_weight(self) -> None:
+        """One tensor for several arguments: a second derivative must not count a path twice."""
+        w = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+
+        def run(w: Tensor) -> Tensor:
+            return rnn.functional.recurrence(cells.rnn_tanh, w.sin()[None], w, w, None, None, w.cos()[None])[0]
+
+        assert torch.autograd.gradcheck(run, w)
+        assert torch.autograd.gradgradcheck(run, w)
+
+    @PLANS
+    def test_editing_the_output(self, plan: Plan) -> None:
+        """Right, or torch's own error."""
+        given = data("rnn_tanh", dtype=torch.float32)
+        y = rnn.functional.recurrence(cells.rnn_tanh, *given, reverse=(False, True), plan=plan)[0]
+        assert not y._is_view()
+        y += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        layer = rnn.RNN(I, H, plan=plan)
+        x = torch.randn(T, B, I)
+        with torch.no_grad():
+            y, h = layer(x)
+            copied = y.clone(), h.clone()
+            y += 1
+            torch.testing.assert_close(h, copied[1], rtol=0, atol=0)
+            torch.testing.assert_close(layer(x), copied, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_kept_for_backward(self, bidirectional: bool) -> None:
+        """Of an Elman layer: its input and output, nothing more that grows with T."""
+        D, sizes = 1 + bidirectional, []
+        for steps in (50, 100):
+            layer, kept = rnn.RNN(I, H, bidirectional=bidirectional), {}
+
+            def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                layer(torch.randn(steps, B, I, requires_grad=True))
+            sizes.append(sum(kept.values()))
+        assert sizes[1] - sizes[0] == 50 * B * (I + D * H) * 4
+
+    def test_nothing_kept_without_gradients(self) -> None:
+        layer = rnn.RNN(I, H)
+        with torch.no_grad():
+            assert layer(torch.randn(T, B, I))[0].grad_fn is None
+        assert rnn.RNN(I, H).requires_grad_(False)(torch.randn(T, B, I))[0].grad_fn is None
+
+
+class TestTransforms:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_forward_mode(self, name: str) -> None:
+        given = [t.detach() for t in data(name)]
+        tangents = [torch.randn_like(t) for t in given]
+        run: Callable[..., Any] = lambda *given: outputs(*rnn.functional.recurrence(  # noqa: E731
+            getattr(cells, name), *given, reverse=(False, True)))
+        want = torch.func.jvp(lambda *given: step_by_step(name, list(given), (None, None), (False, True))[:: len(given)],
+                              tuple(given), tuple(tangents))[1][0]
+        torch.testing.assert_close(torch.func.jvp(run, tuple(given), tuple(tangents))[1][0], want)
+        with forward_ad.dual_level():
+            y = run(*map(forward_ad.make_dual, given, tangents))[0]
+            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, want)
+
+    def test_vmap(self) -> None:
+        layer, x = rnn.RNN(I, H, 2, bidirectional=True), torch.randn(7, T, B, I)
+        want = [layer(one) for one in x]
+        torch.testing.assert_close(torch.vmap(layer, randomness="error")(x), tuple(map(torch.stack, zip(*want))))
+
+    def test_gradient_of_each_sample(self) -> None:
+        layer, x = rnn.RNN(I, H), torch.randn(7, T, I)
+        weights = {name: t.detach() for name, t in layer.named_parameters()}
+        loss = lambda weights, x: torch.func.functional_call(layer, weights, (x,))[0].sin().sum()  # noqa: E731
+        found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+        for k, one in enumerate(x):
+            want = torch.autograd.grad(layer(one)[0].sin().sum(), list(layer.parameters()))
+            torch.testing.assert_close([found[name][k] for name in weights], list(want))
+
+    def test_hessian_vector_product(self) -> None:
+        ours, theirs = rnn.RNN(I, H).double(), nn.RNN(I, H).double()
+        theirs.load_state_dict(ours.state_dict())
+        x, v, found = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64), []
+        for layer in (ours, theirs):
+            grad = torch.func.grad(lambda x, layer=layer: layer(x)[0].pow(3).sum())
+            found.append(torch.func.vjp(grad, x)[1](v)[0])
+        torch.testing.assert_close(*found)
+
+
+class TestCompiler:
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> None:
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_operators(self, name: str) -> None:
+        given, masks = data(name), (torch.tensor([5, 0, 3, 1]), None, torch.rand(T, B) < 0.3)
+        cell = getattr(cells, name)
+        torch.library.opcheck(torch.ops.fused_rnn.forward, (name, "", [False, True], 2, *given, *masks))
+        y, states, last, saved = torch.ops.fused_rnn.forward(name, "", [False, True], 2, *given, *masks)
+        d = [torch.randn_like(t) if t.numel() else None for t in (y, states, last)]
+        kept = [t.detach() if t.numel() else None for t in (y, states, saved)]
+        assert (kept[1] is not None, kept[2] is not None) == (cell.states > 1, cell.saved > 0)
+        plain = [t.detach() for t in given]
+        torch.library.opcheck(torch.ops.fused_rnn.backward, (name, "", [False, True], [True] * 6, *plain, *masks, *kept, *d))
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+    def test_compile(self, form: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = rnn.RNN(I, H, 2, bidirectional=True, batch_first=True)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for steps in (6, 9):
+            x, lengths, found = torch.randn(B, steps, I), torch.tensor([5, 1, 3, 2]), []
+            monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", dynamic and steps == 9)
+            for module in (layer, compiled):
+                leaf = x.clone().requires_grad_()
+                if form == "packed":
+                    packed = pack_padded_sequence(leaf, lengths, True, enforce_sorted=False)
+                    out, h = module(packed)
+                    assert isinstance(out, PackedSequence)
+                    out = out.data
+                else:
+                    out, h = module(leaf, **({"lengths": lengths} if form == "lengths" else {}))
+                found.append([out, h, *torch.autograd.grad((out * out).sum() + h.sum(), [leaf, *layer.parameters()])])
+            torch.testing.assert_close(*found)
+
+    def test_compile_in_inference(self) -> None:
+        layer = rnn.RNN(I, H)
+        with torch.no_grad():
+            x = torch.randn(T, B, I)
+            torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+    def test_compile_a_cell(self) -> None:
+        cell, x, h = rnn.RNNCell(I, H), torch.randn(B, I), torch.randn(B, H)
+        torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x, h), cell(x, h))
+
+    def test_export(self) -> None:
+        layer = rnn.RNN(I, H, 2, bidirectional=True)
+        steps = torch.export.Dim("steps", min=2, max=1000)
+        exported = torch.export.export(layer, (torch.randn(T, B, I),), dynamic_shapes=({0: steps},))
+        for length in (T, 11):
+            x = torch.randn(length, B, I)
+            torch.testing.assert_close(exported.module()(x), layer(x))
+
+    def test_fake_tensors(self) -> None:
+        from torch._subclasses import FakeTensorMode
+
+        with FakeTensorMode():
+            y, h = rnn.RNN(I, H, 2, bidirectional=True)(torch.randn(T, B, I))
+            assert (y.shape, h.shape) == ((T, B, 2 * H), (4, B, H))
+        meta = rnn.RNN(I, H, device="meta")
+        y, h = meta(torch.randn(T, B, I, device="meta"))
+        assert (y.device.type, y.shape, h.shape) == ("meta", (T, B, H), (1, B, H))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype: torch.dtype) -> None:
+        layer, x = rnn.RNN(I, H, 2), torch.randn(T, B, I, requires_grad=True)
+        want = layer(x)
+        with torch.autocast("cpu", dtype):
+            y, h = layer(x)
+        assert y.dtype == dtype
+        torch.testing.assert_close((y.float(), h.float()), want, rtol=2e-2, atol=2e-2)
+        grads = [torch.autograd.grad(out.float().sin().sum(), [x, *layer.parameters()]) for out in (y, want[0])]
+        torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-2)
+
+
+def test_no_kernel_of_torch_runs() -> None:
+    """rnn.RNN is not torch.nn.RNN in disguise."""
+    x, found = torch.randn(T, B, I), {}
+    for library in (rnn, nn):
+        layer = library.RNN(I, H, bidirectional=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            layer(x)[0].sum().backward()
+        found[library] = {e.key for e in profile.key_averages() if "rnn" in e.key.lower() and "fused_rnn" not in e.key}
+    assert "aten::rnn_tanh" in found[nn]
+    assert not found[rnn]
+
+
+def test_leaves() -> None:
+    """An all-in-one sanity check that the tree of results has no tensor which shares memory with an input."""
+    layer, x = rnn.RNN(I, H), torch.randn(T, B, I)
+    h = torch.randn(1, B, H)
+    held = {t.untyped_storage().data_ptr() for t in (x, h, *layer.parameters())}
+    assert not held & {t.untyped_storage().data_ptr() for t in tree_leaves(layer(x, h))}
