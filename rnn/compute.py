@@ -18,7 +18,6 @@ from .kernels import cpu
 from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
-
 TRITON = find_spec("triton") is not None  # asked once: it searches the disk
 
 

@@ -267,21 +267,19 @@ class TestCompiler:
 
     @pytest.mark.parametrize("dynamic", [False, True])
     @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
-    def test_compile(self, form: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_compile(self, form: str, dynamic: bool) -> None:
         layer = rnn.RNN(I, H, 2, bidirectional=True, batch_first=True)
         compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for steps in (6, 9):
             x, lengths, found = torch.randn(B, steps, I), torch.tensor([5, 1, 3, 2]), []
-            monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", dynamic and steps == 9)
             for module in (layer, compiled):
                 leaf = x.clone().requires_grad_()
-                if form == "packed":
-                    packed = pack_padded_sequence(leaf, lengths, True, enforce_sorted=False)
-                    out, h = module(packed)
-                    assert isinstance(out, PackedSequence)
-                    out = out.data
-                else:
-                    out, h = module(leaf, **({"lengths": lengths} if form == "lengths" else {}))
+                packed = pack_padded_sequence(leaf, lengths, True, enforce_sorted=False) if form == "packed" else None
+                kwargs = {"lengths": lengths} if form == "lengths" else {}
+                with torch._dynamo.config.patch(error_on_recompile=dynamic and steps == 9):
+                    out, h = module(leaf if packed is None else packed, **kwargs)
+                assert isinstance(out, Tensor if packed is None else PackedSequence)
+                out = out if packed is None else out.data
                 found.append([out, h, *torch.autograd.grad((out * out).sum() + h.sum(), [leaf, *layer.parameters()])])
             torch.testing.assert_close(*found)
 
