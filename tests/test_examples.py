@@ -1,0 +1,68 @@
+"""The example and the benchmark, as their users start them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], text=True, capture_output=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+
+
+def test_language_model(tmp_path: Path) -> None:
+    plot = tmp_path / "curves.png"
+    done = run("examples/language_model.py", "--hidden", 64, "--batch", 16, "--length", 32, "--steps", 60, "--rate", 0.01,
+               "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"largest difference in 50 steps +(\S+)", done.stdout)
+    first, later = (re.search(rf"loss at {when} +(\S+) +(\S+)", done.stdout) for when in ("the start", "step 50"))
+    assert difference and first and later
+    assert float(first[1]) - float(later[1]) > 0.5
+    assert float(difference[1]) < 1e-3
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "It writes:" in done.stdout
+    assert "characters/s" in done.stderr
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    (None, "cannot read"), (b"", "has 0 characters"), (b"too short", "has 9 characters"), (b"\xff\xfe\x00" * 9999, "UTF-8"),
+])
+def test_bad_text(content: bytes | None, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    done = run("examples/language_model.py", "--text", path)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+def test_help() -> None:
+    for script, words in (("examples/language_model.py", ("--text", "--hidden", "--steps", "--device", "--dtype", "--seed")),
+                          ("bench/run.py", ("--device", "--suite", "--cell", "--dtype"))):
+        done = run(script, "--help")
+        assert done.returncode == 0
+        assert all(word in done.stdout for word in words)
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    done = run("bench/run.py", "--device", "cpu", "--suite", "smoke", "--seconds", 0.05, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert {"device", "versions", "commit", "dtype", "fp32_precision"} <= found.keys()
+    for row in found["rows"]:
+        for kind in ("forward", "training"):
+            assert row[kind].keys() == {"rnn", "torch.nn"}
+            assert min(row[kind].values()) > 0
+        assert row["error"]["rnn"] <= 4 * row["error"]["torch.nn"] + 1e-6
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert run("bench/run.py", "--suite", "none").returncode == 2
