@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnn
 from rnn.kernels.plan import Plan
 
+recurrence: Any = rnn.functional.recurrence
 FORMS = ("padded", "unbatched", "packed", "unsorted", "lengths")
 
 
@@ -68,8 +69,8 @@ CASES = [
 def random_case(seed: int, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
     pick = random.Random(seed)
     form = pick.choice(FORMS)
-    sizes = pick.choice((1, 2, 3, 6, 12)), 1 if form == "unbatched" else pick.choice((0, 1, 2, 7, 17)), pick.randint(1, 9)
-    T, B, I = sizes if form not in ("packed", "unsorted") else (sizes[0], max(1, sizes[1]), sizes[2])
+    T, B, I = pick.choice((1, 2, 3, 6, 12)), pick.choice((0, 1, 2, 7, 17)), pick.randint(1, 9)
+    B = 1 if form == "unbatched" else max(1, B) if form in ("packed", "unsorted") else B
     return Case(T, B, I, pick.choice((1, 2, 5, 16, 33)), form, pick.randint(1, 3), pick.random() < 0.5,
                 pick.choice(("tanh", "relu")), pick.random() < 0.8, pick.random() < 0.5, pick.random() < 0.7,
                 pick.choice(dtypes))
@@ -198,9 +199,9 @@ def step_by_step(name: str, given: list[Any], masks: tuple[Any, Any], reverse: t
     return [states[0].view(T, B, -1), *([states[1:]] if S > 1 else []), torch.stack([torch.stack(v) for v in last])]
 
 
-def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, int], reverse: tuple[bool, ...] = (False,),
-                     form: str = "padded", resets: bool = False, bias: bool = True,
-                     dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, int],
+                     reverse: tuple[bool, ...] = (False,), form: str = "padded", resets: bool = False,
+                     bias: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     """rnn.functional.recurrence of a layer of sizes T, B, I, H, all states and all gradients, against torch's cells."""
     (T, B, I, H), N, cell = sizes, len(reverse), getattr(rnn.kernels.cells, name)
     generator, G, S = torch.Generator().manual_seed(2), cell.gates, cell.states
@@ -226,15 +227,16 @@ def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, i
         if ours:
             if form == "packed":
                 inputs[0] = inputs[0][running.to(where)]
-            others = [None if t is None else t.to(where) for t in (lengths if form == "lengths" else None, cuts)]
-            y, states, last = rnn.functional.recurrence(cell, *inputs, others[0], batch_sizes, others[1], reverse, 1, plan)
+            ends, cut = (None if t is None else t.to(where) for t in (lengths if form == "lengths" else None, cuts))
+            y, states, last = recurrence(cell, *inputs, ends, batch_sizes, cut, reverse, 1, plan)
             outputs = [y.flatten(0, -2), *([] if states is None else [*states]), last]
         else:
             y, *rest = step_by_step(name, inputs, (lengths, cuts), reverse)
             columns = [y.flatten(0, 1), *(rest[0] if S > 1 else [])]
             outputs = [*(c[running.flatten()] if form == "packed" else c for c in columns), rest[-1]]
         random = torch.Generator().manual_seed(3)
-        torch.autograd.backward(outputs, [torch.randn(o.shape, generator=random).to(rounded).to(where, dtype) for o in outputs])
+        drawn = [torch.randn(o.shape, generator=random).to(rounded).to(where, dtype) for o in outputs]
+        torch.autograd.backward(outputs, drawn)
         grads = {f"d_{k}": t.grad for k, t in enumerate(given) if bias or k not in (3, 4)}
         return {f"output_{k}": o.detach() for k, o in enumerate(outputs)} | grads
 

@@ -68,7 +68,7 @@ def loop(sass: str) -> list[str]:
 
 
 def shared_bytes(body: list[str]) -> dict[str, int]:
-    """Read from shared memory by each thread in a pass through the body: by plain loads, and as operands of products."""
+    """Read from shared memory by each thread in a pass through the body: by plain loads, as operands of products."""
     plain = [re.search(r"\bLDS(?:\.U)?(?:\.(\d+))?\b", text) for text in body]
     operand = [re.search(r"\bLDSM\.16\.MT?88(?:\.(\d))?", text) for text in body]
     return dict(LDS=sum(int(load[1] or 32) // 8 for load in plain if load),

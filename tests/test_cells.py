@@ -1,5 +1,7 @@
 """The cells' algebra: adjoints against autograd, and that a cell of one's own needs nothing else."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,11 +10,10 @@ from torch import Tensor
 
 import rnn
 from rnn.kernels import cells
-from rnn.kernels.cells import Cell, bind, sigmoid, tanh
+from rnn.kernels.cells import Cell, sigmoid, tanh
 from rnn.kernels.plan import Plan
 
 CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
-NAMES = dict(sigmoid=torch.sigmoid, tanh=torch.tanh, relu=torch.relu, zeros_like=torch.zeros_like)
 
 
 def randn(count: int) -> tuple[Tensor, ...]:
@@ -22,11 +23,11 @@ def randn(count: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_adjoint(cell: Cell) -> None:
     x, r, s = randn(cell.gates), randn(cell.gates), randn(cell.states)
-    s_next, saved = bind(cell.forward, **NAMES)(x, r, s)
+    s_next, saved = cell.forward(x, r, s)
     ds = randn(cell.states)
     given = torch.autograd.grad(s_next, (*x, *r, *s), ds, allow_unused=True)
     want = [torch.zeros(200, dtype=torch.float64) if d is None else d for d in given]
-    got = [d for group in bind(cell.backward, **NAMES)(saved, s, s_next, ds) for d in group]
+    got = [d for group in cell.backward(saved, s, s_next, ds) for d in group]
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
@@ -40,7 +41,7 @@ def test_formula(cell: Cell, kernel: str) -> None:
     want = getattr(torch, kernel)(torch.cat(x)[None], tuple(v[None] for v in s) if S > 1 else s[0][None], eye,
                                   torch.zeros(200 * G, 200, dtype=torch.float64), torch.zeros_like(eye[0]),
                                   torch.cat(r))
-    got = bind(cell.forward, **NAMES)(x, r, s)[0]
+    got = cell.forward(x, r, s)[0]
     torch.testing.assert_close([v[None] for v in got], list(want) if S > 1 else [want], rtol=1e-14, atol=1e-14)
 
 
@@ -80,13 +81,10 @@ def test_own_cell(plan: Plan | None) -> None:
     given = [torch.randn(shape, dtype=torch.float64) / 2 for shape in shapes]
     dtype = torch.float64 if plan is None else torch.float32
 
-    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+    def run(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
         outputs = [t for t in function(*leaves) if t is not None]
         return [*outputs, *torch.autograd.grad([(t * t).sum() for t in outputs], leaves)]
 
-    def ours(*leaves: Tensor) -> Any:
-        return rnn.functional.recurrence(cell, *leaves, plan=plan)
-
     exact, limit = run(mgu_by_hand, torch.float64), 1e-12 if plan is None else 1e-5
-    torch.testing.assert_close([t.double() for t in run(ours, dtype)], exact, rtol=limit, atol=limit)
+    torch.testing.assert_close([t.double() for t in run(partial(rnn.functional.recurrence, cell, plan=plan), dtype)], exact, rtol=limit, atol=limit)

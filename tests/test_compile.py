@@ -96,8 +96,8 @@ def check(row: Row, used: dict[str, Any], capability: int) -> str:
 ])
 def test_kernels(rows: list[Row], capability: int) -> None:
     found = compiled(rows, capability)
-    wrong = [(row, used["kernel"], used["plan"], text) for k, row in enumerate(rows) for used in found[2 * k : 2 * k + 2]
-             if (text := check(row, used, capability))]
+    wrong = [(row, used["kernel"], used["plan"], text) for k, used in enumerate(found)
+             if (text := check(row := rows[k // 2], used, capability))]
     assert not wrong, "\n".join(map(str, wrong))
     scopes = {used["plan"][1] for used in found}
     assert scopes == {"block", "grid", "launch"}

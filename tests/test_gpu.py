@@ -45,7 +45,7 @@ def test_half(cell: str, dtype: torch.dtype, scope: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
-@pytest.mark.parametrize("sizes", [(70, 3, 16, 100), (70, 130, 40, 250), (70, 16, 8, 500), (20, 70, 1030, 1030)], ids=str)
+@pytest.mark.parametrize("sizes", [(70, 3, 16, 100), (70, 130, 40, 250), (70, 16, 8, 500), (9, 70, 99, 1030)], ids=str)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_chosen_plans(cell: str, sizes: tuple[int, int, int, int], form: str, dtype: torch.dtype) -> None:
     check_recurrence(cell, None, sizes, (False, True), form, dtype=dtype, device="cuda")

@@ -20,7 +20,7 @@ INFOS = {OURS[info.module_cls]: info for info in module_db if info.module_cls in
 
 def inputs(cls: Any, training: bool = True, **kwargs: Any) -> list[ModuleInput]:
     info: ModuleInfo = INFOS[cls]
-    return info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=training, **kwargs)
+    return info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training, **kwargs)
 
 
 SAMPLES = [(cls, i) for cls in INFOS for i in range(len(inputs(cls, with_packed_sequence=True)))]
@@ -56,7 +56,8 @@ def with_gradients(module: nn.Module, arguments: list[Any]) -> list[Tensor]:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_values_and_gradients(cls: Any, i: int, training: bool) -> None:
     theirs, ours, arguments = sample(cls, i, training)
-    torch.testing.assert_close(with_gradients(ours, arguments), with_gradients(theirs, arguments), rtol=1e-12, atol=1e-13)
+    found = [with_gradients(module, arguments) for module in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("cls", INFOS)
@@ -86,7 +87,8 @@ def test_second_derivatives(cls: Any, i: int) -> None:
 @all_samples
 def test_memory_layouts(cls: Any, i: int) -> None:
     _, ours, arguments = sample(cls, i)
-    strided = [torch.stack([a.detach()] * 3, -1)[..., 1].requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    strided = [torch.stack([a.detach()] * 3, -1)[..., 1].requires_grad_() if isinstance(a, Tensor) else a
+               for a in arguments]
     assert not any(isinstance(a, Tensor) and a.is_contiguous() for a in strided)
     torch.testing.assert_close(with_gradients(ours, strided), with_gradients(ours, arguments), rtol=0, atol=0)
 

@@ -40,13 +40,15 @@ def test_floors() -> None:
             uses = imported(path.with_suffix(".py"), module.rpartition(".")[0]) & every
             assert uses <= below, f"{module} imports {uses - below}"
         below |= {*floor}
-    files = {f"kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py")} | {p.stem for p in (ROOT / "rnn").glob("*.py")}
+    files = {f"{prefix}{p.stem}" for prefix, folder in (("kernels.", "kernels"), ("", "rnn"))
+             for p in (ROOT / folder).glob("*.py")}
     assert files - every == {"kernels.__init__", "__init__"}
 
 
 def test_nobody_imports_kernels() -> None:
     """That name belongs to another distribution: ours is rnn.kernels."""
-    for path in [p for folder in ("kernels", "rnn", "tests", "bench", "examples") for p in (ROOT / folder).glob("*.py")]:
+    folders = [ROOT / name for name in ("kernels", "rnn", "tests", "bench", "examples")]
+    for path in [path for folder in folders for path in folder.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
@@ -81,8 +83,8 @@ def test_pins_are_allowed() -> None:
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [*project["optional-dependencies"].values()]
-    asked = {r.name: r for text in [*project["dependencies"], *sum(extras, [])] for r in [Requirement(text)]}
+    texts = [project["dependencies"], *project["optional-dependencies"].values()]
+    asked = {r.name: r for group in texts for r in map(Requirement, group)}
     pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()
               if line and line[0] != "#"]
     assert pinned
@@ -98,8 +100,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "rnn", "kernels"):
         subprocess.run(["cp", "-R", ROOT / name, source], check=True)
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q",
-                           "-w", folder, source], text=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    done = subprocess.run([*pip, "--wheel-dir", folder, source], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
 
