@@ -87,4 +87,5 @@ def test_own_cell(plan: Plan | None) -> None:
         return [*outputs, *torch.autograd.grad([(t * t).sum() for t in outputs], leaves)]
 
     exact, limit = run(mgu_by_hand, torch.float64), 1e-12 if plan is None else 1e-5
-    torch.testing.assert_close([t.double() for t in run(partial(rnn.functional.recurrence, cell, plan=plan), dtype)], exact, rtol=limit, atol=limit)
+    got = run(partial(rnn.functional.recurrence, cell, plan=plan), dtype)
+    torch.testing.assert_close([t.double() for t in got], exact, rtol=limit, atol=limit)
