@@ -114,10 +114,10 @@ def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: i
         used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert used
         body = loop(sass)
-        count = {name: sum(bool(re.search(rf"\b{name}\b", text)) for text in body) for name in ("LDG", "LDL", "STL")}
+        loads = sum(bool(re.search(r"\bLDG\b", text)) for text in body)
         print(json.dumps(dict(kernel=kernel.fn.__name__, plan=plan, registers=int(used[1]), stack=int(used[2]),
                               shared=built.metadata.shared, loop=len(body), shared_bytes=shared_bytes(body),
-                              **count)), flush=True)
+                              LDG=loads)), flush=True)
 
 
 if __name__ == "__main__":

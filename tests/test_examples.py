@@ -5,8 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import rnn
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +49,19 @@ def test_bad_text(content: bytes | None, text: str, tmp_path: Path) -> None:
     assert text in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
+
+
+def test_cell_of_the_readme() -> None:
+    """It runs, and its adjoint is right: against the formula's gradients, which autograd finds."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[-1]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    given: Any = [torch.randn(n, dtype=torch.float64, requires_grad=True)
+             for n in ((5, 2, 3), (8, 3), (8, 4), (8,), (8,), (1, 2, 4))]
+    found = [rnn.functional.recurrence(scope["mgu"], *given)[0],
+             rnn.compute.formula(scope["mgu"], given, (None, None, None), (False,), 0)[0]]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), given) for y in found))
 
 
 def test_help() -> None:
