@@ -160,6 +160,8 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Arr
             if rt is None or len(rt) != sizes[t]:
                 rt = r[: sizes[t]]
                 rg, work = [_part(rt, g, H) for g in range(G)], [a[: sizes[t]] for a in temporaries]
+            if y is x and sweep.torch:  # in place: less memory to go through
+                rt, rg = sums[t][0], [*sums[t]]
             sweep.affine(sums[t][0], s[0], w, rt)
             run(*gates[t], *rg, *s, *out[t], *acts[t], *work)
             if t in sweep.ends:
