@@ -15,7 +15,8 @@ from typing import Any, cast
 
 # The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives another backend its own.
 sigmoid, tanh, relu = lambda x: x.sigmoid(), lambda x: x.tanh(), lambda x: x.relu()
-zeros_like = lambda x: x.new_zeros(x.shape)  # noqa: E731
+# The gradient of relu's argument from that of its value y: where it is 0, an infinite d counts for nothing.
+relu_grad, zeros_like = lambda d, y: d.masked_fill(y <= 0, 0), lambda x: x.new_zeros(x.shape)
 
 
 def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
@@ -39,7 +40,8 @@ class Cell:
     split: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        names = dict.fromkeys(("sigmoid", "tanh", "relu", "zeros_like"), abs)  # of numbers: only to count the results
+        # Of numbers, and only to count the results.
+        names = dict.fromkeys(("sigmoid", "tanh", "relu", "relu_grad", "zeros_like"), lambda *values: values[0])
         x, s = (0.5,) * self.gates, (0.5,) * self.states
         s_next, saved = bind(self.forward, **names)(x, x, s)
         dx, dr, _ = bind(self.backward, **names)(saved, s, s_next, s)
@@ -60,7 +62,7 @@ def _rnn_relu(x, r, s):
 
 
 def _rnn_relu_backward(saved, s, s_next, ds):
-    d = (ds[0] * (s_next[0] > 0),)
+    d = (relu_grad(ds[0], s_next[0]),)
     return d, d, (zeros_like(ds[0]),)
 
 

@@ -32,7 +32,8 @@ class _Value:
         return self.lines[-1][2]
 
     __add__, __radd__, __mul__, __rmul__ = (_method(name) for name in ("add", "add", "multiply", "multiply"))
-    __sub__, __rsub__, __gt__ = _method("subtract"), _method("subtract", swap=True), _method("greater")
+    __sub__, __rsub__, __neg__ = _method("subtract"), _method("subtract", swap=True), lambda self: self * -1
+    __truediv__, __rtruediv__ = _method("divide"), _method("divide", swap=True)
 
 
 def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outputs: Sequence[Sequence[str]],
@@ -41,10 +42,11 @@ def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outpu
     temporaries; and whether the output `skip` is the constant 0 and has no array. Inputs and outputs go by names, a
     letter, not t, and a number; an input without a name is the constant 0, outputs without names are left out."""
     lines: list[Any] = []
-    unary: Any = {name: lambda v, name=name: v.do(name, v) for name in ("tanh", "relu", "sigmoid")}
+    calls: Any = {name: lambda v, *rest, name=name: v.do(name, v, *rest)
+                  for name in ("tanh", "sigmoid", "relu", "relu_grad")}
     if "sigmoid" not in operations:
-        unary["sigmoid"] = lambda v: unary["tanh"](v * 0.5) * 0.5 + 0.5
-    results = bind(function, zeros_like=lambda v: 0, **unary)(
+        calls["sigmoid"] = lambda v: calls["tanh"](v * 0.5) * 0.5 + 0.5
+    results = bind(function, zeros_like=lambda v: 0, **calls)(
         *(tuple(_Value(lines, name) if name else 0 for name in group) for group in inputs))
     skipped, parameters = False, [name for group in inputs for name in group if name]
     for name, value in [pair for group in zip(outputs, results) for pair in zip(*group)]:
@@ -69,8 +71,9 @@ def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outpu
 def _program(backend: str, cell: Cell, adjoint: bool, save: bool = True) -> tuple[Any, Callable[..., None], int, bool]:
     """The array library, and the cell's forward or backward in it."""
     library = import_module(backend)
-    operations: Any = {name: getattr(library, name) for name in ("add", "subtract", "multiply", "greater", "tanh")}
-    operations |= dict(copy=lambda value, out: setitem(out, ..., value), relu=partial(library.maximum, 0))
+    operations: Any = {name: getattr(library, name) for name in ("add", "subtract", "multiply", "divide", "tanh")}
+    operations |= dict(copy=lambda value, out: setitem(out, ..., value), relu=partial(library.maximum, 0),
+                       relu_grad=lambda d, y, out: setitem(out, ..., library.where(y <= 0, 0, d)))
     if backend == "torch":
         operations |= dict(relu=partial(library.clamp_min, min=0), sigmoid=library.sigmoid)
     G, S, A = cell.gates, cell.states, cell.saved
@@ -138,12 +141,13 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Arr
     last states [N*S, B, H], and with keep >= 2 the activations for the adjoint [A, R, N*H]; None for what is not."""
     (library, run, pool, _), sizes = _program(plan.backend, cell, False, keep > 1), rows.sizes
     N, S, G, R, (_, B, H) = len(rows.reverse), cell.states, cell.gates, len(x), s0.shape
-    empty = partial(library.empty, dtype=x.dtype)
+    empty = getattr(x, "new_empty", partial(library.empty, dtype=x.dtype))
     y = empty((R, N * H)) if G > 1 or cell.split else x  # fresh memory costs as much as a step's arithmetic
     last, r, temporaries = empty((N * S, B, H)), empty((B, G * H)), empty((pool, B, H))
     states = empty((S - 1, R, N * H)) if S > 1 and keep else None
     saved = empty((cell.saved, R, N * H)) if cell.saved and keep > 1 else None
     last[:] = s0
+    in_place = y is x and plan.backend == "torch" and S == 1 and not cell.saved  # r in x, when nothing reads it after y
     for n in range(N):
         sweep = _Sweep(library, rows, n)
         out = sweep.views(_part(y, n, H), *(() if states is None else (_part(c, n, H) for c in states)))
@@ -160,7 +164,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Arr
             if rt is None or len(rt) != sizes[t]:
                 rt = r[: sizes[t]]
                 rg, work = [_part(rt, g, H) for g in range(G)], [a[: sizes[t]] for a in temporaries]
-            if y is x and sweep.torch:  # in place: less memory to go through
+            if in_place:
                 rt, rg = sums[t][0], [*sums[t]]
             sweep.affine(sums[t][0], s[0], w, rt)
             run(*gates[t], *rg, *s, *out[t], *acts[t], *work)
@@ -177,7 +181,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Array, s0: Array, y: Arra
     cell.split) and of s0; and the h that came into each row [R, N*H], unless that is just the h of B rows away."""
     (library, run, pool, skipped), sizes = _program(plan.backend, cell, True), rows.sizes
     N, S, G, R, (_, B, H) = len(rows.reverse), cell.states, cell.gates, len(y), s0.shape
-    empty = partial(library.empty, dtype=y.dtype)
+    empty = getattr(y, "new_empty", partial(library.empty, dtype=y.dtype))
     dr, ds, passed, temporaries = empty((R, N * G * H)), empty((N * S, B, H)), empty((S, B, H)), empty((pool, B, H))
     dx = empty((R, N * G * H)) if cell.split else dr
     came = None if rows.resets is None and sizes[-1] == B else empty((R, N * H))

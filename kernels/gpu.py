@@ -28,10 +28,15 @@ def _relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _relu_grad(d, y):
+    return tl.where(y <= 0, 0.0, d)
+
+
 @lru_cache
 def functions(cell: Cell) -> tuple[Any, Any]:
     """The cell's forward and backward as Triton functions, which the kernels take as arguments."""
-    names = dict(tl=tl, sigmoid=tl.sigmoid, tanh=_tanh, relu=_relu, zeros_like=tl.zeros_like)
+    names = dict(tl=tl, sigmoid=tl.sigmoid, tanh=_tanh, relu=_relu, relu_grad=_relu_grad, zeros_like=tl.zeros_like)
     return triton.jit(bind(cell.forward, **names)), triton.jit(bind(cell.backward, **names))
 
 

@@ -40,9 +40,7 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
 
 
 def _arrays(numpy: bool, *tensors: Any) -> Sequence[Any]:
-    if numpy:
-        return [(t.detach() if t.requires_grad else t).numpy() if isinstance(t, Tensor) else t for t in tensors]
-    return tensors
+    return [t.detach().resolve_neg().numpy() if isinstance(t, Tensor) else t for t in tensors] if numpy else tensors
 
 
 def _tensors(*arrays: Any) -> list[Any]:
@@ -63,15 +61,17 @@ class _Run:
         self.total, self.index, self.order = x.shape[:-1].numel(), None, None
         if lengths is not None and self.backend is cpu:
             ends, self.order = lengths.cpu().sort(descending=True, stable=True)
-            runs = torch.arange(T)[:, None] < ends
-            self.index = (torch.arange(T)[:, None] * B + self.order)[runs]
+            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
+            runs = steps < ends
+            self.index = (steps * B + self.order)[runs]
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
             resets = resets if resets is None else resets[:, self.order]
         (resets,) = _arrays(self.numpy, resets)
         if batch_sizes is None:
             self.rows = Rows(T, reverse, [B] * T, lengths if lengths is None else lengths.to(x.device), None, resets)
         else:
-            starts, ends = batch_sizes.cumsum(0) - batch_sizes, (batch_sizes > torch.arange(B)[:, None]).sum(1)
+            starts = batch_sizes.cumsum(0) - batch_sizes
+            ends = (batch_sizes > torch.arange(B, device="cpu")[:, None]).sum(1)
             self.rows = Rows(len(batch_sizes), reverse, batch_sizes.tolist(), ends.to(x.device), starts.to(x.device),
                              resets)
 

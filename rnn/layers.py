@@ -95,22 +95,4 @@ class RNN(_Stack):
 
 
 class RNNCell(nn.RNNCell):
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: the next state, from `input` [B, I] or [I] and the state `hx` [B, H] or [H], zeros if None."""
-        for name, t in (("input", input), ("hidden", hx)):
-            if t is not None and t.dim() not in (1, 2):
-                raise ValueError(f"RNNCell: Expected {name} to be 1D or 2D, got {t.dim()}D instead")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        one, H = input.dim() == 1, self.hidden_size
-        x = input.unsqueeze(0) if one else input
-        h = x.new_zeros(x.shape[0], H) if hx is None else hx.unsqueeze(0) if one else hx
-        if x.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        if h.shape != (x.shape[0], H):
-            units = f"hidden0 has inconsistent hidden_size: got {h.shape[1]}, expected {H}"
-            batch = f"Input batch size {x.shape[0]} doesn't match hidden0 batch size {h.shape[0]}"
-            raise RuntimeError(units if h.shape[0] == x.shape[0] else batch)
-        x, r = F.linear(x, self.weight_ih, self.bias_ih), F.linear(h, self.weight_hh, self.bias_hh)
-        (h,) = _CELLS[f"RNN_{self.nonlinearity.upper()}"].forward((x,), (r,), (h,))[0]
-        return h.squeeze(0) if one else h
+    """torch.nn's own, under this name: in a single step there is no loop through time to be fused."""

@@ -26,6 +26,10 @@ def _traced(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or not plain
 
 
+def _transformed() -> bool:
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
 def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
     """From what the custom operators take, names and JSON."""
     return (getattr(cells, cell), Plan(*json.loads(plan)) if plan else None) if isinstance(cell, str) else (cell, plan)
@@ -39,20 +43,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 
 def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
-    given, masks, (cell, plan, reverse) = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.choices
-    there: list[Any] = [t if t is not None and t.dim() > 1 else None for t in (*ctx.saved_tensors[9:], *d[:3])]
+    (*tensors,), (cell, plan, reverse) = ctx.saved_tensors, ctx.choices  # once: hooks would unpack them once more
+    given, masks = tensors[:6], tensors[6:9]
+    there: list[Any] = [t if t is not None and t.dim() > 1 else None for t in (*tensors[9:], *d[:3])]
     kept, dy, needs = there[:3], there[3:], ctx.needs_input_grad[4:10]
-    if isinstance(cell, str) and _traced(kept[0]):
-        found: Any = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
-        grads = [g if need else None for g, need in zip(found, needs)]
-    elif torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _transformed():
         # Aliases, so that an input which was computed from another one counts for itself alone.
-        alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
-        out: Any = compute.formula(_objects(cell, plan)[0], alias, masks, reverse, 1)
+        with torch.enable_grad():
+            alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
+            out: Any = compute.formula(_objects(cell, plan)[0], alias, masks, reverse, 1)
         used, wanted = [k for k in range(3) if dy[k] is not None], [alias[k] for k in range(6) if needs[k]]
-        found = torch.autograd.grad([out[k] for k in used], wanted, [dy[k] for k in used], create_graph=True,
-                                    allow_unused=True)
+        found: Any = torch.autograd.grad([out[k] for k in used], wanted, [dy[k] for k in used], create_graph=True,
+                                         allow_unused=True)
         grads = [next(rest) if need else None for rest in (iter(found),) for need in needs]
+    elif isinstance(cell, str) and _traced(kept[0]):
+        found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
+        grads = [g if need else None for g, need in zip(found, needs)]
     else:
         grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, dy, needs)
     return None, None, None, None, *grads, None, None, None
@@ -133,16 +139,16 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         _check(cell, given, masks, len(reverse))
     if autocast or (kind == "cpu" and plan is None and x.dtype in (torch.float16, torch.bfloat16)):
         dtype = torch.get_autocast_dtype(kind) if autocast else torch.float32  # NumPy has no bfloat16
-        cast: Any = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given]
+        cast: Any = [t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+                     for t in given]
         again: Any = recurrence
         with torch.autocast(kind, enabled=False):
             y, states, last = again(cell, *cast, *masks, reverse, keep, plan)
         back = y.dtype if autocast else x.dtype
         return y.to(back), states if states is None else states.to(back), last.to(back)
     traced, reverse = _traced(x, w_hh), list(reverse)
-    transformed = not traced and (torch._C._functorch.peek_interpreter_stack() or forward_ad._current_level >= 0)
     unknown = traced and getattr(cells, cell.name, None) is not cell
-    if transformed or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
+    if _transformed() or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return compute.formula(cell, given, masks, reverse, keep)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if traced:
@@ -155,7 +161,10 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
 
 
 def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: int) -> None:
-    (x, *_), (lengths, batch_sizes, _), (_, B, H) = given, masks, given[5].shape
+    (x, _, _, b_ih, b_hh, s0), (lengths, batch_sizes, _) = given, masks
+    if x.dim() != (3 if batch_sizes is None else 2) or s0.dim() != 3 or (b_ih is None) != (b_hh is None):
+        raise RuntimeError("Expected input of 3 dimensions (2 with batch_sizes), hidden of 3, both biases or none")
+    _, B, H = s0.shape
     R, I, GH, T = x.shape[0], x.shape[-1], N * cell.gates * H, (x if batch_sizes is None else batch_sizes).shape[0]
     shapes = dict(input=(T, B, I) if batch_sizes is None else (R, I), weight_ih=(GH, I), weight_hh=(GH, H),
                   bias_ih=(GH,), bias_hh=(GH,), hidden=(N * cell.states, B, H), lengths=(B,), batch_sizes=(T,),
@@ -173,5 +182,5 @@ def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: 
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
     if batch_sizes is not None:
-        fits = (batch_sizes.sum() == R) & (batch_sizes[0] == B)
-        torch._assert_async(fits, "Expected batch_sizes that begin with B and add up to the rows of input")
+        fits = (batch_sizes.sum() == R) & (batch_sizes[0] == B) & (batch_sizes[-1] > 0) & (batch_sizes.diff() < 1).all()
+        torch._assert_async(fits, "Expected batch_sizes that begin with B, never rise, and add up to input's rows")

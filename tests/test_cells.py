@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rnn
 from rnn.kernels import cells
-from rnn.kernels.cells import Cell, sigmoid, tanh
+from rnn.kernels.cells import Cell, sigmoid, tanh, zeros_like
 from rnn.kernels.plan import Plan
 
 CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
@@ -43,6 +43,31 @@ def test_formula(cell: Cell, kernel: str) -> None:
                                   torch.cat(r))
     got = cell.forward(x, r, s)[0]
     torch.testing.assert_close([v[None] for v in got], list(want) if S > 1 else [want], rtol=1e-14, atol=1e-14)
+
+
+def _squares(x, r, s):
+    """Of one gate, and it comes back to r after its first result."""
+    a = x[0] + r[0]
+    return (a * sigmoid(a), 0.5 * s[1] - a / 2), (a,)
+
+
+def _squares_backward(saved, s, s_next, ds):
+    (a,) = saved
+    f = sigmoid(a)
+    d = (ds[0] * (f + a * f * (1 - f)) - ds[1] / 2,)
+    return d, d, (zeros_like(a), 0.5 * ds[1])
+
+
+@pytest.mark.parametrize("plan", [Plan("numpy"), Plan("torch")], ids=lambda plan: plan.backend)
+def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
+    cell = Cell("squares", _squares, _squares_backward, gates=1, states=2)
+    given: Any = [torch.randn(n, dtype=torch.float64, requires_grad=True)
+                  for n in ((5, 2, 3), (4, 3), (4, 4), (4,), (4,), (2, 2, 4))]
+    recurrence: Any = rnn.functional.recurrence
+    found: Any = [recurrence(cell, *given, keep=1, plan=plan),
+                  rnn.compute.formula(cell, given, (None, None, None), (False,), 1)]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*(torch.autograd.grad([t.sin().sum() for t in out], given) for out in found))
 
 
 def mgu(x, r, s):

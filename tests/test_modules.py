@@ -165,6 +165,7 @@ REFUSED_BY_CELL: list[Callable[[Any], Any]] = [
     lambda m: m(new(3, 4), new(3, 9)),
     lambda m: m(new(3, 4), new(2, 8)),
     lambda m: m(new(3, 4), new(1, 3, 8)),
+    lambda m: m(new(3, 4), new(2, 9)),
     lambda m: type(m)(4, 8, nonlinearity="sigmoid")(new(3, 4)),
 ]
 

@@ -11,7 +11,9 @@ from test_gpu import plan_for
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels import cells
@@ -90,6 +92,16 @@ class TestMasks:
         assert y[2:, 1, :H].isnan().all()
         assert y[:3, 1, H:].isnan().all()
         assert last[:, 1].isnan().all()
+
+    @PLANS
+    def test_infinite_gradients_of_what_is_off(self, plan: Plan) -> None:
+        """The square root's at 0, where relu is off, counts for nothing, as in torch.nn."""
+        ours, theirs = rnn.RNN(I, H, nonlinearity="relu", plan=plan), nn.RNN(I, H, nonlinearity="relu")
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(T, B, I)
+        grads = [torch.autograd.grad(layer(x)[0].sqrt().sum(), list(layer.parameters())) for layer in (ours, theirs)]
+        assert all(g.isfinite().all() for g in grads[1])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
     @PLANS
     def test_no_steps(self, plan: Plan) -> None:
@@ -211,7 +223,60 @@ class TestGradients:
         assert rnn.RNN(I, H).requires_grad_(False)(torch.randn(T, B, I))[0].grad_fn is None
 
 
+class Recorded(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
 class TestTransforms:
+    def test_forward_mode_where_operators_are_recorded(self) -> None:
+        """A tangent is never silently 0."""
+        layer, x, v = rnn.RNN(I, H), torch.randn(T, B, I), torch.randn(T, B, I)
+
+        def tangent(x: Tensor, v: Tensor) -> Tensor:
+            return torch.func.jvp(lambda x: layer(x)[0], (x,), (v,))[1]
+
+        want = tangent(x, v)
+        assert want.any()
+        torch.testing.assert_close(torch.compile(tangent, fullgraph=True, backend="aot_eager")(x, v), want)
+        with FlopCounterMode(display=False):
+            torch.testing.assert_close(tangent(x, v), want)
+
+    def test_gradients_in_a_compiled_function(self) -> None:
+        layer, x = rnn.RNN(I, H), torch.randn(T, B, I)
+        grad = torch.func.grad(lambda x: layer(x)[0].sin().sum())
+        torch.testing.assert_close(torch.compile(grad, backend="aot_eager")(x), grad(x))
+
+    def test_tangent_of_a_gradient(self) -> None:
+        ours, theirs = rnn.RNN(I, H).double(), nn.RNN(I, H).double()
+        theirs.load_state_dict(ours.state_dict())
+        x, found = torch.randn(T, B, I, dtype=torch.float64), []
+        primal, direction = torch.randn(2, T, B, H, dtype=torch.float64)
+        for layer in (ours, theirs):
+            y = layer(x)[0]
+            with forward_ad.dual_level():
+                grads = torch.autograd.grad(y, list(layer.parameters()), forward_ad.make_dual(primal, direction))
+                found.append([forward_ad.unpack_dual(g).tangent for g in grads])
+        torch.testing.assert_close(*found)
+
+    def test_second_derivatives_under_a_mode(self) -> None:
+        layer, x = rnn.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+        want = torch.autograd.grad(torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)[0].sum(), x)
+        with Recorded():
+            got = torch.autograd.grad(torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)[0].sum(), x)
+        torch.testing.assert_close(got, want)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpoint(self, reentrant: bool) -> None:
+        layer, x = rnn.RNN(I, H, 2), torch.randn(T, B, I, requires_grad=True)
+        found = [torch.autograd.grad(run(x)[0].sin().sum(), x) for run in (
+            layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))]
+        torch.testing.assert_close(*found)
+        if reentrant:
+            y, _ = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+            y.sin().sum().backward()
+            torch.testing.assert_close(x.grad, found[0][0])
+
     @pytest.mark.parametrize("name", NAMES)
     def test_forward_mode(self, name: str) -> None:
         given = [t.detach() for t in data(name)]
@@ -338,8 +403,40 @@ def test_no_kernel_of_torch_runs() -> None:
     assert not found[rnn]
 
 
-def test_leaves() -> None:
-    """An all-in-one sanity check that the tree of results has no tensor which shares memory with an input."""
+@pytest.mark.parametrize("sizes", [[3, 1, 2], [2, 3, 1], [3, 0, 3], [4, 1, 1], [3, 2], [3, 2, 2]])
+def test_bad_batch_sizes(sizes: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        weights = data("rnn_tanh", 1, torch.float32)[1:5]
+        recurrence(cells.rnn_tanh, torch.zeros(6, I), *weights, torch.zeros(1, 3, H), None, torch.tensor(sizes))
+
+
+def test_bad_shapes() -> None:
+    x, *weights, s0 = (t.detach() for t in data("gru", 1))
+    for bad in ([x[0], *weights, s0], [x, *weights, s0[0]], [x, *weights[:3], None, s0], [x, weights[0][:-1],
+                *weights[1:], s0], [x, *weights, s0.float()], [x.long(), *weights, s0]):
+        with pytest.raises(RuntimeError, match="Expected"):
+            recurrence(cells.gru, *bad)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"torch\.int64"):
+        recurrence(cells.gru, x.long(), *weights, s0)
+
+
+@pytest.mark.parametrize("hidden", [H, 600])
+def test_default_device(hidden: int) -> None:
+    """It is not asked for where the data are."""
+    layer, x, lengths = rnn.RNN(I, hidden), torch.randn(T, B, I), torch.tensor([2, 5, 0, 3])
+    packed = pack_padded_sequence(x, torch.tensor([5, 3, 2, 1]))
+    want = layer(x), layer(x, lengths=lengths), layer(packed)
+    with torch.device("meta"):
+        torch.testing.assert_close((layer(x), layer(x, lengths=lengths), layer(packed)), want)
+
+
+def test_lazily_negated_input() -> None:
+    layer, x = rnn.RNN(I, H), torch.fft.fft(torch.randn(T, B, I)).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(layer(x), layer(x.resolve_neg()))
+
+
+def test_results_have_memory_of_their_own() -> None:
     layer, x = rnn.RNN(I, H), torch.randn(T, B, I)
     h = torch.randn(1, B, H)
     held = {t.untyped_storage().data_ptr() for t in (x, h, *layer.parameters())}
