@@ -405,8 +405,8 @@ def test_no_kernel_of_torch_runs() -> None:
 
 @pytest.mark.parametrize("sizes", [[3, 1, 2], [2, 3, 1], [3, 0, 3], [4, 1, 1], [3, 2], [3, 2, 2]])
 def test_bad_batch_sizes(sizes: list[int]) -> None:
+    weights = data("rnn_tanh", 1, torch.float32)[1:5]
     with pytest.raises(RuntimeError, match="batch_sizes"):
-        weights = data("rnn_tanh", 1, torch.float32)[1:5]
         recurrence(cells.rnn_tanh, torch.zeros(6, I), *weights, torch.zeros(1, 3, H), None, torch.tensor(sizes))
 
 
