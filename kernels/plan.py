@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`."""
 
     steps: int
-    reverse: Sequence[bool]
+    reverse: Sequence[int]
     sizes: Sequence[int] = ()
     lengths: Any = None
     offsets: Any = None

@@ -1,6 +1,6 @@
-"""Recurrent layers in fused kernels: RNN and RNNCell take the place of torch.nn's."""
+"""Recurrent layers in fused kernels: RNN, LSTM, GRU and their cells take the place of torch.nn's."""
 
 from . import ops as functional
-from .layers import RNN, RNNCell
+from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["RNN", "RNNCell", "functional"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "functional"]

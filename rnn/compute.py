@@ -39,8 +39,21 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
     return make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
 
 
+class _Borrowed:
+    """A tensor for NumPy to read. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.resolve_neg()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return torch._C._to_dlpack(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
 def _arrays(numpy: bool, *tensors: Any) -> Sequence[Any]:
-    return [t.detach().resolve_neg().numpy() if isinstance(t, Tensor) else t for t in tensors] if numpy else tensors
+    return [np.from_dlpack(_Borrowed(t)) if isinstance(t, Tensor) else t for t in tensors] if numpy else tensors
 
 
 def _tensors(*arrays: Any) -> list[Any]:
@@ -51,7 +64,7 @@ class _Run:
     """One call: plan, backend, and the rows that the kernels see. On the host, those past an end are left out."""
 
     def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
-                 reverse: Sequence[bool]) -> None:
+                 reverse: Sequence[int]) -> None:
         (x, *_, s0), (lengths, batch_sizes, resets), B = given, masks, given[5].shape[1]
         tf32 = x.is_cuda and getattr(torch.backends.cudnn.rnn, "fp32_precision", "") == "tf32"
         self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
@@ -92,7 +105,7 @@ class _Run:
 
 @np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
 def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-            reverse: Sequence[bool], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+            reverse: Sequence[int], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), run = given, _Run(cell, plan, given, masks, reverse)
     small, shape = run.numpy and run.total * w_ih.numel() <= NUMPY_PRODUCT, x.shape[:-1]
@@ -106,17 +119,20 @@ def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence
         x = x @ w_ih.T if b_ih is None else x @ w_ih.T + b_ih
     else:
         x = F.linear(x, w_ih, b_ih)
-    arrays = _arrays(run.numpy, x, w_hh.contiguous(), b_hh, run.sort(s0))
-    y, states, last, saved = _tensors(*run.backend.forward(cell, run.plan, run.rows, *arrays, keep, **fused))
+    x = x.numpy() if run.numpy and not small else x  # our own by now, to be overwritten
+    arrays = _arrays(run.numpy, w_hh.contiguous(), b_hh, run.sort(s0))
+    y, states, last, saved = _tensors(*run.backend.forward(cell, run.plan, run.rows, x, *arrays, keep, **fused))
     y = run.spread(y).resize_(*shape, y.shape[-1])  # in place, so that it is no view
     return y, run.spread(states), run.sort(last, back=True), run.spread(saved)
 
 
 @np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
 def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-             reverse: Sequence[bool], kept: Sequence[Any], d: Sequence[Tensor | None],
+             reverse: Sequence[int], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
+    if cell.saved and kept[2] is None:
+        kept = *kept[:2], forward(cell, plan, given, masks, reverse, 2)[3]
     (x, w_ih, w_hh, _, _, s0), run = given, _Run(cell, plan, given, masks, reverse)
     small, shape = run.numpy and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT, x.shape
     x, y, dy = (run.pick(t.reshape(run.total, t.shape[-1]).contiguous())
@@ -142,7 +158,7 @@ def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequenc
     return _tensors(*(grad() if need else None for grad, need in zip(grads, needs)))
 
 
-def _product(d: Any, h: Any, first: Any, reverse: bool) -> Any:
+def _product(d: Any, h: Any, first: Any, reverse: int) -> Any:
     """The sum over rows of d_t h_{t-1}^T, d [K, R]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
     if first is None or len(h) == len(first):
         return d @ (h if first is None else first)
@@ -152,7 +168,7 @@ def _product(d: Any, h: Any, first: Any, reverse: bool) -> Any:
     return d[:, late] @ h[early] + d[:, : len(first)] @ first
 
 
-def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[bool],
+def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int],
             keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks

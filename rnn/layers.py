@@ -1,5 +1,6 @@
 """Drop-in layers: torch.nn's parameters, checks and semantics, with the recurrence of `ops`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,45 +18,75 @@ _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.
 class _Stack(nn.RNNBase):
     """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every instance of those.)"""
 
-    def __init__(self, mode: str, *args: Any, plan: Plan | None = None, **kwargs: Any) -> None:
+    # Of the class, so that torch.nn's modules have them when they become ours.
+    plan: Plan | None = None
+    recompute = False
+
+    def __init__(self, mode: str, *args: Any, plan: Plan | None = None, recompute: bool = False, **kwargs: Any) -> None:
+        if mode != "LSTM" and "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(mode, *args, **kwargs)
-        self.plan = plan
+        self.plan, self.recompute = plan, recompute
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
 
-    def _layers(self) -> Any:
-        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other."""
+    def _layers(self) -> list[list[Any]]:
+        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other; with
+        projections w_hr too."""
         weights = [[getattr(self, name) for name in names] for names in self._all_weights]
         if self.bidirectional:
             weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
-        return weights if self.bias else [[*pair, None, None] for pair in weights]
+        return weights if self.bias else [[*some[:2], None, None, *some[2:]] for some in weights]
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
+    def _initial(self, x: Tensor, hx: Any, batch_sizes: Tensor | None, order: Tensor | None) -> list[Tensor]:
+        """The states before the first step, [L*D, B, H] each, checked and in the order of the batch."""
+        expected = [self.get_expected_hidden_size(x, batch_sizes)]
+        text = "Expected hidden size {}, got {}"
+        if self.mode == "LSTM":
+            expected.append((*expected[0][:2], self.hidden_size))
+            text = "Expected hidden[{}] size {{}}, got {{}}"
+        if hx is None:
+            return [x.new_zeros(shape) for shape in expected]
+        for k, (state, shape) in enumerate(zip(hx, expected)):
+            self.check_hidden_size(state if order is None else state[:, order], shape, text.format(k, "{}"))
+        return [state if order is None else state.index_select(1, order) for state in hx]
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
+                return_states: bool = False) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
             input: [T, B, I] ([B, T, I] if batch_first), [T, I] for one sequence, or a PackedSequence.
-            hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one sequence.
-            lengths: integers [B] on any device, in any order, zeros allowed: the number of steps of each sequence. Its
+            hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one sequence; of an LSTM
+                two, h_0 and c_0.
+            lengths: int64 or int32 [B] on any device, in any order, zeros allowed: the steps of each sequence. Its
                 output is 0 past them and its last state that of its own last step.
+            resets: bool [T, B] ([B, T] if batch_first, [T] for one sequence). resets[t] is a boundary between the steps
+                t - 1 and t: the state that would cross it, in either direction, is 0. resets[0] drops hx going forward.
+            return_states: whether to return the states of every step as well.
 
-        Returns the output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`.
+        Returns the output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`; with
+        `return_states` also the states of all layers after every step, stacked: [L, T, B, D*H] in the layout of
+        `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
         batch_sizes = order = restore = None
-        x, one, batch_dim = input, False, 0 if self.batch_first else 1
+        name, pair = self.mode.partition("_")[0], self.mode == "LSTM"
+        x, one, batch_dim, states = input, False, 0 if self.batch_first else 1, hx if hx is None or pair else (hx,)
         if isinstance(input, PackedSequence):
             x, batch_sizes, order, restore = input
         else:
             one = x.dim() == 2
             if x.dim() not in (2, 3):
-                name = self.mode.partition("_")[0]
-                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D tensor instead")
-            if hx is not None and hx.dim() != x.dim():
-                raise RuntimeError(f"For {'unbatched' if one else 'batched'} {x.dim()}-D input, hx should also be "
-                                   f"{x.dim()}-D but got {hx.dim()}-D tensor")
+                tensor = "D tensor" if name == "RNN" else "D"
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{tensor} instead")
+            if states is not None and any(s.dim() != x.dim() for s in states):
+                got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors" if pair else f"{hx.dim()}-D tensor"
+                raise RuntimeError(f"For {'unbatched' if one else 'batched'} {x.dim()}-D input, "
+                                   f"{'hx and cx' if pair else 'hx'} should also be {x.dim()}-D but got {got}")
             if one:
-                x, hx = x.unsqueeze(batch_dim), hx if hx is None else hx.unsqueeze(1)
+                x, states = x.unsqueeze(batch_dim), states if states is None else [s.unsqueeze(1) for s in states]
+                resets = resets if resets is None else resets.unsqueeze(batch_dim)
         layers = self._layers()
         if x.dtype != layers[0][0].dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({layers[0][0].dtype}). Convert "
@@ -63,36 +94,115 @@ class _Stack(nn.RNNBase):
         if x.shape[-1] != self.input_size:
             sizes = f"{self.input_size}, got {x.shape[-1]}"
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {sizes}")
-        expected = self.get_expected_hidden_size(x, batch_sizes)
-        hx = x.new_zeros(expected) if hx is None else self.permute_hidden(hx, order)
-        self.check_hidden_size(hx, expected)
-        x = x.transpose(0, 1) if self.batch_first and batch_sizes is None else x
-        D, last = 1 + self.bidirectional, []
-        for i, (w_ih, w_hh, b_ih, b_hh) in enumerate(layers):
+        given = self._initial(x, states, batch_sizes, order)
+        if self.batch_first:
+            x, resets = x if batch_sizes is not None else x.transpose(0, 1), resets if resets is None else resets.T
+        masks = lengths, batch_sizes, resets if resets is None or order is None else resets.index_select(1, order)
+        D, last, every = 1 + self.bidirectional, [], []
+        for i, weights in enumerate(layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            s0 = hx if len(layers) == 1 else hx[i * D : (i + 1) * D]
-            x, _, s_n = recurrence(_CELLS[self.mode], x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, None,
-                                   (False, True)[:D], 0, self.plan)
-            last.append(s_n)
-        h_n = self.permute_hidden(last[0] if len(last) == 1 else torch.cat(last), restore)
-        if batch_sizes is not None:
-            return PackedSequence(x, batch_sizes, order, restore), h_n
-        x = x.transpose(0, 1) if self.batch_first else x
-        return (x.squeeze(batch_dim), h_n.squeeze(1)) if one else (x, h_n)
+            first = [s if len(layers) == 1 else s[i * D : (i + 1) * D] for s in given]
+            steps, ends = self._layer(x, weights, first, hx is None, masks, int(return_states))
+            x = steps[0]
+            every.append(steps)
+            last.append(ends)
+
+        def layout(t: Tensor) -> Tensor:
+            """[..., T, B, K] as the input is."""
+            t = t.transpose(-3, -2) if self.batch_first and batch_sizes is None else t
+            return t.squeeze(batch_dim - 3) if one else t
+
+        h_n = [ends[0] if len(last) == 1 else torch.cat(ends) for ends in zip(*last)]
+        h_n = [h if restore is None else h.index_select(1, restore) for h in h_n]
+        h_n = [h.squeeze(1) for h in h_n] if one else h_n
+        output: Any = layout(x) if batch_sizes is None else PackedSequence(x, batch_sizes, order, restore)
+        result = output, tuple(h_n) if pair else h_n[0]
+        if not return_states:
+            return result
+        columns = [layout(torch.stack(column)) for column in zip(*every)]
+        return *result, tuple(columns) if pair else columns[0]
+
+    def _layer(self, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor], zeros: bool, masks: Sequence[Any],
+               keep: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The states after every step, like x but for their width, h first and with `keep` the others; and the last
+        states [D, B, H]. `first` is like these, and 0 if `zeros`.
+
+        A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m. Only the first h is
+        of no m: it comes in as further input of the first step."""
+        cell, reverse = _CELLS[self.mode], (False, True)[: 1 + self.bidirectional]
+        (w_ih, w_hh, b_ih, b_hh, *projection), S, N = weights, cell.states, len(reverse)
+        if projection:
+            down, inner = projection[0].chunk(N), w_hh.chunk(N)
+            w_hh = torch.cat([w @ w_hr for w, w_hr in zip(inner, down)])
+            if not zeros:
+                x = torch.cat((x, _first_steps(x, first[0], masks, reverse)), -1)
+                w_ih = torch.cat((w_ih, torch.block_diag(*inner)), 1)
+        h0 = torch.zeros_like(first[1]) if projection else first[0]
+        s0 = h0 if S == 1 else torch.stack((h0, *first[1:]), 1).flatten(0, 1)
+        lengths, batch_sizes, resets = masks
+        y, others, last = recurrence(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
+                                     self.plan, self.recompute)
+        steps = [y, *([] if others is None else others.view(-1, *y.shape))]
+        ends = [last[k::S] for k in range(S)]
+        if projection:
+            steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)
+            ends[0] = torch.stack([m @ w_hr.T for m, w_hr in zip(ends[0], down)])
+            if lengths is not None:
+                ends[0] = torch.where((lengths == 0).to(x.device)[:, None], first[0], ends[0])
+        return steps, ends
+
+
+def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[bool]) -> Tensor:
+    """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with, and else 0."""
+    (lengths, batch_sizes, resets), (N, B, P) = masks, h0.shape
+    T, b = x.shape[0] if batch_sizes is None else batch_sizes.shape[0], torch.arange(B, device=x.device)
+    t, starts = b * 0 + T - 1, torch.arange(T, device=x.device) * B
+    if lengths is not None:
+        t = (lengths.to(x.device) - 1).clamp(min=0)
+    if batch_sizes is not None:
+        sizes = batch_sizes.to(x.device)
+        t, starts = (sizes[:, None] > b).sum(0) - 1, sizes.cumsum(0) - sizes
+    columns = []
+    for h, backwards in zip(h0, reverse):
+        if resets is not None and not backwards:
+            h = torch.where(resets[0, :, None], 0, h)
+        columns.append(h.new_zeros(x.shape[:-1].numel(), P).index_add(0, starts[t] + b if backwards else b, h))
+    return torch.cat(columns, -1).view(*x.shape[:-1], N * P)
 
 
 class RNN(_Stack):
     __doc__ = nn.RNN.__doc__
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         self.nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
 
 
+class LSTM(_Stack):
+    __doc__ = nn.LSTM.__doc__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(_Stack):
+    __doc__ = nn.GRU.__doc__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *args, **kwargs)
+
+
+# In a single step there is no loop through time to be fused: torch.nn's own, under our names.
 class RNNCell(nn.RNNCell):
-    """torch.nn's own, under this name: in a single step there is no loop through time to be fused."""
+    __doc__ = nn.RNNCell.__doc__
+
+
+class LSTMCell(nn.LSTMCell):
+    __doc__ = nn.LSTMCell.__doc__
+
+
+class GRUCell(nn.GRUCell):
+    __doc__ = nn.GRUCell.__doc__

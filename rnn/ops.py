@@ -8,6 +8,7 @@ autograd.Function, whose backward is the formula's where a graph of it is asked 
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from .kernels.plan import Plan
 
 def _traced(*tensors: Tensor) -> bool:
     plain = all(type(t) in (Tensor, Parameter) for t in tensors)
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or not plain
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or not plain
+            or torch._C._get_tracing_state() is not None)
 
 
 def _transformed() -> bool:
@@ -44,10 +46,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
     (*tensors,), (cell, plan, reverse) = ctx.saved_tensors, ctx.choices  # once: hooks would unpack them once more
+    autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
+    with torch.autocast(tensors[0].device.type, enabled=False) if autocast else nullcontext():
+        grads = _gradients(tensors, cell, plan, reverse, ctx.needs_input_grad[4:10], d)
+    return None, None, None, None, *grads, None, None, None
+
+
+def _gradients(tensors: Sequence[Any], cell: Any, plan: Any, reverse: Sequence[int], needs: Sequence[bool],
+               d: Sequence[Any]) -> list[Tensor | None]:
     given, masks = tensors[:6], tensors[6:9]
     there: list[Any] = [t if t is not None and t.dim() > 1 else None for t in (*tensors[9:], *d[:3])]
-    kept, dy, needs = there[:3], there[3:], ctx.needs_input_grad[4:10]
-    if torch.is_grad_enabled() or _transformed():
+    kept, dy = there[:3], there[3:]
+    batched = any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in dy)
+    if torch.is_grad_enabled() or batched or _transformed():
         # Aliases, so that an input which was computed from another one counts for itself alone.
         with torch.enable_grad():
             alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
@@ -55,13 +66,11 @@ def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
         used, wanted = [k for k in range(3) if dy[k] is not None], [alias[k] for k in range(6) if needs[k]]
         found: Any = torch.autograd.grad([out[k] for k in used], wanted, [dy[k] for k in used], create_graph=True,
                                          allow_unused=True)
-        grads = [next(rest) if need else None for rest in (iter(found),) for need in needs]
-    elif isinstance(cell, str) and _traced(kept[0]):
+        return [next(rest) if need else None for rest in (iter(found),) for need in needs]
+    if isinstance(cell, str) and _traced(kept[0]):
         found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
-        grads = [g if need else None for g, need in zip(found, needs)]
-    else:
-        grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, dy, needs)
-    return None, None, None, None, *grads, None, None, None
+        return [g if need else None for g, need in zip(found, needs)]
+    return compute.backward(*_objects(cell, plan), given, masks, reverse, kept, dy, needs)
 
 
 class _Layer(torch.autograd.Function):
@@ -81,22 +90,22 @@ _KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, T
 
 
 @torch.library.custom_op("fused_rnn::forward", mutates_args=(), schema=(
-    f"(str cell, str plan, bool[] reverse, int keep, {_GIVEN}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)"))
-def _forward_op(cell: str, plan: str, reverse: list[bool], keep: int, *tensors: Any) -> tuple[Tensor, ...]:
+    f"(str cell, str plan, int[] reverse, int keep, {_GIVEN}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)"))
+def _forward_op(cell: str, plan: str, reverse: list[int], keep: int, *tensors: Any) -> tuple[Tensor, ...]:
     out = compute.forward(*_objects(cell, plan), tensors[:6], tensors[6:], reverse, keep)
     return tuple(tensors[0].new_empty(0) if t is None else t for t in out)
 
 
 @torch.library.custom_op("fused_rnn::backward", mutates_args=(), schema=(
-    f"(str cell, str plan, bool[] reverse, bool[] needs, {_GIVEN}, {_MASKS}, {_KEPT}) -> Tensor[]"))
-def _backward_op(cell: str, plan: str, reverse: list[bool], needs: list[bool], *tensors: Any) -> list[Tensor]:
+    f"(str cell, str plan, int[] reverse, bool[] needs, {_GIVEN}, {_MASKS}, {_KEPT}) -> Tensor[]"))
+def _backward_op(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any) -> list[Tensor]:
     given, masks, kept, d = tensors[:6], tensors[6:9], tensors[9:12], tensors[12:]
     grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, d, needs)
     return [given[0].new_empty(0) if g is None else g for g in grads]
 
 
 @_forward_op.register_fake
-def _(cell: str, plan: str, reverse: list[bool], keep: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+def _(cell: str, plan: str, reverse: list[int], keep: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     others, saved, s0 = getattr(cells, cell).states - 1, getattr(cells, cell).saved, tensors[4]
     R, width = math.prod(x.shape[:-1]), len(reverse) * s0.shape[-1]
     return (x.new_empty(*x.shape[:-1], width), x.new_empty((others, R, width) if others and keep else 0),
@@ -104,7 +113,7 @@ def _(cell: str, plan: str, reverse: list[bool], keep: int, x: Tensor, *tensors:
 
 
 @_backward_op.register_fake
-def _(cell: str, plan: str, reverse: list[bool], needs: list[bool], *tensors: Any) -> list[Tensor]:
+def _(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any) -> list[Tensor]:
     return [tensors[0].new_empty(t.shape if need else 0) for t, need in zip(tensors[:6], needs)]
 
 
@@ -113,8 +122,8 @@ _forward_op.register_autograd(_vjp, setup_context=_setup)
 
 def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, s0: Tensor,
                lengths: Tensor | None = None, batch_sizes: Tensor | None = None, resets: Tensor | None = None,
-               reverse: Sequence[bool] = (False,), keep: int = 0,
-               plan: Plan | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+               reverse: Sequence[int] = (False,), keep: int = 0, plan: Plan | None = None,
+               recompute: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
     """N recurrences over the same sequences, each in its own direction: one layer.
 
     Args:
@@ -130,6 +139,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         reverse: of each recurrence, whether it runs from the last step to the first.
         keep: 1 to have `states` returned.
         plan: how to compute it, if not as `make_plan` would.
+        recompute: keep no activations for backward but the states, and compute the others once more there.
 
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
@@ -143,20 +153,20 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
                      for t in given]
         again: Any = recurrence
         with torch.autocast(kind, enabled=False):
-            y, states, last = again(cell, *cast, *masks, reverse, keep, plan)
+            y, states, last = again(cell, *cast, *masks, reverse, keep, plan, recompute)
         back = y.dtype if autocast else x.dtype
         return y.to(back), states if states is None else states.to(back), last.to(back)
-    traced, reverse = _traced(x, w_hh), list(reverse)
+    traced, reverse = _traced(x, w_hh), list(map(int, reverse))
     unknown = traced and getattr(cells, cell.name, None) is not cell
     if _transformed() or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return compute.formula(cell, given, masks, reverse, keep)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    keep = keep if not train else 1 if recompute else 2
     if traced:
-        y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, 2 if train else keep,
-                                         *given, *masks)
+        y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, keep, *given, *masks)
         return y, states if states.dim() > 1 else None, last
     if train:
-        return _Layer.apply(cell, plan, reverse, 2, *given, *masks)[:3]
+        return _Layer.apply(cell, plan, reverse, keep, *given, *masks)[:3]
     return compute.forward(cell, plan, given, masks, reverse, keep)[:3]
 
 
