@@ -143,7 +143,7 @@ class _Stack(nn.RNNBase):
         lengths, batch_sizes, resets = masks
         y, others, last = recurrence(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
                                      self.plan, self.recompute)
-        steps = [y, *([] if others is None else others.view(-1, *y.shape))]
+        steps = [y, *([] if others is None else others.view(S - 1, *y.shape))]
         ends = [last[k::S] for k in range(S)]
         if projection:
             steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)

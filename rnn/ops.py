@@ -161,6 +161,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     if _transformed() or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return compute.formula(cell, given, masks, reverse, keep)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    train |= torch._C._get_tracing_state() is not None  # one graph, whoever traces
     keep = keep if not train else 1 if recompute else 2
     if traced:
         y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, keep, *given, *masks)

@@ -1,4 +1,4 @@
-"""The case list, the oracle (torch.nn.RNN in float64) and the tolerance: torch's own error in the same dtype."""
+"""The case list, the oracle (torch.nn in float64) and the tolerance: torch's own error in the same dtype."""
 
 import itertools
 import random
@@ -28,6 +28,8 @@ class Case(NamedTuple):
     batch_first: bool = False
     hx: bool = True
     dtype: torch.dtype = torch.float32
+    mode: str = "RNN"
+    proj: int = 0
 
     def __str__(self) -> str:
         default = self._field_defaults
@@ -63,6 +65,19 @@ CASES = [
     Case(6, 4, 3, 8, dtype=torch.float16, bidirectional=True),
     Case(6, 4, 3, 8, dtype=torch.bfloat16, layers=2),
     Case(6, 4, 3, 8, dtype=torch.bfloat16, form="unsorted", bidirectional=True),
+    Case(5, 3, 4, 6, mode="LSTM", layers=2),
+    Case(4, 17, 3, 20, mode="LSTM", form="unsorted", bidirectional=True),
+    Case(6, 4, 3, 8, mode="LSTM", form="lengths", bidirectional=True, bias=False),
+    Case(6, 4, 3, 8, mode="LSTM", proj=3, layers=2, bidirectional=True, batch_first=True),
+    Case(6, 4, 3, 8, mode="LSTM", proj=3, form="lengths", bidirectional=True),
+    Case(6, 4, 3, 8, mode="LSTM", proj=7, form="packed", hx=False),
+    Case(6, 1, 3, 8, mode="LSTM", form="unbatched"),
+    Case(6, 4, 3, 8, mode="LSTM", dtype=torch.float16, bidirectional=True),
+    Case(5, 3, 4, 6, mode="GRU", layers=2),
+    Case(4, 17, 3, 20, mode="GRU", form="unsorted", bidirectional=True),
+    Case(6, 4, 3, 8, mode="GRU", form="lengths", bidirectional=True, batch_first=True, bias=False),
+    Case(6, 1, 3, 8, mode="GRU", form="unbatched", hx=False),
+    Case(6, 4, 3, 8, mode="GRU", dtype=torch.bfloat16, bidirectional=True),
 ]
 
 
@@ -71,9 +86,21 @@ def random_case(seed: int, dtypes: tuple[torch.dtype, ...] = (torch.float32, tor
     form = pick.choice(FORMS)
     T, B, I = pick.choice((1, 2, 3, 6, 12)), pick.choice((0, 1, 2, 7, 17)), pick.randint(1, 9)
     B = 1 if form == "unbatched" else max(1, B) if form in ("packed", "unsorted") else B
-    return Case(T, B, I, pick.choice((1, 2, 5, 16, 33)), form, pick.randint(1, 3), pick.random() < 0.5,
+    mode, H = pick.choice(("RNN", "LSTM", "GRU")), pick.choice((1, 2, 5, 16, 33))
+    proj = pick.randint(0, H - 1) if mode == "LSTM" and pick.random() < 0.5 else 0
+    return Case(T, B, I, H, form, pick.randint(1, 3), pick.random() < 0.5,
                 pick.choice(("tanh", "relu")), pick.random() < 0.8, pick.random() < 0.5, pick.random() < 0.7,
-                pick.choice(dtypes))
+                pick.choice(dtypes), mode, proj)
+
+
+def build(library: Any, case: Case, **options: Any) -> Any:
+    """The layer of the case, from torch.nn or rnn."""
+    if case.mode == "RNN":
+        options["nonlinearity"] = case.nonlinearity
+    if case.proj:
+        options["proj_size"] = case.proj
+    return getattr(library, case.mode)(case.I, case.H, num_layers=case.layers, bias=case.bias,
+                                       batch_first=case.batch_first, bidirectional=case.bidirectional, **options)
 
 
 def lengths_of(case: Case) -> Tensor:
@@ -85,21 +112,21 @@ def lengths_of(case: Case) -> Tensor:
     return lengths.sort(descending=True).values if case.form == "packed" else lengths
 
 
-def one_by_one(module: nn.RNN, x: Tensor, hx: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """What `lengths` means, by torch.nn.RNN on each sequence [T, b, I] alone."""
-    outputs, states = [], []
+def one_by_one(module: Any, x: Tensor, states: list[Tensor], lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What `lengths` means, by torch.nn's layer on each sequence [T, b, I] alone."""
+    outputs, ends, width = [], [], (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
     for b, length in enumerate(lengths.tolist()):
-        y = x[:0, b : b + 1, :1].expand(0, 1, module.hidden_size * (1 + module.bidirectional))
-        h = hx[:, b : b + 1]
+        y = x[:0, b : b + 1, :1].expand(0, 1, width)
+        h = [s[:, b : b + 1] for s in states]
         if length:
-            y, h = nn.RNN.forward(module, x[:length, b : b + 1].transpose(0, 1) if module.batch_first
-                                  else x[:length, b : b + 1], h)
-            y = y.transpose(0, 1) if module.batch_first else y
+            alone = x[:length, b : b + 1]
+            y, last = module(alone.transpose(0, 1) if module.batch_first else alone, tuple(h) if len(h) > 1 else h[0])
+            y, h = y.transpose(0, 1) if module.batch_first else y, list(last) if len(h) > 1 else [last]
         outputs.append(nn.functional.pad(y, (0, 0, 0, 0, 0, len(x) - length)))
-        states.append(h)
+        ends.append(h)
     if not outputs:
-        return x[:, :, :1].expand(-1, -1, module.hidden_size * (1 + module.bidirectional)), hx
-    return torch.cat(outputs, 1), torch.cat(states, 1)
+        return x[:, :, :1].expand(-1, -1, width), states
+    return torch.cat(outputs, 1), [torch.cat(column, 1) for column in zip(*ends)]
 
 
 def results(module: Any, case: Case, device: str = "cpu") -> dict[str, Tensor]:
@@ -113,42 +140,49 @@ def results(module: Any, case: Case, device: str = "cpu") -> dict[str, Tensor]:
 
     lengths = lengths_of(case)
     x = random_like(case.T, case.B, case.I).requires_grad_()
-    states = random_like(case.layers * D, case.B, case.H).requires_grad_()
-    hx = states if case.hx else None
+    widths = [case.proj or case.H, *([case.H] if case.mode == "LSTM" else [])]
+    states = [random_like(case.layers * D, case.B, width).requires_grad_() for width in widths]
+    starts = states if case.hx else [torch.zeros_like(s) for s in states]
     given: Any = x.transpose(0, 1) if case.batch_first else x
-    ours = isinstance(module, rnn.RNN)
+    ours = isinstance(module, rnn.layers._Stack)
+
+    def hx(states: list[Tensor]) -> Any:
+        return None if not case.hx else tuple(states) if len(states) > 1 else states[0]
+
     if case.form == "unbatched":
-        y, h = module(x[:, 0], None if hx is None else hx[:, 0])
+        y, h = module(x[:, 0], hx([s[:, 0] for s in states]))
     elif case.form in ("packed", "unsorted"):
         packed = pack_padded_sequence(given, lengths, case.batch_first, enforce_sorted=case.form == "packed")
-        y, h = module(packed, hx)
+        y, h = module(packed, hx(states))
         assert isinstance(y, PackedSequence)
         y = y.data
     elif case.form == "lengths" and ours:
-        y, h = module(given, hx, lengths=lengths.to(device))
+        y, h = module(given, hx(states), lengths=lengths.to(device))
     elif case.form == "lengths":
-        y, h = one_by_one(module, x, torch.zeros_like(states).requires_grad_() if hx is None else hx, lengths)
+        y, h = one_by_one(module, x, starts, lengths)
         y = y.transpose(0, 1) if case.batch_first else y
     else:
-        y, h = module(given, hx)
+        y, h = module(given, hx(states))
+    ends = list(h) if isinstance(h, (tuple, list)) else [h]
     # In the order of y [T, B, D*H], whatever its layout.
     batched = case.batch_first and case.form in ("padded", "lengths")
     dy = random_like(*(y.transpose(0, 1) if batched else y).shape)
-    torch.autograd.backward([y, h], [dy.transpose(0, 1) if batched else dy, random_like(*h.shape)])
-    leaves = {"input": x, **({} if hx is None else {"hx": states}), **dict(module.named_parameters())}
+    seeds = [dy.transpose(0, 1) if batched else dy, *(random_like(*end.shape) for end in ends)]
+    used = [(out, seed) for out, seed in zip([y, *ends], seeds) if out.requires_grad]
+    torch.autograd.backward([out for out, _ in used], [seed for _, seed in used])
+    leaves = {"input": x, **({f"hx_{k}": s for k, s in enumerate(states)} if case.hx else {}),
+              **dict(module.named_parameters())}
     grads = {f"d_{name}": torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
-    return {"output": y.detach(), "h_n": h.detach(), **grads}
+    return {"output": y.detach(), **{f"end_{k}": end.detach() for k, end in enumerate(ends)}, **grads}
 
 
 def check(case: Case, plan: Plan | None = None, device: str = "cpu", factor: float = 4) -> None:
-    """rnn.RNN against float64; its error may be `factor` times that of torch.nn.RNN on the CPU in the same dtype."""
-    options: dict[str, Any] = dict(num_layers=case.layers, nonlinearity=case.nonlinearity, bias=case.bias,
-                                   batch_first=case.batch_first, bidirectional=case.bidirectional)
+    """Our layer against float64; its error may be `factor` times that of torch.nn on the CPU in the same dtype."""
     # float64 is the oracle's own dtype: there torch's error is that in float32, scaled.
     dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
-    exact = nn.RNN(case.I, case.H, **options, dtype=case.dtype).double()
-    theirs = nn.RNN(case.I, case.H, **options, dtype=dtype)
-    ours = rnn.RNN(case.I, case.H, **options, dtype=case.dtype, device=device, plan=plan)
+    exact = build(nn, case, dtype=case.dtype).double()
+    theirs = build(nn, case, dtype=dtype)
+    ours = build(rnn, case, dtype=case.dtype, device=device, plan=plan)
     theirs.load_state_dict(exact.state_dict())
     ours.load_state_dict(exact.state_dict())
     want, allowed, got = results(exact, case), results(theirs, case), results(ours, case, device)
