@@ -2,5 +2,6 @@
 
 from . import ops as functional
 from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .replace import replace, restore
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "functional"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "functional", "replace", "restore"]

@@ -42,15 +42,16 @@ class _Stack(nn.RNNBase):
     def _initial(self, x: Tensor, hx: Any, batch_sizes: Tensor | None, order: Tensor | None) -> list[Tensor]:
         """The states before the first step, [L*D, B, H] each, checked and in the order of the batch."""
         expected = [self.get_expected_hidden_size(x, batch_sizes)]
-        text = "Expected hidden size {}, got {}"
+        names = ["hidden"]
         if self.mode == "LSTM":
             expected.append((*expected[0][:2], self.hidden_size))
-            text = "Expected hidden[{}] size {{}}, got {{}}"
+            names = ["hidden[0]", "hidden[1]"]
         if hx is None:
             return [x.new_zeros(shape) for shape in expected]
-        for k, (state, shape) in enumerate(zip(hx, expected)):
-            self.check_hidden_size(state if order is None else state[:, order], shape, text.format(k, "{}"))
-        return [state if order is None else state.index_select(1, order) for state in hx]
+        hx = [state if order is None else state.index_select(1, order) for state in hx]
+        for name, state, shape in zip(names, hx, expected):
+            self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
+        return hx
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
                 return_states: bool = False) -> Any:

@@ -1,0 +1,73 @@
+"""rnn.replace and rnn.restore."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rnn
+
+
+class Own(nn.LSTM):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return super().forward(input * 2, hx)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4))
+        self.first = nn.RNN(4, 5, nonlinearity="relu", bidirectional=True)
+        self.second = nn.LSTM(10, 6, 2, proj_size=3, batch_first=True)
+        self.shared = self.third = nn.GRU(3, 4)
+        self.own = Own(4, 4)
+        self.cells = nn.ModuleList([nn.RNNCell(4, 4), nn.LSTMCell(4, 4), nn.GRUCell(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(self.encoder(x))[0].transpose(0, 1))[0].transpose(0, 1)
+        y = self.own(self.shared(y)[0])[0][-1]
+        return self.cells[2](self.cells[1](self.cells[0](y))[0])
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def test_replace_and_restore(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = Model(), torch.randn(5, 2, 3)
+    before, parameters, calls = kinds(model), list(model.parameters()), []
+    model.third.register_forward_hook(lambda *_: calls.append(1))
+    want = model(x)
+    want_grads = torch.autograd.grad(want.sum(), parameters)
+    assert rnn.replace(model) is model
+    after = kinds(model)
+    assert {name for name in after if after[name].__module__.startswith("rnn.")} == {
+        "first", "second", "shared", "third", "cells.0", "cells.1", "cells.2"}
+    assert after["own"] is Own
+    said = capsys.readouterr().out
+    assert "second, torch.nn.modules.rnn.LSTM, is now rnn.layers.LSTM" in said
+    assert "own" in said and "left alone" in said
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), parameters), want_grads, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 3
+    model.first.plan = rnn.kernels.plan.Plan("torch")
+    torch.testing.assert_close(copy.deepcopy(model)(x), want)
+    rnn.restore(model, verbose=False)
+    assert kinds(model) == before
+    torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+    assert not capsys.readouterr().out
+
+
+def test_a_model_that_is_one_layer_in_training() -> None:
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    optimizer = torch.optim.Adam(layer.parameters())
+    replaced: Any = rnn.replace(layer, verbose=False)
+    assert isinstance(replaced, rnn.LSTM)
+    y, _ = replaced(x, lengths=torch.tensor([5, 2]))
+    y.sum().backward()
+    before = layer.weight_hh_l0.detach().clone()
+    optimizer.step()
+    assert not torch.equal(layer.weight_hh_l0, before)
