@@ -2,11 +2,15 @@
 
 Truncated backpropagation through time: the text is cut into parallel streams, each step reads the next characters of
 every stream, and the hidden state is carried over from step to step, without its gradient.
+
+Under torchrun every process takes its share of the streams, and the gradients are averaged over all.
 """
 
 import argparse
+import builtins
 import importlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import rnn
@@ -39,7 +44,7 @@ class Run:
     """One model in training: its losses and the seconds that it took."""
 
     def __init__(self, model: LanguageModel, rate: float) -> None:
-        self.model = model
+        self.model: nn.Module = DistributedDataParallel(model) if distributed.is_initialized() else model
         self.state: Tensor | None = None
         self.optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         self.losses: list[float] = []
@@ -55,7 +60,11 @@ class Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.losses.append(loss.item())
+        total = loss.detach()
+        if distributed.is_initialized():
+            distributed.all_reduce(total)
+            total /= distributed.get_world_size()
+        self.losses.append(total.item())
         self.seconds += time.perf_counter() - start
 
     @property
@@ -139,6 +148,19 @@ def main(arguments: list[str] | None = None) -> None:
     data = torch.tensor([index[character] for character in text])
     dtype = getattr(torch, options.dtype)
 
+    rank, processes = 0, 1
+    if distributed.is_torchelastic_launched():
+        if options.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
+        rank, processes = distributed.get_rank(), distributed.get_world_size()
+        if options.batch % processes:
+            fail(f"--batch {options.batch} cannot be shared by {processes} processes")
+
+    def print(text: str) -> None:
+        if rank == 0:
+            builtins.print(text)
+
     torch.manual_seed(options.seed)
     first = LanguageModel(rnn.RNN, len(alphabet), options.hidden)
     second = LanguageModel(nn.RNN, len(alphabet), options.hidden)
@@ -148,11 +170,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(text):,} characters, {len(alphabet)} different; {parameters:,} parameters in {options.dtype} "
           f"on {options.device}")
     batches = chunks(data.to(options.device), options.batch, options.length)
-    with tqdm(range(options.steps), unit="step", dynamic_ncols=True) as bar:
+    with tqdm(range(options.steps), unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
         for step in bar:
             batch, begins = next(batches)
             for run in (ours, theirs) if step % 2 else (theirs, ours):
-                run.step(batch, begins)
+                run.step(batch[:, rank::processes], begins)
             speed = options.batch * options.length * (step + 1) / ours.seconds
             bar.set_postfix_str(f"loss {ours.losses[-1]:.3f}, {speed:,.0f} characters/s", refresh=False)
 
@@ -172,8 +194,11 @@ def main(arguments: list[str] | None = None) -> None:
     prompt = data[: options.length].to(options.device)
     written = sample(first, prompt, 400)
     print("\nIt writes:\n" + "".join(alphabet[i] for i in written.tolist()))
-    plot(options.plot, ours.losses, theirs.losses, bigram)
+    if rank == 0:
+        plot(options.plot, ours.losses, theirs.losses, bigram)
     print(f"\nLoss curves: {options.plot}")
+    if processes > 1:
+        distributed.destroy_process_group()
 
 
 def plot(path: str, ours: list[float], theirs: list[float], bigram: float) -> None:

@@ -168,36 +168,47 @@ def _product(d: Any, h: Any, first: Any, reverse: int) -> Any:
     return d[:, late] @ h[early] + d[:, : len(first)] @ first
 
 
+def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x w^T + b, where all three may have the same leading dimension."""
+    if w.dim() == 2:
+        return F.linear(x, w, b)
+    return x @ w.mT if b is None else torch.baddbmm(b.unsqueeze(-2), x, w.mT)
+
+
 def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int],
             keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets."""
+    """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets. But for batch_sizes all
+    may have a leading dimension: so many recurrences side by side, each with weights of its own."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
-    N, S, B = len(reverse), cell.states, s0.shape[1]
+    N, S = len(reverse), cell.states
     if batch_sizes is not None:
         x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
-    T = x.shape[0]
-    ends = torch.full((B, 1), T, device=x.device) if lengths is None else lengths.to(x.device)[:, None]
+    T, B = x.shape[-3:-1]
+    ends = torch.full((B, 1), T, device=x.device) if lengths is None else lengths.to(x.device).unsqueeze(-1)
     if lengths is not None:  # a NaN in the padding would come back in the gradients of the choices below
-        x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends, x, 0)
-    gates = F.linear(x, w_ih, b_ih).chunk(N, -1)
-    weights, biases = w_hh.chunk(N), [None] * N if b_hh is None else b_hh.chunk(N)
+        x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends.unsqueeze(-3), x, 0)
+    gates = _linear(x.flatten(-3, -2), w_ih, b_ih).unflatten(-2, (T, B)).chunk(N, -1)
+    weights, biases = w_hh.chunk(N, -2), [None] * N if b_hh is None else b_hh.chunk(N, -1)
     sweeps = []
     for n, backwards in enumerate(reverse):
-        s: Sequence[Any] = s0[n * S : (n + 1) * S].unbind(0)
+        s: Sequence[Any] = s0.narrow(-3, n * S, S).unbind(-3)
         out: list[Any] = [None] * T
+        steps = gates[n].unbind(-3)
         for t in reversed(range(T)) if backwards else range(T):
             if resets is not None and t + backwards < T:
-                s = [torch.where(resets[t + backwards, :, None] & (t + backwards < ends), 0, v) for v in s]
-            r = F.linear(s[0], weights[n], biases[n])
-            out[t] = cell.forward(gates[n][t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
+                cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
+                s = [torch.where(cut, 0, v) for v in s]
+            r = _linear(s[0], weights[n], biases[n])
+            out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
             if lengths is None:
                 s = out[t]
             else:
                 s = [torch.where(t < ends, new, old) for new, old in zip(out[t], s)]
                 out[t] = [torch.where(t < ends, new, 0) for new in out[t]]
-        sweeps.append(([torch.stack(column) for column in zip(*out)], s))
+        sweeps.append(([torch.stack(column, -3) for column in zip(*out)], s))
     columns = [torch.cat(parts, -1) for parts in zip(*(out for out, _ in sweeps))]  # S of [T, B, N*H]
     if batch_sizes is not None:
         columns = [pack_padded_sequence(column, lengths).data for column in columns]
-    rest = [column.flatten(0, -2) for column in columns[1 : S if keep else 1]]
-    return columns[0], torch.stack(rest) if rest else None, torch.stack([v for _, s in sweeps for v in s])
+    rest = [column if batch_sizes is not None else column.flatten(-3, -2) for column in columns[1 : S if keep else 1]]
+    last = torch.stack([v for _, s in sweeps for v in s], -3)
+    return columns[0], torch.stack(rest, -3) if rest else None, last

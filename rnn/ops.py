@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.vmap import unwrap_batched
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import compute
+from . import compute, onnx
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
@@ -28,8 +31,12 @@ def _traced(*tensors: Tensor) -> bool:
             or torch._C._get_tracing_state() is not None)
 
 
-def _transformed() -> bool:
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+def _transformed() -> Any:
+    """The innermost transform of functions that is at work, if any."""
+    if forward_ad._current_level >= 0:
+        return TransformType.Jvp
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    return depth and (depth if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack().key())
 
 
 def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
@@ -120,6 +127,27 @@ def _(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any
 _forward_op.register_autograd(_vjp, setup_context=_setup)
 
 
+
+def _side_by_side(cell: Cell, tensors: tuple[Any, ...], reverse: Sequence[int], keep: int, plan: Plan | None,
+                  recompute: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Under vmap: on the CPU in one formula, else one after another in their kernels."""
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    V, level = interpreter.batch_size(), interpreter.level()
+    again: Any = recurrence
+    plain, dims = unwrap_batched(tensors, level)
+    with interpreter.lower():
+        rows: Any = [t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)]
+        rows = [t if d is None else t.movedim(d, 0) for t, d in zip(rows, dims)]
+        if plain[0].is_cuda or tensors[7] is not None:
+            one_by_one = zip(*([None] * V if t is None else t for t in rows))
+            each = zip(*(again(cell, *row, reverse, keep, plan, recompute) for row in one_by_one))
+            found: Any = [None if column[0] is None else torch.stack(column) for column in each]
+        else:
+            found = compute.formula(cell, rows[:6], rows[6:], reverse, keep)
+    result: Any = tuple(t if t is None else torch._C._functorch._add_batch_dim(t, 0, level) for t in found)
+    return result
+
+
 def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, s0: Tensor,
                lengths: Tensor | None = None, batch_sizes: Tensor | None = None, resets: Tensor | None = None,
                reverse: Sequence[int] = (False,), keep: int = 0, plan: Plan | None = None,
@@ -144,6 +172,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
     given, masks, kind = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), x.device.type
+    if not torch.compiler.is_compiling() and _transformed() == TransformType.Vmap:
+        return _side_by_side(cell, (*given, *masks), reverse, keep, plan, recompute)
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
     if not autocast:
         _check(cell, given, masks, len(reverse))
@@ -157,6 +187,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         back = y.dtype if autocast else x.dtype
         return y.to(back), states if states is None else states.to(back), last.to(back)
     traced, reverse = _traced(x, w_hh), list(map(int, reverse))
+    if traced and onnx.is_node(cell.name, masks, reverse, keep):
+        return onnx.recurrence(cell.name, given, lengths, reverse)
     unknown = traced and getattr(cells, cell.name, None) is not cell
     if _transformed() or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return compute.formula(cell, given, masks, reverse, keep)
