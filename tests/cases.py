@@ -116,10 +116,10 @@ def one_by_one(module: Any, x: Tensor, states: list[Tensor], lengths: Tensor) ->
     return torch.cat(outputs, 1), [torch.cat(column, 1) for column in zip(*ends)]
 
 
-def results(module: Any, case: Case, device: str = "cpu") -> dict[str, Tensor]:
+def results(module: Any, case: Case, device: str = "cpu", seed: int = 1) -> dict[str, Tensor]:
     """Output, last state, and the gradients of the input, the initial state and every weight. The data are the same for
     every module: rounded to the dtype of the case, then taken to that of the module."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     D, dtype = 1 + case.bidirectional, next(module.parameters()).dtype
 
     def random_like(*shape: int) -> Tensor:
@@ -163,8 +163,8 @@ def results(module: Any, case: Case, device: str = "cpu") -> dict[str, Tensor]:
     return {"output": y.detach(), **{f"end_{k}": end.detach() for k, end in enumerate(ends)}, **grads}
 
 
-def check(case: Case, plan: Plan | None = None, device: str = "cpu", factor: float = 4) -> None:
-    """Our layer against float64; its error may be `factor` times that of torch.nn on the CPU in the same dtype."""
+def check(case: Case, plan: Plan | None = None, device: str = "cpu", seed: int = 1) -> None:
+    """Our layer against float64; its error may be 4 times that of torch.nn on the CPU in the same dtype."""
     # float64 is the oracle's own dtype: there torch's error is that in float32, scaled.
     dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
     exact = build(nn, case, dtype=case.dtype).double()
@@ -172,9 +172,10 @@ def check(case: Case, plan: Plan | None = None, device: str = "cpu", factor: flo
     ours = build(rnn, case, dtype=case.dtype, device=device, plan=plan)
     theirs.load_state_dict(exact.state_dict())
     ours.load_state_dict(exact.state_dict())
-    want, allowed, got = results(exact, case), results(theirs, case), results(ours, case, device)
+    want, allowed = results(exact, case, seed=seed), results(theirs, case, seed=seed)
+    got = results(ours, case, device, seed)
     assert all(value.dtype == case.dtype for value in got.values())
-    close(got, allowed, want, factor)
+    close(got, allowed, want)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -225,10 +226,10 @@ def step_by_step(name: str, given: list[Any], masks: tuple[Any, Any], reverse: t
 
 def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, int],
                      reverse: tuple[bool, ...] = (False,), form: str = "padded", resets: bool = False,
-                     bias: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+                     bias: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 2) -> None:
     """rnn.functional.recurrence of a layer of sizes T, B, I, H, all states and all gradients, against torch's cells."""
     (T, B, I, H), N, cell = sizes, len(reverse), getattr(rnn.kernels.cells, name)
-    generator, G, S = torch.Generator().manual_seed(2), cell.gates, cell.states
+    generator, G, S = torch.Generator().manual_seed(seed), cell.gates, cell.states
     shapes = ((T, B, I), (N * G * H, I), (N * G * H, H), (N * G * H,), (N * G * H,), (N * S, B, H))
     data = [torch.randn(shape, generator=generator) / (H**0.5 if k == 2 else 1) for k, shape in enumerate(shapes)]
     lengths, batch_sizes = None, None
@@ -258,7 +259,7 @@ def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, i
             y, *rest = step_by_step(name, inputs, (lengths, cuts), reverse)
             columns = [y.flatten(0, 1), *(rest[0] if S > 1 else [])]
             outputs = [*(c[running.flatten()] if form == "packed" else c for c in columns), rest[-1]]
-        random = torch.Generator().manual_seed(3)
+        random = torch.Generator().manual_seed(seed + 1)
         drawn = [torch.randn(o.shape, generator=random).to(rounded).to(where, dtype) for o in outputs]
         used = [pair for pair in zip(outputs, drawn) if pair[0].requires_grad]
         torch.autograd.backward([out for out, _ in used], [seed for _, seed in used])
