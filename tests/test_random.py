@@ -38,7 +38,7 @@ def layers(draw: Any) -> Case:
 
 
 def thrice(compare: Callable[[int], None]) -> None:
-    """What is wrong is so for any data. Torch's error in a few numbers, though, can be small by luck: not three times."""
+    """What is wrong is so for any data. Torch's error in a few numbers can be small by luck: but not three times."""
     for seed in range(3):
         torch.manual_seed(seed)
         try:
