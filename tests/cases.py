@@ -200,6 +200,19 @@ def close(got: dict[str, Tensor], allowed: dict[str, Tensor], want: dict[str, Te
         assert error <= factor * other + 2, f"{names}: error of {error:.1f} roundings, torch's {other:.1f}"
 
 
+def kept_bytes(layer: Any, x: Tensor) -> int:
+    """What a forward pass keeps for backward."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x.requires_grad_())
+    return sum(kept.values())
+
+
 def step_by_step(name: str, given: list[Any], masks: tuple[Any, Any], reverse: tuple[bool, ...]) -> list[Tensor]:
     """What `rnn.functional.recurrence` means on padded rows, by torch's own cells, a sequence and a step at a time."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, resets), (T, B, _) = given, masks, given[0].shape

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import check_recurrence, step_by_step
+from cases import check_recurrence, kept_bytes, step_by_step
 from test_gpu import plan_for
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -203,18 +203,8 @@ class TestGradients:
     @pytest.mark.parametrize("bidirectional", [False, True])
     def test_kept_for_backward(self, bidirectional: bool) -> None:
         """Of an Elman layer: its input and output, nothing more that grows with T."""
-        D, sizes = 1 + bidirectional, []
-        for steps in (50, 100):
-            layer, kept = rnn.RNN(I, H, bidirectional=bidirectional), dict[int, int]()
-
-            def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
-                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-                return t
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                layer(torch.randn(steps, B, I, requires_grad=True))
-            sizes.append(sum(kept.values()))
-        assert sizes[1] - sizes[0] == 50 * B * (I + D * H) * 4
+        more = [kept_bytes(rnn.RNN(I, H, bidirectional=bidirectional), torch.randn(steps, B, I)) for steps in (50, 100)]
+        assert more[1] - more[0] == 50 * B * (I + (1 + bidirectional) * H) * 4
 
     def test_nothing_kept_without_gradients(self) -> None:
         layer = rnn.RNN(I, H)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import kept_bytes
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -378,18 +379,8 @@ class TestSequences:
 class TestRecompute:
     @pytest.mark.parametrize(("name", "values"), [("LSTM", 2 * H), ("GRU", H)])
     def test_memory(self, name: str, values: int) -> None:
-        sizes = []
-        for steps in (50, 100):
-            layer, kept = getattr(rnn, name)(I, H, recompute=True), dict[int, int]()
-
-            def pack(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
-                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-                return t
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                layer(torch.randn(steps, B, I, requires_grad=True))
-            sizes.append(sum(kept.values()))
-        assert sizes[1] - sizes[0] <= 50 * B * (I + values) * 4
+        more = [kept_bytes(getattr(rnn, name)(I, H, recompute=True), torch.randn(steps, B, I)) for steps in (50, 100)]
+        assert more[1] - more[0] <= 50 * B * (I + values) * 4
 
     @LAYERS
     def test_gradients(self, name: str) -> None:
