@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .kernels import cpu
 from .kernels.cells import Cell
@@ -180,10 +179,13 @@ def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Seq
     """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets. But for batch_sizes all
     may have a leading dimension: so many recurrences side by side, each with weights of its own."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
-    N, S = len(reverse), cell.states
+    N, S, B, packed = len(reverse), cell.states, s0.shape[-2], slice(None)
     if batch_sizes is not None:
-        x, lengths = pad_packed_sequence(PackedSequence(x, batch_sizes))
-    T, B = x.shape[-3:-1]
+        b = torch.arange(B, device="cpu")
+        runs, rows = batch_sizes[:, None] > b, (batch_sizes.cumsum(0) - batch_sizes)[:, None] + b
+        x = x.index_select(-2, (rows * runs).flatten().to(x.device)).unflatten(-2, rows.shape)
+        lengths, packed = runs.sum(0), runs.flatten().nonzero().squeeze(1).to(x.device)
+    T = x.shape[-3]
     ends = torch.full((B, 1), T, device=x.device) if lengths is None else lengths.to(x.device).unsqueeze(-1)
     if lengths is not None:  # a NaN in the padding would come back in the gradients of the choices below
         x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends.unsqueeze(-3), x, 0)
@@ -207,8 +209,6 @@ def formula(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Seq
                 out[t] = [torch.where(t < ends, new, 0) for new in out[t]]
         sweeps.append(([torch.stack(column, -3) for column in zip(*out)], s))
     columns = [torch.cat(parts, -1) for parts in zip(*(out for out, _ in sweeps))]  # S of [T, B, N*H]
-    if batch_sizes is not None:
-        columns = [pack_padded_sequence(column, lengths).data for column in columns]
-    rest = [column if batch_sizes is not None else column.flatten(-3, -2) for column in columns[1 : S if keep else 1]]
-    last = torch.stack([v for _, s in sweeps for v in s], -3)
-    return columns[0], torch.stack(rest, -3) if rest else None, last
+    y, rest = columns[0], [column.flatten(-3, -2)[..., packed, :] for column in columns[1 : S if keep else 1]]
+    y = y if batch_sizes is None else y.flatten(-3, -2)[..., packed, :]
+    return y, torch.stack(rest, -3) if rest else None, torch.stack([v for _, s in sweeps for v in s], -3)

@@ -1,5 +1,6 @@
 """Drop-in layers: torch.nn's parameters, checks and semantics, with the recurrence of `ops`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ class _Stack(nn.RNNBase):
             names = ["hidden[0]", "hidden[1]"]
         if hx is None:
             return [x.new_zeros(shape) for shape in expected]
+        if len(hx) != len(expected):
+            raise RuntimeError("lstm expects two hidden states")
         hx = [state if order is None else state.index_select(1, order) for state in hx]
         for name, state, shape in zip(names, hx, expected):
             self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
@@ -98,7 +101,12 @@ class _Stack(nn.RNNBase):
         given = self._initial(x, states, batch_sizes, order)
         if self.batch_first:
             x, resets = x if batch_sizes is not None else x.transpose(0, 1), resets if resets is None else resets.T
-        masks = lengths, batch_sizes, resets if resets is None or order is None else resets.index_select(1, order)
+        if resets is not None and order is not None and batch_sizes is not None:
+            if resets.shape != (batch_sizes.shape[0], order.shape[0]):
+                raise RuntimeError(f"Expected resets of shape {[batch_sizes.shape[0], order.shape[0]]}, got "
+                                   f"{list(resets.shape)}")
+            resets = resets.index_select(1, order)
+        masks = lengths, batch_sizes, resets
         D, last, every = 1 + self.bidirectional, [], []
         for i, weights in enumerate(layers):
             if i and self.dropout:
@@ -168,7 +176,7 @@ def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[
     for h, backwards in zip(h0, reverse):
         if resets is not None and not backwards:
             h = torch.where(resets[0, :, None], 0, h)
-        columns.append(h.new_zeros(x.shape[:-1].numel(), P).index_add(0, starts[t] + b if backwards else b, h))
+        columns.append(h.new_zeros(math.prod(x.shape[:-1]), P).index_add(0, starts[t] + b if backwards else b, h))
     return torch.cat(columns, -1).view(*x.shape[:-1], N * P)
 
 

@@ -16,10 +16,10 @@ _NODES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
 _DIRECTIONS = {(0,): "forward", (1,): "reverse", (0, 1): "bidirectional"}
 
 
-def is_node(cell: str, masks: Sequence[Any], reverse: Sequence[int], keep: int) -> bool:
-    """Whether ONNX has this: no packed rows, no resets, and of an LSTM no c of every step."""
+def has_node(cell: str, masks: Sequence[Any], reverse: Sequence[int], keep: int) -> bool:
+    """ONNX knows no packed rows, no resets, of an LSTM no c of every step, and no cells of one's own."""
     plain = masks[1] is None and masks[2] is None and not (keep and cell == "lstm")
-    return torch.onnx.is_in_onnx_export() and plain and cell in _NODES and tuple(reverse) in _DIRECTIONS
+    return plain and cell in _NODES and tuple(reverse) in _DIRECTIONS
 
 
 def recurrence(cell: str, given: Sequence[Any], lengths: Tensor | None,
@@ -41,4 +41,6 @@ def recurrence(cell: str, given: Sequence[Any], lengths: Tensor | None,
         {"hidden_size": H, "direction": _DIRECTIONS[tuple(reverse)], **attributes},
         dtypes=[x.dtype] * (1 + states), shapes=[(T, N, B, H), *[(N, B, H)] * states])
     ends = last[0] if states == 1 else torch.stack(last, 1).flatten(0, 1)
+    if lengths is not None:  # ONNX has 0 for a sequence of no steps
+        ends = torch.where((lengths == 0)[:, None], s0, ends)
     return y.transpose(1, 2).flatten(2), None, ends

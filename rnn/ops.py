@@ -138,8 +138,9 @@ def _side_by_side(cell: Cell, tensors: tuple[Any, ...], reverse: Sequence[int], 
     with interpreter.lower():
         rows: Any = [t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)]
         rows = [t if d is None else t.movedim(d, 0) for t, d in zip(rows, dims)]
-        if plain[0].is_cuda or tensors[7] is not None:
-            one_by_one = zip(*([None] * V if t is None else t for t in rows))
+        rows[7] = plain[7]  # batch_sizes are of all
+        if plain[0].is_cuda:
+            one_by_one = zip(*([t] * V if t is None or t is plain[7] else t for t in rows))
             each = zip(*(again(cell, *row, reverse, keep, plan, recompute) for row in one_by_one))
             found: Any = [None if column[0] is None else torch.stack(column) for column in each]
         else:
@@ -172,8 +173,6 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
     given, masks, kind = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), x.device.type
-    if not torch.compiler.is_compiling() and _transformed() == TransformType.Vmap:
-        return _side_by_side(cell, (*given, *masks), reverse, keep, plan, recompute)
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
     if not autocast:
         _check(cell, given, masks, len(reverse))
@@ -186,10 +185,13 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
             y, states, last = again(cell, *cast, *masks, reverse, keep, plan, recompute)
         back = y.dtype if autocast else x.dtype
         return y.to(back), states if states is None else states.to(back), last.to(back)
+    if not torch.compiler.is_compiling() and _transformed() == TransformType.Vmap:
+        return _side_by_side(cell, (*given, *masks), reverse, keep, plan, recompute)
     traced, reverse = _traced(x, w_hh), list(map(int, reverse))
-    if traced and onnx.is_node(cell.name, masks, reverse, keep):
+    exporting = traced and torch.onnx.is_in_onnx_export()
+    if exporting and onnx.has_node(cell.name, masks, reverse, keep):
         return onnx.recurrence(cell.name, given, lengths, reverse)
-    unknown = traced and getattr(cells, cell.name, None) is not cell
+    unknown = exporting or (traced and getattr(cells, cell.name, None) is not cell)
     if _transformed() or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
         return compute.formula(cell, given, masks, reverse, keep)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
@@ -223,6 +225,8 @@ def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: 
         raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
                            "Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
+        while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+            lengths = torch._C._functorch.get_unwrapped(lengths)
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
     if batch_sizes is not None:
         fits = (batch_sizes.sum() == R) & (batch_sizes[0] == B) & (batch_sizes[-1] > 0) & (batch_sizes.diff() < 1).all()

@@ -17,8 +17,8 @@ class Model(nn.Module):
         super().__init__()
         self.layer = getattr(rnn, name)(3, 6, **options)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
-        y, h = self.layer(x, lengths=lengths)
+    def forward(self, x: Tensor, lengths: Tensor | None = None, h: Tensor | None = None) -> tuple[Tensor, ...]:
+        y, h = self.layer(x, h if h is None or not isinstance(self.layer, rnn.LSTM) else (h, 2 * h), lengths=lengths)
         return y, *(h if isinstance(h, tuple) else (h,))
 
 
@@ -45,3 +45,33 @@ def test_export(name: str, options: dict[str, Any], with_lengths: bool, tmp_path
         with torch.no_grad():
             want = list(model(*arguments))
         torch.testing.assert_close([torch.from_numpy(a) for a in got], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_no_steps(name: str, tmp_path: Path) -> None:
+    """A sequence of no steps keeps its initial state, there too."""
+    model, path = Model(name, bidirectional=True).eval(), tmp_path / "model.onnx"
+    given = torch.randn(4, 3, 3), torch.tensor([2, 0, 4]), torch.randn(2, 3, 6)
+    torch.onnx.export(model, given, path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    got = session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), given, strict=True)})
+    with torch.no_grad():
+        want = list(model(*given))
+    torch.testing.assert_close([torch.from_numpy(a) for a in got], want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_node(tmp_path: Path) -> None:
+    class WithResets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnn.GRU(3, 6)
+
+        def forward(self, x: Tensor, resets: Tensor) -> Tensor:
+            return self.layer(x, resets=resets)[0]
+
+    model, path, given = WithResets().eval(), tmp_path / "model.onnx", (torch.randn(4, 3, 3), torch.rand(4, 3) < 0.4)
+    torch.onnx.export(model, given, path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (got,) = session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), given, strict=True)})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), model(*given), rtol=1e-5, atol=1e-5)

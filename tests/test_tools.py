@@ -103,6 +103,44 @@ class TestTransforms:
         torch.testing.assert_close(torch.func.jvp(lambda x: ours(x)[0], (x,), (v,))[1], want)
 
     @LAYERS
+    def test_derivatives_with_lengths_and_of_packed_sequences(self, name: str) -> None:
+        layer, x, lengths = pair(name)[1], randn(7, T, B, I).detach(), torch.tensor([5, 3, 2, 1])
+
+        def masked(x: Tensor, lengths: Tensor) -> Tensor:
+            return layer(x, lengths=lengths)[0].sin().sum()
+
+        found = torch.vmap(torch.func.grad(masked))(x, lengths.expand(7, B))
+        torch.testing.assert_close(found, torch.stack([torch.func.grad(masked)(one, lengths) for one in x]))
+        packed = nn.utils.rnn.pack_padded_sequence(x[0], lengths)
+
+        def unpadded(data: Tensor) -> Tensor:
+            return layer(nn.utils.rnn.PackedSequence(data, packed.batch_sizes))[0].data.sin().sum()
+
+        leaf = packed.data.clone().requires_grad_()
+        (want,) = torch.autograd.grad(unpadded(leaf), leaf)
+        torch.testing.assert_close(torch.func.grad(unpadded)(packed.data), want)
+        torch.testing.assert_close(torch.vmap(torch.func.grad(unpadded))(packed.data.expand(2, -1, -1))[1], want)
+        torch.testing.assert_close(torch.vmap(unpadded)(packed.data.expand(2, -1, -1))[1], unpadded(packed.data))
+        slope = torch.func.jvp(unpadded, (packed.data,), (packed.data,))[1]
+        torch.testing.assert_close(slope, (want * packed.data).sum())
+
+    def test_bad_input_under_vmap(self) -> None:
+        layer, x = pair("GRU")[1], randn(7, T, B, I).detach()
+        for lengths, text in (([9, 1, 1, 1], "lengths between 0"), ([-1, 1, 1, 1], "lengths between 0"),
+                              ([2], "lengths of shape")):
+            with pytest.raises(RuntimeError, match=text):
+                torch.vmap(lambda x, n=lengths: layer(x, lengths=torch.tensor(n))[0])(x)
+        with pytest.raises(RuntimeError, match="larger than 0"):
+            torch.vmap(lambda x: layer(x[:0])[0])(x)
+
+    @LAYERS
+    def test_autocast(self, name: str) -> None:
+        layer, x = pair(name, dtype=torch.float32)[1], torch.randn(7, T, B, I)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = torch.vmap(layer)(x), layer(x[0])
+        torch.testing.assert_close(torch.utils._pytree.tree_map(lambda t: t[0], got), want, rtol=0.05, atol=0.05)
+
+    @LAYERS
     def test_many_gradients_at_once(self, name: str) -> None:
         theirs, ours = pair(name)
         x, v = randn(T, B, I), torch.randn(3, T, B, H, dtype=torch.float64)
@@ -149,6 +187,28 @@ class TestCompilers:
         for sizes in ((T, B), (11, 2)):
             x = randn(*sizes, I)
             torch.testing.assert_close(loaded(x), layer(x))
+
+    @pytest.mark.parametrize("how", ["export", "trace"])
+    def test_projections_with_initial_states(self, how: str) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = rnn.LSTM(I, H, proj_size=2, bidirectional=True)
+
+            def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
+                return self.layer(x, (h, c))
+
+        def given(T: int, B: int) -> tuple[Tensor, ...]:
+            return torch.randn(T, B, I), torch.randn(2, B, 2), torch.randn(2, B, H)
+
+        model, dims = Model(), {"T": torch.export.Dim("T", min=2), "B": torch.export.Dim("B", min=2)}
+        if how == "trace":
+            other: Any = torch.jit.trace(model, given(T, B))
+        else:
+            shapes = {0: dims["T"], 1: dims["B"]}, {1: dims["B"]}, {1: dims["B"]}
+            other = torch.export.export(model, given(T, B), dynamic_shapes=shapes).module()
+        arguments = given(9, 2)
+        torch.testing.assert_close(other(*arguments), model(*arguments))
 
     @LAYERS
     def test_trace(self, name: str) -> None:
@@ -371,6 +431,12 @@ class TestSequences:
         for resets in (torch.zeros(T, B), torch.zeros(B, T, dtype=torch.bool), torch.zeros(T, dtype=torch.bool)):
             with pytest.raises(RuntimeError, match="Expected resets of shape"):
                 layer(x, resets=resets)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5, 3, 4]), enforce_sorted=False)
+        with pytest.raises(RuntimeError, match="Expected resets of shape"):
+            layer(packed, resets=torch.zeros(T, B + 1, dtype=torch.bool))
+        if name == "LSTM":
+            with pytest.raises(RuntimeError, match="two hidden states"):
+                layer(x, (torch.zeros(1, B, H),))
         for lengths in (torch.zeros(B), torch.zeros(B + 1, dtype=torch.int64)):
             with pytest.raises(RuntimeError, match="Expected lengths of shape"):
                 layer(x, lengths=lengths)
