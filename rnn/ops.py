@@ -1,10 +1,10 @@
 """The operator: one layer, all its directions, the whole sequence; its gradients, and what PyTorch sees of it.
 
-`recurrence` takes one of three routes. Under the transforms of torch.func and forward-mode AD, and where there is no kernel
+`recurrence` takes one of three routes. Under torch.func's transforms and forward-mode AD, and where there is no kernel
 for the device or dtype: the formula, in differentiable torch operations. While compiling, exporting, tracing or under a
 dispatch mode: custom operators that PyTorch does not look into (forward-mode AD must not come there: it would silently
-give 0), or ONNX's nodes. Else: an autograd.Function, whose backward is the formula's where a graph of it is asked for, to
-be differentiated again, or where what comes to it is under a transform."""
+give 0), or ONNX's nodes. Else: an autograd.Function. Its backward is the formula's where a graph of it is asked for, to
+be differentiated again, or where a transform is at work."""
 
 import json
 import math
