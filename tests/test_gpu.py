@@ -1,5 +1,7 @@
 """The Triton kernels: on a GPU if there is one, else in Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 from cases import CASES, Case, check, check_recurrence
@@ -21,16 +23,20 @@ def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
     return Plan("triton", "grid" if scope == "grid" and H <= 128 else "launch", tile, 16, tile, 4, False, precision)
 
 
-def suits(case: Case) -> bool:
-    """Without a GPU fewer of those that test_cells has already: the interpreter is slow."""
-    return case.dtype != torch.float64 and (GPU or case.mode == "RNN" or case.form == "lengths")
+def scopes_of_cases() -> list[Any]:
+    """Every case in every scope. In the interpreter, which is slow, `make test` has each case in one scope, by turns."""
+    params = []
+    for k, case in enumerate(case for case in CASES if case.dtype != torch.float64):
+        scopes = SCOPES if case.H <= 128 else ["launch"]
+        for j, scope in enumerate(scopes):
+            quick = GPU or (k + j) % len(scopes) == 0
+            params.append(pytest.param(case, scope, id=f"{case}-{scope}", marks=[] if quick else pytest.mark.slow))
+    return params
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("case", [case for case in CASES if suits(case)], ids=str)
+@pytest.mark.parametrize(("case", "scope"), scopes_of_cases())
 def test_cases(case: Case, scope: str) -> None:
-    if scope == "launch" or case.H <= 128:
-        check(case, plan_for(scope, case.H, case.dtype), DEVICE)
+    check(case, plan_for(scope, case.H, case.dtype), DEVICE)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

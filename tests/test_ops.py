@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import check_recurrence, kept_bytes, step_by_step
+from conftest import GPU
 from test_gpu import plan_for
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -21,7 +22,9 @@ from rnn.kernels.plan import Plan
 
 recurrence: Any = rnn.functional.recurrence
 NUMPY, TORCH, BLOCK, LAUNCH = Plan("numpy"), Plan("torch"), plan_for("fused", 6), plan_for("launch", 6)
-PLANS = pytest.mark.parametrize("plan", [NUMPY, TORCH, BLOCK, LAUNCH], ids=["numpy", "torch", "block", "launch"])
+PLANS = pytest.mark.parametrize("plan", [
+    pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"), pytest.param(BLOCK, id="block"),
+    pytest.param(LAUNCH, id="launch", marks=[] if GPU else pytest.mark.slow)])
 NAMES = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 T, B, I, H = 5, 4, 3, 6
 
