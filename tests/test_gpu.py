@@ -24,7 +24,7 @@ def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
 
 
 def scopes_of_cases() -> list[Any]:
-    """Every case in every scope. In the interpreter, which is slow, `make test` has each case in one scope, by turns."""
+    """Every case in every scope. In the interpreter, which is slow, `make test` has each in one scope, by turns."""
     params = []
     for k, case in enumerate(case for case in CASES if case.dtype != torch.float64):
         scopes = SCOPES if case.H <= 128 else ["launch"]
