@@ -9,31 +9,11 @@ from itertools import accumulate, pairwise
 from operator import setitem
 from typing import Any
 
-from .cells import Cell, bind
+from .cells import Cell
 from .plan import Plan, Rows
+from .trace import Value, trace
 
 Array = Any
-
-
-def _method(operation: str, swap: bool = False) -> Callable[..., Any]:
-    return lambda self, other: self.do(operation, *((other, self) if swap else (self, other)))
-
-
-class _Value:
-    """A value while it is recorded. The constant 0 adds nothing."""
-
-    def __init__(self, lines: list[Any], name: str) -> None:
-        self.lines, self.name = lines, name
-
-    def do(self, operation: str, *arguments: Any) -> Any:
-        if operation == "add" and 0 in arguments:
-            return self
-        self.lines.append((operation, arguments, _Value(self.lines, f"t{len(self.lines)}")))
-        return self.lines[-1][2]
-
-    __add__, __radd__, __mul__, __rmul__ = (_method(name) for name in ("add", "add", "multiply", "multiply"))
-    __sub__, __rsub__, __neg__ = _method("subtract"), _method("subtract", swap=True), lambda self: self * -1
-    __truediv__, __rtruediv__ = _method("divide"), _method("divide", swap=True)
 
 
 def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outputs: Sequence[Sequence[str]],
@@ -41,26 +21,19 @@ def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outpu
     """`function`, of and to tuples of values, as `run(*inputs, *outputs, *temporaries)` on arrays; the number of those
     temporaries; and whether the output `skip` is the constant 0 and has no array. Inputs and outputs go by names, a
     letter, not t, and a number; an input without a name is the constant 0, outputs without names are left out."""
-    lines: list[Any] = []
-    calls: Any = {name: lambda v, *rest, name=name: v.do(name, v, *rest)
-                  for name in ("tanh", "sigmoid", "relu", "relu_grad")}
-    if "sigmoid" not in operations:
-        calls["sigmoid"] = lambda v: calls["tanh"](v * 0.5) * 0.5 + 0.5
-    results = bind(function, zeros_like=lambda v: 0, **calls)(
-        *(tuple(_Value(lines, name) if name else 0 for name in group) for group in inputs))
+    lines, results = trace(function, inputs, operations)
     skipped, parameters = False, [name for group in inputs for name in group if name]
     for name, value in [pair for group in zip(outputs, results) for pair in zip(*group)]:
-        if name == skip and not isinstance(value, _Value):
+        if name == skip and not isinstance(value, Value):
             skipped = True
             continue
-        if not isinstance(value, _Value) or value.name[0] != "t":  # a constant, an input, or an output already
-            lines.append(("copy", (value,), _Value(lines, "t")))
+        if not isinstance(value, Value) or value.name[0] != "t":  # a constant, an input, or an output already
+            lines.append(("copy", (value,), Value(lines, "t")))
             value = lines[-1][2]
         value.name = name
         parameters.append(name)
     temporaries = [result.name for *_, result in lines if result.name[0] == "t"]
-    names = [", ".join(a.name if isinstance(a, _Value) else repr(a) for a in arguments) for _, arguments, _ in lines]
-    text = "\n ".join(f"{line[0]}({given}, out={line[2].name})" for line, given in zip(lines, names))
+    text = "\n ".join(f"{name}({', '.join(map(repr, given))}, out={result})" for name, given, result in lines)
     scope = dict(operations)
     # Straight-line Python, because a loop over the operations would cost as much as they do at small sizes.
     exec(f"def run({', '.join(parameters + temporaries)}):\n {text}", scope)

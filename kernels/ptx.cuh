@@ -1,0 +1,81 @@
+// What CUDA C++ has no words for, as inline PTX. No headers, so that NVRTC needs none; the tests have a twin for the CPU.
+typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE void group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
+#if TYPE == FLOAT16
+DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+DEVICE u16 narrow(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+#define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
+#elif TYPE == BFLOAT16
+DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
+DEVICE u16 narrow(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
+#define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+DEVICE float widen(float v) { return v; }
+DEVICE float narrow(float v) { return v; }
+DEVICE u32 tf32(u32 v) { u32 r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(v))); return r; }
+#define MMA_SHAPE "m16n8k8.row.col.f32.tf32.tf32.f32"
+#endif
+
+// Rows of 16 bytes, eight to a matrix: lane l gives the address of row l % 8 of matrix l / 8 and gets, of each matrix,
+// word l % 4 of row l / 4.
+DEVICE void load_matrices(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// d += a b of 16 x 8 numbers over 8 words. Lane l has in d the rows l / 4 (+ 8) and columns l % 4 * 2 (+ 1), in a the
+// words l % 4 (+ 4) of those rows, in b those words of column l / 4.
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned." MMA_SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A word and the number of the step that it is for, in one access: who sees the number has the word.
+DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(p), "l"((u64)flag << 32 | word) : "memory");
+}
+DEVICE u64 load_flagged(const u64* p) {
+  u64 v; asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v;
+}
+
+// Between two looks at what is not there yet. `patience` ends a wait that would not end, in debug builds.
+DEVICE void wait_more(u32& patience) {
+#ifdef DEBUG
+  if (++patience == 1u << 28) asm volatile("trap;");
+#endif
+}
+
+#if SCOPE == CLUSTER
+#define CLUSTER_SIZE __cluster_dims__(BLOCKS, 1, 1)
+DEVICE u32 peer_address(u32 address, u32 rank) {
+  u32 r; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank)); return r;
+}
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void barrier_init(u32 barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(barrier) : "memory");
+}
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+  u32 passed;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+               "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+  return passed;
+}
+DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+               :: "r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier) : "memory");
+}
+#else
+#define CLUSTER_SIZE
+#endif
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]

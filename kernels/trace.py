@@ -1,0 +1,46 @@
+"""A cell's functions as a list of operations, from which a backend makes its own program."""
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+from .cells import bind
+
+Line = tuple[str, tuple[Any, ...], "Value"]  # operation, arguments (values or numbers), result
+
+
+def _method(operation: str, swap: bool = False) -> Callable[..., Any]:
+    return lambda self, other: self.do(operation, *((other, self) if swap else (self, other)))
+
+
+class Value:
+    """A value while it is recorded. The constant 0 adds nothing."""
+
+    def __init__(self, lines: list[Line], name: str) -> None:
+        self.lines, self.name = lines, name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def do(self, operation: str, *arguments: Any) -> Any:
+        if operation == "add" and 0 in arguments:
+            return self
+        self.lines.append((operation, arguments, Value(self.lines, f"t{len(self.lines)}")))
+        return self.lines[-1][2]
+
+    __add__, __radd__, __mul__, __rmul__ = (_method(name) for name in ("add", "add", "multiply", "multiply"))
+    __sub__, __rsub__, __neg__ = _method("subtract"), _method("subtract", swap=True), lambda self: self * -1
+    __truediv__, __rtruediv__ = _method("divide"), _method("divide", swap=True)
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Sequence[str]],
+          known: Container[str]) -> tuple[list[Line], Any]:
+    """The operations of `function` on inputs of these names, in groups ("": the constant 0), and its results: values or
+    numbers, in groups. Results are named t0, t1... A sigmoid that is not `known` is made of tanh."""
+    lines: list[Line] = []
+    calls: Any = {name: lambda v, *rest, name=name: v.do(name, v, *rest)
+                  for name in ("tanh", "sigmoid", "relu", "relu_grad")}
+    if "sigmoid" not in known:
+        calls["sigmoid"] = lambda v: calls["tanh"](v * 0.5) * 0.5 + 0.5
+    results = bind(function, zeros_like=lambda v: 0, **calls)(
+        *(tuple(Value(lines, name) if name else 0 for name in group) for group in inputs))
+    return lines, results
