@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     warps: int = 0
     fused: bool = False
     precision: str = "ieee"
+    blocks: int = 1
 
 
 class Rows(NamedTuple):
@@ -57,6 +58,28 @@ class Rows(NamedTuple):
     lengths: Any = None
     offsets: Any = None
     resets: Any = None
+
+
+def cuda_steps(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """Pieces of 32 bytes of its rows of W_hh that a warp of recurrence.cu multiplies with."""
+    words = plan.blocks * plan.units * size // 4 * (cell.gates if adjoint else 1)
+    return -(-words // (16 * _splits(plan))) * 2
+
+
+def _splits(plan: Plan) -> int:
+    return plan.warps * 16 // plan.units
+
+
+def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """Shared memory of a block of recurrence.cu, whose numbers have `size` bytes: struct Shared."""
+    rows, vectors = (1, cell.gates) if adjoint else (cell.gates, 1)
+    splits, sequences = _splits(plan), plan.sequences
+    inbox = sequences * 16
+    if plan.scope != "grid":
+        inbox = 2 * sequences * 4 * (8 * splits * cuda_steps(cell, plan, size, adjoint) + 4)
+    outbox = plan.units * vectors * sequences * size
+    sums = (plan.warps if splits > 1 else 1) * rows * sequences // 2 * 128
+    return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 
 def power_of_2(n: int, at_least: int) -> int:

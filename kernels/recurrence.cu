@@ -191,7 +191,9 @@ struct Thread {
 
   // The sums of step c, once all have told their part.
   DEVICE void receive(int c, float (&sums)[ROWS][PER]) {
+#if SCOPE != BLOCK
     u32 patience = 0;
+#endif
 #if SCOPE == CLUSTER
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
     while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(patience);

@@ -1,0 +1,147 @@
+"""The recurrence in CUDA C++: recurrence.cu, compiled by NVRTC for a cell and a plan, launched through CuPy.
+It needs no nvcc; compiled kernels are kept on disk, among CuPy's own."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cells import Cell
+from .plan import Plan, Rows, shared_bytes
+from .trace import Value, trace
+
+_NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+_INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Value) else f"{float(value)!r}f"
+
+
+def _body(cell: Cell, adjoint: bool) -> str:
+    """The cell's forward or backward as statements in C."""
+    function, groups, results = cell.forward, "xrs", "na"
+    if adjoint:
+        function, groups, results = cell.backward, "asnd", "xrp"
+    sizes = dict(x=cell.gates, r=cell.gates, s=cell.states, n=cell.states, a=cell.saved, d=cell.states, p=cell.states)
+    lines, values = trace(function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",))
+    text = []
+    for name, given, result in lines:
+        infix = f" {_INFIX[name]} " if name in _INFIX else ""
+        words = infix.join(map(_text, given)) if infix else f"{name}({', '.join(map(_text, given))})"
+        text.append(f"const float {result} = {words};")
+    text += [f"{group}[{k}] = {_text(value)};" for group, column in zip(results, values) for k, value in enumerate(column)]
+    return " ".join(text)
+
+
+@cache
+def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool) -> str:
+    """What stands before recurrence.cu (and before ptx.cuh): the choices that its text leaves open."""
+    constants: dict[str, Any] = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2)
+    constants |= dict(TYPE=_NAMES[dtype], SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates,
+                      PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
+                      SPLIT=int(cell.split), UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences,
+                      SPLITS=plan.warps * 16 // plan.units, CELL=_body(cell, adjoint))
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items())
+
+
+def text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text()
+
+
+def build(program: str, capability: int) -> tuple[bytes, str]:
+    """A cubin, made without a GPU, and what the compiler says of it: registers and spills."""
+    from cupy.cuda import nvrtc
+
+    handle = nvrtc.createProgram(program, "recurrence.cu", [], [])
+    try:
+        nvrtc.compileProgram(handle, [f"--gpu-architecture=sm_{capability}", "--std=c++17",
+                                       "--ptxas-options=--verbose"])
+        return nvrtc.getCUBIN(handle), nvrtc.getProgramLog(handle)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(handle)) from error
+    finally:
+        nvrtc.destroyProgram(handle)
+
+
+def _cubin(program: str, capability: int) -> Path:
+    """Where a compiled program lies on disk; compiled now if it does not yet."""
+    from cupy.cuda import compiler, nvrtc
+
+    key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {program}".encode()).hexdigest()
+    path = Path(compiler.get_cache_dir()) / f"fused_rnn_{key}.cubin"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(build(program, capability)[0])
+        os.replace(file.name, path)  # at once, so that no other process reads half of it
+    return path
+
+
+@cache
+def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, device: torch.device) -> Callable[..., None]:
+    """A kernel as `launch(grid, arguments)`: addresses and whole numbers, on torch's current stream."""
+    import cupy
+
+    major, minor = torch.cuda.get_device_capability(device)
+    program = source(cell, plan, dtype, adjoint) + text("ptx.cuh") + text("recurrence.cu")
+    with cupy.cuda.Device(device.index):
+        module = cupy.RawModule(path=str(_cubin(program, 10 * major + minor)),
+                                enable_cooperative_groups=plan.scope == "grid")
+        kernel, shared = module.get_function("recurrence"), shared_bytes(cell, plan, dtype.itemsize, adjoint)
+        kernel.max_dynamic_shared_size_bytes = shared
+        if plan.scope == "cluster" and plan.blocks > 8:
+            cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+    limit = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
+        if plan.scope == "grid" and grid[0] * grid[1] * grid[2] > limit:  # they wait for each other
+            raise RuntimeError(f"{plan} needs {grid} blocks at a time, of which {device} runs {limit}")
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+            kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
+
+    return launch
+
+
+def _launch(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[Tensor | None], like: Tensor, B: int,
+            H: int) -> None:
+    grid, steps = (plan.blocks, -(-B // plan.sequences), len(rows.reverse)), rows.steps
+    words = plan.blocks * plan.units * (cell.gates if adjoint else 1) * like.element_size() // 4
+    flags = None
+    if plan.scope == "grid":
+        flags = like.new_zeros(2 * grid[1] * grid[2] * words * plan.sequences, dtype=torch.int64)
+    lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
+    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, lengths, rows.offsets, rows.resets, flags)]
+    numbers = steps, B, len(like), H, sum(r << n for n, r in enumerate(rows.reverse))
+    if B and H:
+        load(cell, plan, like.dtype, adjoint, like.device)(grid, (*addresses, *numbers))
+
+
+def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor,
+            keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """As `cpu.forward`, on contiguous tensors of one device."""
+    N, S, A, R, (_, B, H) = len(rows.reverse), cell.states, cell.saved, len(x), s0.shape
+    new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
+    state, y = s0.to(torch.float32, copy=True), new(R, N * H)
+    states, saved = new(S - 1, R, N * H) if S > 1 and keep else None, new(A, R, N * H) if A and keep > 1 else None
+    _launch(cell, plan, rows, False, (x, w_hh, b_hh, state, y, states, saved), x, B, H)
+    return y, states, state.to(x.dtype), saved
+
+
+def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor | None,
+             saved: Tensor | None, dy: Tensor, dstates: Tensor | None,
+             dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `cpu.backward`."""
+    new = y.new_empty if rows.lengths is None or rows.offsets is not None else y.new_zeros
+    dr = new(len(y), len(w_hh))
+    ds = torch.zeros_like(s0, dtype=torch.float32) if dlast is None else dlast.to(torch.float32, copy=True)
+    dx = new(dr.shape) if cell.split else None
+    came = None if rows.lengths is None and rows.resets is None else new(y.shape)
+    _launch(cell, plan, rows, True, (w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came), y, *s0.shape[1:])
+    return dr if dx is None else dx, dr, ds.to(y.dtype), came

@@ -1,0 +1,183 @@
+// The twin of kernels/ptx.cuh for the CPU: g++ compiles recurrence.cu after it. Every CUDA thread is a fiber; instructions
+// of a warp wait for its lanes; stores to other blocks arrive late and in any order; a deadlock is found. Wrong indices,
+// missing barriers and missing waits show; what a weaker memory model would do beyond that does not.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <ucontext.h>
+#include <vector>
+typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
+#define __global__
+#define __align__(n) alignas(n)
+#define __launch_bounds__(...)
+#define CLUSTER_SIZE
+#define DEVICE inline
+struct uint4 { u32 x, y, z, w; };
+
+namespace emulate {
+struct Fiber { ucontext_t context; std::unique_ptr<char[]> stack; u32 thread, rank; };
+inline std::vector<Fiber*> ready;
+inline std::vector<std::function<void()>> in_flight;  // stores that have not arrived
+inline ucontext_t scheduler;
+inline Fiber* self;
+inline std::mt19937 random{7};
+inline u64 progress;
+inline u32 tile, direction, tiles, directions;
+inline void pause() { swapcontext(&self->context, &scheduler); }
+inline void look_again() { ready.push_back(self); pause(); }
+
+struct Barrier {
+  u32 threads = 0;
+  std::vector<Fiber*> waiting;
+  void wait() {
+    waiting.push_back(self);
+    if (waiting.size() == threads) { ready.insert(ready.end(), waiting.begin(), waiting.end()); waiting.clear(); ++progress; }
+    pause();
+  }
+};
+struct Arrivals {  // an mbarrier with one arrival to a phase
+  int pending = 1; long bytes = 0; u32 phase = 0;
+  void settle() { if (!pending && !bytes) { ++phase; pending = 1; ++progress; } }
+};
+struct Warp { Barrier barrier; const char* rows[32]; u32 a[32][4], b[32][2]; };
+struct Block { std::vector<u64> memory; Barrier all, groups[16]; std::map<u32, Arrivals> arrivals; std::vector<Warp> warps; };
+inline std::vector<Block> blocks;
+inline Barrier cluster;
+inline Block& block() { return blocks[self->rank]; }
+inline Warp& warp() { return block().warps[self->thread / 32]; }
+inline char* memory(u32 address) { return (char*)blocks[address >> 24].memory.data() + (address & 0xFFFFFF); }
+inline Arrivals& arrivals(u32 address) { return blocks[address >> 24].arrivals[address & 0xFFFFFF]; }
+inline void deliver() {
+  std::swap(in_flight[random() % in_flight.size()], in_flight.back());
+  auto arrive = std::move(in_flight.back());
+  in_flight.pop_back();
+  arrive();
+  ++progress;
+}
+
+// Whether `size` blocks that may wait for each other came to an end.
+inline bool run(int size, int threads, size_t bytes, void (*body)()) {
+  static void (*entry)();
+  entry = body;
+  blocks.assign(size, Block());
+  cluster = Barrier{(u32)(size * threads), {}};
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  ready.clear();
+  for (int rank = 0; rank < size; ++rank) {
+    blocks[rank].memory.assign((bytes + 7) / 8, ~0ull);
+    blocks[rank].all.threads = threads;
+    blocks[rank].warps.resize(threads / 32);
+    for (auto& warp : blocks[rank].warps) warp.barrier.threads = 32;
+    for (int thread = 0; thread < threads; ++thread) {
+      fibers.push_back(std::make_unique<Fiber>());
+      Fiber* f = fibers.back().get();
+      f->thread = thread, f->rank = rank, f->stack.reset(new char[128 << 10]);
+      getcontext(&f->context);
+      f->context.uc_stack.ss_sp = f->stack.get(), f->context.uc_stack.ss_size = 128 << 10, f->context.uc_link = &scheduler;
+      makecontext(&f->context, [] { entry(); ++progress; }, 0);
+      ready.push_back(f);
+    }
+  }
+  for (u64 looked = 0, before = progress; !ready.empty() || !in_flight.empty(); ++looked) {
+    if (progress != before) looked = 0, before = progress;
+    if (!in_flight.empty() && (ready.empty() || random() % 16 == 0 || looked > 2 * ready.size())) deliver();
+    else if (looked > 4 * fibers.size()) return false;
+    else {
+      std::swap(ready[random() % ready.size()], ready.back());
+      self = ready.back();
+      ready.pop_back();
+      swapcontext(&scheduler, &self->context);
+    }
+  }
+  for (auto& b : blocks) {
+    for (auto& w : b.warps) if (!w.barrier.waiting.empty()) return false;
+    for (auto& g : b.groups) if (!g.waiting.empty()) return false;
+    if (!b.all.waiting.empty()) return false;
+  }
+  return cluster.waiting.empty();
+}
+template <u32 (*get)()> struct Index { operator u32() const { return get(); } };
+}  // namespace emulate
+
+inline struct { emulate::Index<+[] { return emulate::self->thread; }> x; } threadIdx;
+inline struct { emulate::Index<+[] { return emulate::self->rank; }> x; emulate::Index<+[] { return emulate::tile; }> y;
+                emulate::Index<+[] { return emulate::direction; }> z; } blockIdx;
+inline struct { emulate::Index<+[] { return emulate::tiles; }> y; emulate::Index<+[] { return emulate::directions; }> z; } gridDim;
+#define SHARED_MEMORY(name) unsigned char* name = (unsigned char*)emulate::block().memory.data()
+DEVICE void __syncthreads() { emulate::block().all.wait(); }
+DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
+DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
+DEVICE void prefetch(const void*) {}
+DEVICE u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
+DEVICE float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+DEVICE float __fdividef(float a, float b) { return a / b; }
+DEVICE float __expf(float x) { return std::exp(x); }
+
+#if TYPE == FLOAT16
+DEVICE float widen(u16 v) { _Float16 h; memcpy(&h, &v, 2); return h; }
+DEVICE u16 narrow(float f) { _Float16 h = f; u16 v; memcpy(&v, &h, 2); return v; }
+#elif TYPE == BFLOAT16
+DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
+DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF : (v + 0x7FFF + (v >> 16 & 1)) >> 16; }
+#else
+DEVICE float widen(float v) { return v; }
+DEVICE float narrow(float v) { return v; }
+DEVICE u32 tf32(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? v : (v + 0x1000) & 0xFFFFE000; }
+#endif
+
+DEVICE u32 shared_address(const void* p) {
+  return (u32)((const char*)p - (const char*)emulate::block().memory.data()) | emulate::self->rank << 24;
+}
+DEVICE void load_matrices(u32 (&r)[4], u32 address) {
+  auto& warp = emulate::warp();
+  const int lane = emulate::self->thread % 32;
+  warp.rows[lane] = emulate::memory(address);
+  warp.barrier.wait();
+  for (int m = 0; m < 4; ++m) memcpy(&r[m], warp.rows[m * 8 + lane / 4] + lane % 4 * 4, 4);
+  warp.barrier.wait();
+}
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  auto& warp = emulate::warp();
+  const int lane = emulate::self->thread % 32;
+  memcpy(warp.a[lane], a, 16);
+  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+  warp.barrier.wait();
+  for (int e = 0; e < 4; ++e)
+    for (int word = 0; word < 8; ++word) {
+      const u32 x = warp.a[lane / 4 * 4 + word % 4][word / 4 * 2 + e / 2];
+      const u32 y = warp.b[(lane % 4 * 2 + e % 2) * 4 + word % 4][word / 4];
+#if TYPE == FLOAT32
+      d[e] += __uint_as_float(x & 0xFFFFE000) * __uint_as_float(y & 0xFFFFE000);  // what it would not look at
+#else
+      d[e] += widen(x & 0xFFFF) * widen(y & 0xFFFF) + widen(x >> 16) * widen(y >> 16);
+#endif
+    }
+  warp.barrier.wait();
+}
+
+DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
+  emulate::in_flight.push_back([=] { *p = (u64)flag << 32 | word; });
+}
+DEVICE u64 load_flagged(const u64* p) { return *(const volatile u64*)p; }
+DEVICE void wait_more(u32&) { emulate::look_again(); }
+DEVICE u32 peer_address(u32 address, u32 rank) { return (address & 0xFFFFFF) | rank << 24; }
+DEVICE void cluster_sync() { emulate::cluster.wait(); }
+DEVICE void barrier_init(u32 barrier) { emulate::arrivals(barrier) = {}; }
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+  auto& a = emulate::arrivals(barrier);
+  a.bytes += bytes, --a.pending;
+  a.settle();
+}
+DEVICE bool barrier_passed(u32 barrier, u32 parity) { return (emulate::arrivals(barrier).phase & 1) != parity; }
+DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
+  emulate::in_flight.push_back([=] {
+    memcpy(emulate::memory(address), &v, 16);
+    emulate::arrivals(barrier).bytes -= 16;
+    emulate::arrivals(barrier).settle();
+  });
+}
