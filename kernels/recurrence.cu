@@ -43,13 +43,14 @@ DEVICE void cell_forward(const float* x, const float* r, const float* s, float* 
 { CELL }
 
 // A warp's product: d += w v over its share of the words.
-DEVICE void product(float (&d)[4], const u32 (&w)[4], u32 b0, u32 b1) {
+DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
 #if TYPE == FLOAT32
   const u32 h0 = tf32(b0), h1 = tf32(b1);
 #if PRECISE
   u32 high[4], low[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
+    keep(w[e]);  // in one piece: its parts would take twice the registers
     high[e] = tf32(w[e]);
     low[e] = tf32(__float_as_uint(__uint_as_float(w[e]) - __uint_as_float(high[e])));
   }
@@ -83,14 +84,22 @@ struct Thread {
         reverse(reverse >> blockIdx.z & 1), lane(threadIdx.x % 32), wm(threadIdx.x / 32 % WM),
         wk(threadIdx.x / 32 / WM), b0((i64)blockIdx.y * NB) {
     w_hh += (i64)n * GATES * H * H;
+    // A few at a time: unrolled, all their addresses would be computed first, and spilled.
+    constexpr int FEW = ROWS == 1 ? 4 : 1;
+#pragma unroll 1
+    for (int k0 = 0; k0 < KS; k0 += FEW) {
+      u32 words[FEW][ROWS][4];
 #pragma unroll
-    for (int row = 0; row < ROWS; ++row)
+      for (int e = 0; e < FEW * ROWS * 4; ++e)
+        words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
+            weight(w_hh, e / 4 % ROWS, rank * U + wm * 16 + lane / 4 + e % 2 * 8,
+                   (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
 #pragma unroll
       for (int k = 0; k < KS; ++k)
+        if (k / FEW * FEW == k0)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          w[row][k][e] = weight(w_hh, row, rank * U + wm * 16 + lane / 4 + e % 2 * 8,
-                                (wk * KS + k) * 8 + lane % 4 + e / 2 * 4);
+          for (int e = 0; e < ROWS * 4; ++e) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
+    }
 #pragma unroll
     for (int i = 0; i < PER; ++i)
       end[i] = inside(i) ? lengths ? (int)lengths[b0 + sequence(i)] : steps : 0;
@@ -108,17 +117,19 @@ struct Thread {
 
   // Word k of a row of the matrix: of gate `row` and this unit, over all units; in the adjoint of this unit, over all
   // units of all gates. 0 outside of it.
-  DEVICE u32 weight(const T* w_hh, int row, int unit, int k) const {
+  DEVICE u32 weight(const T* w_hh, u32 row, u32 unit, u32 k) const {
     u32 word = 0;
 #pragma unroll
     for (int e = 0; e < WORD; ++e) {
-      const int vector = (k * WORD + e) / (C * U), from = (k * WORD + e) % (C * U);
-      if (unit >= H || from >= H || vector >= VECTORS) continue;
-      const T v = ADJOINT ? w_hh[((i64)vector * H + from) * H + unit] : w_hh[((i64)row * H + unit) * H + from];
+      // Read from inside in any case: loads under conditions would all have their addresses computed first, and spilled.
+      const u32 from = (k * WORD + e) % (C * U), size = H;
+      const bool there = unit < size && from < size && k < WORDS;
+      const u32 i = min(from, size - 1), j = min(unit, size - 1), g = ADJOINT ? min(k, (u32)WORDS - 1) * WORD / (C * U) : row;
+      const T v = ADJOINT ? w_hh[(g * size + i) * size + j] : w_hh[(g * size + j) * size + i];
 #if TYPE != FLOAT32
-      word |= (u32)v << 16 * e;
+      word |= (there ? (u32)v : 0) << 16 * e;
 #else
-      word = PRECISE ? __float_as_uint(v) : tf32(__float_as_uint(v));
+      word = !there ? 0 : PRECISE ? __float_as_uint(v) : tf32(__float_as_uint(v));
 #endif
     }
     return word;
@@ -131,6 +142,9 @@ struct Thread {
 
   DEVICE bool inside(int i) const { return owner() && b0 + sequence(i) < B && unit(i) < H; }
 
+  // Offset of a number from that of the first sequence and unit 0, in rows of this pitch.
+  DEVICE int at(int i, int pitch) const { return sequence(i) * pitch + unit(i); }
+
   // The step with number u of a sweep.
   DEVICE int time(int u, bool descending) const { return u < 0 || u >= steps ? 1 << 30 : descending ? steps - 1 - u : u; }
   DEVICE i64 row(int t) const { return t >= steps ? 0 : offsets ? offsets[t] : (i64)t * B; }
@@ -140,11 +154,11 @@ struct Thread {
   }
 
   // Read what step u + AHEAD of a padded batch will want into the L2 cache; eight lanes side by side need it once.
-  DEVICE void warm(const T* p, int u, i64 pitch, const i64 (&o)[PER]) const {
+  DEVICE void warm(const T* p, int u, int pitch) const {
     const int t = time(u + AHEAD, reverse != ADJOINT);
 #pragma unroll
     for (int i = 0; i < PER; ++i)
-      if (lane < 4 && !offsets && runs(t, i)) prefetch(p + row(t) * pitch + o[i]);
+      if (lane < 4 && !offsets && runs(t, i)) prefetch(p + row(t) * pitch + at(i, pitch));
   }
 
   // Tell all blocks of the group these numbers for step c of their sums.
@@ -170,8 +184,8 @@ struct Thread {
       const T* from = &shared.outbox[wm][vector][b][first];
       const int word = (vector * C * U + rank * U + wm * 16 + first) / WORD;
 #if SCOPE == GRID
-      store_flagged(flags + place(c, word / 8, b / 8) + (word / 4 % 2 * 8 + b % 8) * 4 + q % 4, ((const u32*)from)[q % 4],
-                    c + 1);
+      store_flagged(flags + (((c & 1) * (WORDS / 8) + word / 8) * NT + b / 8) * 64 + (word / 4 % 2 * 8 + b % 8) * 4 + q % 4,
+                    ((const u32*)from)[q % 4], c + 1);
 #else
       const u32 peer = (q / CHUNKS + rank) % C;
       store_async(peer_address(shared_address(&shared.inbox[c & 1][b][word]), peer), *(const uint4*)from,
@@ -181,8 +195,6 @@ struct Thread {
     __syncwarp();
 #endif
   }
-
-  DEVICE i64 place(int c, int k, int j) const { return (((i64)(c & 1) * (WORDS / 8) + k) * NT + j) * 64; }
 
   // Words of the sequences of tile j: those with numbers 8 k to 8 k + 15 of this warp's share.
   DEVICE void fetch(u32 (&words)[4], int c, int k, int j) const {
@@ -194,7 +206,9 @@ struct Thread {
 #if SCOPE != BLOCK
     u32 patience = 0;
 #endif
-#if SCOPE == CLUSTER
+#if SCOPE == GRID
+    const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + lane;
+#elif SCOPE == CLUSTER
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
     while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(patience);
     if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
@@ -205,7 +219,7 @@ struct Thread {
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
 #if SCOPE == GRID
-      constexpr int AT_ONCE = KS < 16 ? KS : 16;
+      constexpr int AT_ONCE = KS < 8 ? KS : 8;
 #pragma unroll
       for (int k0 = 0; k0 < KS; k0 += AT_ONCE) {
         u64 seen[AT_ONCE][2];
@@ -216,9 +230,8 @@ struct Thread {
           for (int k = 0; k < AT_ONCE; ++k)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int at = wk * KS + k0 + k;
-              const bool there = k0 + k < KS && at < WORDS / 8;
-              seen[k][half] = there ? load_flagged(flags + place(c, at, j) + half * 32 + lane) : (u64)(c + 1) << 32;
+              const bool there = k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
+              seen[k][half] = there ? load_flagged(from + ((k0 + k) * NT + j) * 64 + half * 32) : (u64)(c + 1) << 32;
               ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
             }
           if (!ready) wait_more(patience);
@@ -273,13 +286,13 @@ struct Thread {
 
 #if ADJOINT
 // What the adjoint is given of a step, by a thread's numbers.
-struct Given { float s[STATES], next[STATES], d[STATES], saved[SAVED + 1]; };
+struct Given { float s[STATES], d[STATES], saved[SAVED + 1]; };
 #endif
 
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
 #if ADJOINT
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy, const T* dstates, float* ds,
-    T* dx, T* dr, T* came,
+    T* dx, T* dr, T* h_came,
 #else
     const T* x, const T* w_hh, const T* b_hh, float* state, T* y, T* states, T* saved,
 #endif
@@ -287,99 +300,93 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   SHARED_MEMORY(memory);
   Thread me(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags, (int)steps, (int)B, (int)H,
             (int)reverse);
-  // Pitches of rows of [R, N, G, H] and [R, N, H], and offsets of a thread's numbers in them and in [N, S, B, H].
-  const i64 N = gridDim.z, x_row = N * GATES * H, y_row = N * H, plane = R * y_row;
-  i64 o_x[PER], o_y[PER], o_s[PER];
+  // Pitches of rows of [R, N, G, H] and [R, N, H]; arrays begin at the block's first sequence.
+  const int N = gridDim.z, x_row = N * GATES * (int)H, y_row = N * (int)H;
+  const i64 plane = R * y_row, x0 = (me.b0 * N + me.n) * GATES * H, y0 = (me.b0 * N + me.n) * H;
+  const i64 s0 = (me.n * STATES * B + me.b0) * H;
   float news[VECTORS][PER], sums[ROWS][PER];
-#pragma unroll
-  for (int i = 0; i < PER; ++i) {
-    const i64 b = me.b0 + me.sequence(i);
-    o_x[i] = b * x_row + me.n * GATES * H + me.unit(i);
-    o_y[i] = b * y_row + me.n * H + me.unit(i);
-    o_s[i] = (me.n * STATES * B + b) * H + me.unit(i);
-  }
 #if ADJOINT
+  state += s0, y += y0, states += y0, saved += y0, dy += y0, ds += s0, dr += x0;
   float d[PER][STATES];
-  // Step t, that came after step `before` or, where no step was before, after `state`.
-  auto fetch = [&](Given (&given)[PER], int t, int before) {
-    const i64 here = me.row(t) * y_row, there = me.row(before) * y_row;
+  auto fetch = [&](Given (&given)[PER], int t) {
+    const i64 row = me.row(t) * y_row;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       given[i] = {};
       if (!me.runs(t, i)) continue;
 #pragma unroll
-      for (int k = 0; k < STATES; ++k) {
-        const T* all = k ? states + (k - 1) * plane : y;
-        given[i].next[k] = widen(all[here + o_y[i]]);
-        if (!me.cut(t, i)) given[i].s[k] = widen(me.runs(before, i) ? all[there + o_y[i]] : state[o_s[i] + k * B * H]);
-        const T* seeds = k ? dstates ? dstates + (k - 1) * plane : nullptr : dy;
-        if (seeds) given[i].d[k] = widen(seeds[here + o_y[i]]);
-      }
+      for (int k = 0; k < STATES; ++k) given[i].s[k] = widen((k ? states + (k - 1) * plane : y)[row + me.at(i, y_row)]);
+      given[i].d[0] = widen(dy[row + me.at(i, y_row)]);
 #pragma unroll
-      for (int k = 0; k < SAVED; ++k) given[i].saved[k] = widen(saved[k * plane + here + o_y[i]]);
+      for (int k = 1; k < STATES; ++k)
+        if (dstates) given[i].d[k] = widen(dstates[y0 + (k - 1) * plane + row + me.at(i, y_row)]);
+#pragma unroll
+      for (int k = 0; k < SAVED; ++k) given[i].saved[k] = widen(saved[k * plane + row + me.at(i, y_row)]);
     }
   };
 #pragma unroll
   for (int i = 0; i < PER; ++i)
 #pragma unroll
-    for (int k = 0; k < STATES; ++k) d[i][k] = me.inside(i) ? ds[o_s[i] + k * B * H] : 0.f;
-  int t = me.time(0, !me.reverse), before = me.time(1, !me.reverse);
+    for (int k = 0; k < STATES; ++k) d[i][k] = me.inside(i) ? ds[k * B * H + me.at(i, H)] : 0.f;
+  int t = me.time(0, !me.reverse);
   Given now[PER], later[PER];
-  fetch(now, t, before);
+  fetch(now, t);
   for (int u = 0;; ++u) {
-    const int after = me.time(u + 2, !me.reverse);
-    fetch(later, before, after);
-    me.warm(y, u, y_row, o_y);
-    me.warm(dy, u, y_row, o_y);
+    const int before = me.time(u + 1, !me.reverse);  // in time: what ran before it, and comes after it here
+    fetch(later, before);
+    me.warm(y, u, y_row);
+    me.warm(dy, u, y_row);
 #pragma unroll
-    for (int k = 1; k < STATES; ++k) me.warm(states + (k - 1) * plane, u, y_row, o_y);
+    for (int k = 1; k < STATES; ++k) me.warm(states + (k - 1) * plane, u, y_row);
 #pragma unroll
-    for (int k = 0; k < SAVED; ++k) me.warm(saved + k * plane, u, y_row, o_y);
+    for (int k = 0; k < SAVED; ++k) me.warm(saved + k * plane, u, y_row);
     if (u) {
       me.receive(u - 1, sums);
 #pragma unroll
       for (int i = 0; i < PER; ++i) d[i][0] += sums[0][i];
     }
     if (u == me.steps) break;
-    const i64 at_x = me.row(t) * x_row, at_y = me.row(t) * y_row;
+    T* const to = dr + me.row(t) * x_row;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      float gx[GATES], gr[GATES], passed[STATES];
+      const bool runs = me.runs(t, i), flows = runs && !me.cut(t, i), first = flows && !me.runs(before, i);
+      float gx[GATES], gr[GATES], passed[STATES], came[STATES];
 #pragma unroll
-      for (int k = 0; k < STATES; ++k) now[i].d[k] += d[i][k];
-      cell_backward(now[i].saved, now[i].s, now[i].next, now[i].d, gx, gr, passed);
-      const bool runs = me.runs(t, i), flows = runs && !me.cut(t, i);
+      for (int k = 0; k < STATES; ++k) {
+        now[i].d[k] += d[i][k];
+        came[k] = first ? widen(state[k * B * H + me.at(i, H)]) : flows ? later[i].s[k] : 0.f;
+      }
+      cell_backward(now[i].saved, came, now[i].s, now[i].d, gx, gr, passed);
 #pragma unroll
       for (int k = 0; k < STATES; ++k)
         if (runs) d[i][k] = flows ? passed[k] : 0.f;
 #pragma unroll
       for (int g = 0; g < GATES; ++g) {
         news[g][i] = flows ? gr[g] : 0.f;
-        if (!runs) continue;
-        dr[at_x + o_x[i] + g * H] = narrow(gr[g]);
-        if (SPLIT) dx[at_x + o_x[i] + g * H] = narrow(gx[g]);
+        if (runs) to[g * H + me.at(i, x_row)] = narrow(gr[g]);
+        if (runs && SPLIT) dx[x0 + me.row(t) * x_row + g * H + me.at(i, x_row)] = narrow(gx[g]);
       }
-      if (runs && came) came[at_y + o_y[i]] = narrow(now[i].s[0]);
+      if (runs && h_came) h_came[y0 + me.row(t) * y_row + me.at(i, y_row)] = narrow(came[0]);
       now[i] = later[i];
     }
     me.tell(u, news);
     t = before;
-    before = after;
   }
 #pragma unroll
   for (int i = 0; i < PER; ++i)
 #pragma unroll
     for (int k = 0; k < STATES; ++k)
-      if (me.inside(i)) ds[o_s[i] + k * B * H] = d[i][k];
+      if (me.inside(i)) ds[k * B * H + me.at(i, H)] = d[i][k];
 #else
+  x += x0, state += s0, y += y0;
   float s[PER][STATES], bias[PER][GATES];
   T now[PER][GATES], later[PER][GATES];
   auto fetch = [&](T (&given)[PER][GATES], int t) {
-    const i64 at = me.row(t) * x_row;
+    const T* from = x + me.row(t) * x_row;
 #pragma unroll
     for (int i = 0; i < PER; ++i)
 #pragma unroll
-      for (int g = 0; g < GATES; ++g) given[i][g] = me.runs(t, i) ? x[at + o_x[i] + g * H] : T(0);
+      for (int g = 0; g < GATES; ++g) given[i][g] = me.runs(t, i) ? from[g * H + me.at(i, x_row)] : T(0);
   };
   // The states that come into step t, and the h among them to be multiplied.
   auto enter = [&](int t) {
@@ -395,7 +402,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
 #pragma unroll
-    for (int k = 0; k < STATES; ++k) s[i][k] = me.inside(i) ? state[o_s[i] + k * B * H] : 0.f;
+    for (int k = 0; k < STATES; ++k) s[i][k] = me.inside(i) ? state[k * B * H + me.at(i, H)] : 0.f;
 #pragma unroll
     for (int g = 0; g < GATES; ++g)
       bias[i][g] = b_hh && me.inside(i) ? widen(b_hh[(me.n * GATES + g) * H + me.unit(i)]) : 0.f;
@@ -407,9 +414,9 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     const int next = me.time(u + 1, me.reverse);
     fetch(later, next);
 #pragma unroll
-    for (int g = 0; g < GATES; ++g) me.warm(x + g * H, u, x_row, o_x);
+    for (int g = 0; g < GATES; ++g) me.warm(x + g * H, u, x_row);
     me.receive(u, sums);
-    const i64 at = me.row(t) * y_row;
+    const i64 row = y0 + me.row(t) * y_row;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       float gates[GATES], r[GATES], new_s[STATES], a[SAVED + 1];
@@ -421,15 +428,15 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       }
       cell_forward(gates, r, s[i], new_s, a);
       if (!me.runs(t, i)) continue;
+      y[row - y0 + me.at(i, y_row)] = narrow(new_s[0]);
 #pragma unroll
       for (int k = 0; k < STATES; ++k) {
         s[i][k] = new_s[k];
-        T* all = k ? states ? states + (k - 1) * plane : nullptr : y;
-        if (all) all[at + o_y[i]] = narrow(new_s[k]);
+        if (k && states) states[(k - 1) * plane + row + me.at(i, y_row)] = narrow(new_s[k]);
       }
 #pragma unroll
       for (int k = 0; k < SAVED; ++k)
-        if (saved) saved[k * plane + at + o_y[i]] = narrow(a[k]);
+        if (saved) saved[k * plane + row + me.at(i, y_row)] = narrow(a[k]);
     }
     enter(next);
     if (u + 1 < me.steps) me.tell(u + 1, news);
@@ -439,7 +446,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   for (int i = 0; i < PER; ++i)
 #pragma unroll
     for (int k = 0; k < STATES; ++k)
-      if (me.inside(i)) state[o_s[i] + k * B * H] = s[i][k];
+      if (me.inside(i)) state[k * B * H + me.at(i, H)] = s[i][k];
 #endif
   me.leave();
 }

@@ -113,6 +113,7 @@ DEVICE void __syncthreads() { emulate::block().all.wait(); }
 DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
 DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
 DEVICE void prefetch(const void*) {}
+DEVICE void keep(u32&) {}
 DEVICE u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 DEVICE float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 DEVICE float __fdividef(float a, float b) { return a / b; }
