@@ -41,13 +41,13 @@ def _body(cell: Cell, adjoint: bool) -> str:
 
 
 @cache
-def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool) -> str:
+def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
     """What stands before recurrence.cu (and before ptx.cuh): the choices that its text leaves open."""
     constants: dict[str, Any] = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2)
     constants |= dict(TYPE=_NAMES[dtype], SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates,
                       PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
                       SPLIT=int(cell.split), UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences,
-                      SPLITS=plan.warps * 16 // plan.units, CELL=_body(cell, adjoint))
+                      SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even), CELL=_body(cell, adjoint))
     return "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
 
@@ -85,12 +85,13 @@ def _cubin(program: str, capability: int) -> Path:
 
 
 @cache
-def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, device: torch.device) -> Callable[..., None]:
+def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool,
+         device: torch.device) -> Callable[..., None]:
     """A kernel as `launch(grid, arguments)`: addresses and whole numbers, on torch's current stream."""
     import cupy
 
     major, minor = torch.cuda.get_device_capability(device)
-    program = source(cell, plan, dtype, adjoint) + text("ptx.cuh") + text("recurrence.cu")
+    program = source(cell, plan, dtype, adjoint, masks, even) + text("ptx.cuh") + text("recurrence.cu")
     with cupy.cuda.Device(device.index):
         module = cupy.RawModule(path=str(_cubin(program, 10 * major + minor)),
                                 enable_cooperative_groups=plan.scope == "grid")
@@ -119,8 +120,9 @@ def _launch(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence
     lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, lengths, rows.offsets, rows.resets, flags)]
     numbers = steps, B, len(like), H, sum(r << n for n, r in enumerate(rows.reverse))
+    masks, aligned = any(addresses[-4:-1]), all(address % (2 * like.element_size()) == 0 for address in addresses[:-4])
     if B and H:
-        load(cell, plan, like.dtype, adjoint, like.device)(grid, (*addresses, *numbers))
+        load(cell, plan, like.dtype, adjoint, masks, H % 2 == 0 and aligned, like.device)(grid, (*addresses, *numbers))
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor,

@@ -77,7 +77,7 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     inbox = sequences * 16
     if plan.scope != "grid":
         inbox = 2 * sequences * 4 * (8 * splits * cuda_steps(cell, plan, size, adjoint) + 4)
-    outbox = plan.units * vectors * sequences * size
+    outbox = (plan.units if plan.scope == "cluster" else 16) * vectors * sequences * size
     sums = (plan.warps if splits > 1 else 1) * rows * sequences // 2 * 128
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 

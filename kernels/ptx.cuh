@@ -5,23 +5,47 @@ typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-
 DEVICE void keep(u32& v) { asm volatile("" : "+r"(v)); }  // the compiler may not look into v here
+DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
-#if TYPE == FLOAT16
-DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
-DEVICE u16 narrow(float v) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-#define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
-#elif TYPE == BFLOAT16
-DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
-DEVICE u16 narrow(float v) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v)); return h; }
-#define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
-#else
+// Two numbers side by side in memory, and in registers.
+#if TYPE == FLOAT32
+typedef float T;
+struct __align__(8) Pair { T a, b; };
 DEVICE float widen(float v) { return v; }
-DEVICE float narrow(float v) { return v; }
+DEVICE Pair narrow(float a, float b) { return {a, b}; }
 DEVICE u32 tf32(u32 v) { u32 r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(v))); return r; }
 #define MMA_SHAPE "m16n8k8.row.col.f32.tf32.tf32.f32"
+#else
+typedef u16 T;
+struct __align__(4) Pair { T a, b; };
+DEVICE Pair pair(u32 v) { return {(u16)v, (u16)(v >> 16)}; }
+#if TYPE == FLOAT16
+DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+DEVICE Pair narrow(float a, float b) { u32 v; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(v) : "f"(a), "f"(b)); return pair(v); }
+#define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
+#else
+DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
+DEVICE Pair narrow(float a, float b) { u32 v; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(v) : "f"(a), "f"(b)); return pair(v); }
+#define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
 #endif
+#endif
+
+DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.442695041f * x)); }
+DEVICE float tanh(float x) {
+#if TYPE == BFLOAT16
+  float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;  // to 11 bits, where bfloat16 has 8
+#else
+  const float far = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x)), square = x * x;
+#if TYPE == FLOAT16
+  return far;
+#else
+  const float near = x * (1.f + square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835))));
+  return square < 0.06f ? near : far;  // the difference cancels near 0
+#endif
+#endif
+}
 
 // Rows of 16 bytes, eight to a matrix: lane l gives the address of row l % 8 of matrix l / 8 and gets, of each matrix,
 // word l % 4 of row l / 4.
@@ -46,7 +70,7 @@ DEVICE u64 load_flagged(const u64* p) {
   u64 v; asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v;
 }
 
-// Between two looks at what is not there yet. `patience` ends a wait that would not end, in debug builds.
+// Between two looks at what is not there yet; `patience` ends a wait without end, in debug builds.
 DEVICE void wait_more(u32& patience) {
 #ifdef DEBUG
   if (++patience == 1u << 28) asm volatile("trap;");

@@ -116,20 +116,26 @@ DEVICE void prefetch(const void*) {}
 DEVICE void keep(u32&) {}
 DEVICE u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 DEVICE float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
-DEVICE float __fdividef(float a, float b) { return a / b; }
-DEVICE float __expf(float x) { return std::exp(x); }
+DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
-#if TYPE == FLOAT16
-DEVICE float widen(u16 v) { _Float16 h; memcpy(&h, &v, 2); return h; }
-DEVICE u16 narrow(float f) { _Float16 h = f; u16 v; memcpy(&v, &h, 2); return v; }
-#elif TYPE == BFLOAT16
-DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
-DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF : (v + 0x7FFF + (v >> 16 & 1)) >> 16; }
-#else
+#if TYPE == FLOAT32
+typedef float T;
 DEVICE float widen(float v) { return v; }
 DEVICE float narrow(float v) { return v; }
 DEVICE u32 tf32(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? v : (v + 0x1000) & 0xFFFFE000; }
+#else
+typedef u16 T;
+#if TYPE == FLOAT16
+DEVICE float widen(u16 v) { _Float16 h; memcpy(&h, &v, 2); return h; }
+DEVICE u16 narrow(float f) { _Float16 h = f; u16 v; memcpy(&v, &h, 2); return v; }
+#else
+DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
+DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF : (v + 0x7FFF + (v >> 16 & 1)) >> 16; }
 #endif
+#endif
+struct alignas(2 * sizeof(T)) Pair { T a, b; };
+DEVICE Pair narrow(float a, float b) { return {narrow(a), narrow(b)}; }
 
 DEVICE u32 shared_address(const void* p) {
   return (u32)((const char*)p - (const char*)emulate::block().memory.data()) | emulate::self->rank << 24;

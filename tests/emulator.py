@@ -6,8 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from rnn.kernels import cuda
 from rnn.kernels.cells import Cell
@@ -33,12 +32,11 @@ extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
 """
 
 
-def library(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, folder: Path,
-            fault: tuple[str, str] = ("", "")) -> ctypes.CDLL:
+def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
     """The kernel as a shared library; `fault` replaces a piece of its text."""
     recurrence = cuda.text("recurrence.cu")
     assert fault[0] in recurrence
-    program = cuda.source(cell, plan, dtype, adjoint) + (Path(__file__).parent / "emulate.h").read_text()
+    program = cuda.source(*choices) + (Path(__file__).parent / "emulate.h").read_text()
     program += recurrence.replace(*fault) + ENTRY
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()}.so"
     if not path.exists():
@@ -51,9 +49,8 @@ def library(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, folder: P
 def loader(folder: Path, fault: tuple[str, str] = ("", "")) -> Callable[..., Callable[..., None]]:
     """What takes the place of `cuda.load`."""
 
-    def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool,
-             device: torch.device) -> Callable[[tuple[int, int, int], Sequence[int]], None]:
-        run = library(cell, plan, dtype, adjoint, folder, fault).emulate_run
+    def load(cell: Cell, plan: Plan, *choices: Any) -> Callable[[tuple[int, int, int], Sequence[int]], None]:
+        run = library(folder, fault, cell, plan, *choices[:-1]).emulate_run
         run.restype = ctypes.c_bool
 
         def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
