@@ -7,6 +7,7 @@ grid    likewise, in a cooperative launch in which each block owns a slice of H;
 launch  the host does, with one launch a step; W_hh is read at every step"""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from .cells import Cell
@@ -17,6 +18,9 @@ BLOCK_UNITS = {1: {2: 256, 4: 128, 8: 128}, 2: {2: 128, 4: 64, 8: 64}, 3: {2: 12
                4: {2: 64, 4: 32, 8: 16}}
 FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh
 GRID_ROW_BYTES = 768  # of a row of W_hh, all gates: what a program of the grid holds without spilling
+# Microseconds of a step but for its arithmetic, predicted: what blocks tell each other takes that long.
+STEP_MICROSECONDS = dict(block=0.15, cluster=0.45, grid=0.9, launch=3.0)
+WEIGHT_WORDS = 128  # of 255 registers, that recurrence.cu fills with weights without spilling; of 128, half as many
 # Multiplications up to which NumPy's BLAS stays on one thread. Past that torch's is faster, and two thread pools would
 # be in each other's way.
 NUMPY_PRODUCT = 2**18
@@ -60,26 +64,52 @@ class Rows(NamedTuple):
     resets: Any = None
 
 
-def cuda_steps(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
-    """Pieces of 32 bytes of its rows of W_hh that a warp of recurrence.cu multiplies with."""
-    words = plan.blocks * plan.units * size // 4 * (cell.gates if adjoint else 1)
-    return -(-words // (16 * _splits(plan))) * 2
-
-
 def _splits(plan: Plan) -> int:
     return plan.warps * 16 // plan.units
 
 
+def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp of recurrence.cu multiplies with."""
+    row = plan.blocks * plan.units * size * (cell.gates if adjoint else 1)
+    return -(-row // (64 * _splits(plan))) * 2
+
+
 def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """Shared memory of a block of recurrence.cu, whose numbers have `size` bytes: struct Shared."""
-    rows, vectors = (1, cell.gates) if adjoint else (cell.gates, 1)
-    splits, sequences = _splits(plan), plan.sequences
+    (rows, vectors), sequences = (1, cell.gates) if adjoint else (cell.gates, 1), plan.sequences
     inbox = sequences * 16
     if plan.scope != "grid":
-        inbox = 2 * sequences * 4 * (8 * splits * cuda_steps(cell, plan, size, adjoint) + 4)
+        inbox = 2 * sequences * 4 * (8 * _splits(plan) * _pieces(cell, plan, size, adjoint) + 4)
     outbox = (plan.units if plan.scope == "cluster" else 16) * vectors * sequences * size
-    sums = (plan.warps if splits > 1 else 1) * rows * sequences // 2 * 128
+    sums = (plan.warps if _splits(plan) > 1 else 1) * rows * sequences // 2 * 128
     return -(-(inbox + outbox + sums + 16) // 128) * 128
+
+
+def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu) -> float:
+    """Microseconds of a step of recurrence.cu: a model whose constants nobody has measured yet."""
+    (B, _, _, N), clock, tiles = sizes, 1.9e3, plan.sequences // 8
+    products = plan.warps * cell.gates * _pieces(cell, plan, size, False) * tiles * (3 if plan.precision == "tf32x3" else 1)
+    rest = plan.units * plan.sequences * cell.gates * 20 / 32  # instructions around them
+    waves = -(-plan.blocks * -(-B // plan.sequences) * N // gpu.multiprocessors)
+    return waves * (STEP_MICROSECONDS[plan.scope] + (8 * products + rest) / (4 * clock))
+
+
+def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precision: str, gpu: Gpu) -> list[Plan]:
+    """The plans for recurrence.cu that fit, the fastest by prediction first."""
+    (B, _, H, N), found = sizes, []
+    scopes = [("block", 1), *(("cluster", 2**k) for k in range(1, 5) if gpu.capability >= 90), ("grid", -(-H // 16))]
+    for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
+        units = -(-H // (16 * blocks)) * 16
+        warps = units // 16 * splits
+        plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
+        # Registers of a thread that hold weights.
+        words = max(4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True))
+        shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
+        waits = scope == "grid" and blocks * -(-B // sequences) * N > gpu.multiprocessors
+        if (warps <= 16 and words <= (WEIGHT_WORDS if warps <= 8 else WEIGHT_WORDS // 2) and sequences <= 8 * splits
+                and shared <= gpu.shared_memory and -(-B // sequences) < 2**16 and not waits):
+            found.append(plan)
+    return sorted(found, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
 
 
 def power_of_2(n: int, at_least: int) -> int:

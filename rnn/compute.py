@@ -68,7 +68,8 @@ class _Run:
         tf32 = x.is_cuda and getattr(torch.backends.cudnn.rnn, "fp32_precision", "") == "tf32"
         self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
         # Imported late: Triton may be missing, and takes a while.
-        self.backend = import_module(".kernels.gpu", __package__) if self.plan.backend == "triton" else cpu
+        module = dict(triton="gpu", cuda="cuda").get(self.plan.backend, "cpu")
+        self.backend = import_module(f".kernels.{module}", __package__)
         self.numpy, T = self.plan.backend == "numpy", x.shape[0]
         self.total, self.index, self.order = x.shape[:-1].numel(), None, None
         if lengths is not None and self.backend is cpu:

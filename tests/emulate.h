@@ -86,7 +86,7 @@ inline bool run(int size, int threads, size_t bytes, void (*body)()) {
   for (u64 looked = 0, before = progress; !ready.empty() || !in_flight.empty(); ++looked) {
     if (progress != before) looked = 0, before = progress;
     if (!in_flight.empty() && (ready.empty() || random() % 16 == 0 || looked > 2 * ready.size())) deliver();
-    else if (looked > 4 * fibers.size()) return false;
+    else if (looked > 100 * fibers.size()) return false;
     else {
       std::swap(ready[random() % ready.size()], ready.back());
       self = ready.back();

@@ -1,0 +1,175 @@
+"""The CUDA C++ kernels without a GPU: run in fibers (emulator.py), compiled by NVRTC. On a GPU they are tested in
+test_gpu.py."""
+
+import itertools
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import check_recurrence
+from emulator import COMPILER, library, loader
+
+from rnn.kernels import cells, cuda
+from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no g++, which runs CUDA C++ on the CPU")
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(cuda, "load", loader(folder))
+
+
+def plan_for(scope: str, H: int, dtype: torch.dtype, blocks: int, splits: int, sequences: int = 8) -> Plan:
+    units = -(-H // (16 * blocks)) * 16
+    precision = "tf32x3" if dtype == SINGLE else "ieee"
+    return Plan("cuda", scope, units, sequences, 0, units // 16 * splits, False, precision, blocks)
+
+
+# Cell, scope, H, dtype, blocks, splits of a sum, sequences, form, resets. Odd and even H, sums in one part and several,
+# more of these than pairs to a warp, batches that fill no tile, clusters that are no power of 2.
+RUNS: list[tuple[Any, ...]] = [
+    ("rnn_tanh", "block", 27, SINGLE, 1, 1, 8, "padded", False),
+    ("rnn_tanh", "block", 48, BRAIN, 1, 2, 8, "padded", False),
+    ("lstm", "block", 32, HALF, 1, 4, 16, "lengths", True),
+    ("gru", "block", 21, SINGLE, 1, 2, 16, "packed", True),
+    ("lstm", "cluster", 64, BRAIN, 2, 2, 8, "padded", False),
+    ("gru", "cluster", 61, SINGLE, 4, 2, 8, "lengths", True),
+    ("rnn_relu", "cluster", 90, HALF, 3, 1, 16, "padded", True),
+    ("rnn_tanh", "grid", 61, BRAIN, 4, 4, 8, "padded", False),
+    ("gru", "grid", 40, HALF, 3, 8, 8, "packed", False),
+    ("lstm", "grid", 30, SINGLE, 2, 1, 16, "lengths", True),
+]
+
+
+def name_of(run: tuple[Any, ...]) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in run)
+
+
+@needs_compiler
+@pytest.mark.parametrize("run", RUNS, ids=name_of)
+def test_runs(run: tuple[Any, ...]) -> None:
+    cell, scope, H, dtype, blocks, splits, sequences, form, resets = run
+    plan = plan_for(scope, H, dtype, blocks, splits, sequences)
+    check_recurrence(cell, plan, (3, 11, 3, H), (False, True), form, resets, dtype=dtype)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
+@pytest.mark.parametrize(("form", "resets"), [("padded", False), ("padded", True), ("lengths", True), ("packed", True)])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+def test_every_scope(cell: str, form: str, resets: bool, scope: str) -> None:
+    for dtype, H, steps in ((SINGLE, 33, 1), (BRAIN, 34, 4), (HALF, 50, 2)):
+        plan = plan_for(scope, H, dtype, 1 if scope == "block" else 2, 2)
+        check_recurrence(cell, plan, (steps, 9, 2, H), (False, True), form, resets, dtype=dtype)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("H", "blocks", "splits"), [(256, 16, 2), (512, 8, 2), (256, 2, 1)])
+def test_large_clusters(H: int, blocks: int, splits: int) -> None:
+    check_recurrence("rnn_tanh", plan_for("cluster", H, BRAIN, blocks, splits), (4, 9, 2, H), dtype=BRAIN)
+
+
+FAULTS = {
+    "no barrier after a step": ("block", "#if SCOPE == BLOCK\n    __syncthreads();", "#if SCOPE == BLOCK\n"),
+    "one buffer": ("block", "*(Pair*)&shared.inbox[c & 1][b][word] = pair;", "*(Pair*)&shared.inbox[0][b][word] = pair;"),
+    "partial sums read too early": ("block", "group_sync(1 + wm, 32 * WK);", ""),
+    "no wait for the others' h": ("cluster", "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(patience);", ""),
+    "barrier never set again": ("cluster", "if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);", ""),
+    "wrong number of bytes": ("cluster", "4 * NB * WORDS);\n    }", "4 * NB * WORDS + 16);\n    }"),
+    "a chunk sent before it is written": ("cluster", "#elif SCOPE == CLUSTER\n    __syncwarp();", "#elif SCOPE == CLUSTER\n"),
+    "a chunk of the wrong sequence": ("cluster", "b = p / 2 * 8 + number % 4 * 2 + p % 2;\n      const int word",
+                                      "b = p / 2 * 8 + number % 4 * 2;\n      const int word"),
+    "flags not looked at": ("grid", "ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
+    "flags of another step": ("grid", "((const u32*)&pair)[e], c + 1);", "((const u32*)&pair)[e], c + 2);"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    scope, *change = FAULTS[fault]
+    monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
+    plan = plan_for(scope, 64, BRAIN, 1 if scope == "block" else 2, 2)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (6, 9, 2, 64), dtype=BRAIN)
+
+
+@needs_compiler
+def test_shared_memory(folder: Path) -> None:
+    """The plan's figure is the compiler's."""
+    for scope, blocks, splits, adjoint in (("block", 1, 1, False), ("cluster", 2, 2, True), ("grid", 3, 4, True)):
+        plan = plan_for(scope, 90, SINGLE, blocks, splits, 16)
+        built = library(folder, ("", ""), cells.lstm, plan, SINGLE, adjoint, False, True)
+        assert built.emulate_shared() == shared_bytes(cells.lstm, plan, 4, adjoint)
+
+
+GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
+Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, bool, bool]
+
+
+def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) -> list[Kernel]:
+    """Each kernel that a plan for B sequences of H units can choose first."""
+    found: dict[Kernel, None] = {}
+    for (B, H), name, (dtype, precision) in itertools.product(shapes, names, (
+            (BRAIN, "ieee"), (HALF, "ieee"), (SINGLE, "tf32"), (SINGLE, "tf32x3"))):
+        cell = getattr(cells, name)
+        plan = next(iter(cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, GPUS[capability])), None)
+        for masks, even, adjoint in itertools.product((False, True), (False, True), (False, True)) if plan else ():
+            found[cell, plan, dtype, adjoint, masks, even] = None
+    return list(found)
+
+
+def check_kernels(capability: int, chosen: list[Kernel]) -> None:
+    """They compile, and neither spill nor want more registers or shared memory than there is."""
+    pytest.importorskip("cupy.cuda.nvrtc", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+
+    def usage(kernel: Kernel) -> str:
+        program = cuda.source(*kernel) + cuda.text("ptx.cuh") + cuda.text("recurrence.cu")
+        return cuda.build(program, capability)[1]
+
+    with ThreadPoolExecutor(2) as pool:
+        for kernel, log in zip(chosen, pool.map(usage, chosen)):
+            (cell, plan, dtype, adjoint, *_), used = kernel, re.search(r"Used (\d+) registers", log)
+            assert used and "0 bytes stack frame, 0 bytes spill stores" in log, (cell.name, kernel, log)
+            assert int(used[1]) * 32 * plan.warps <= 65536
+            assert shared_bytes(cell, plan, dtype.itemsize, adjoint) <= GPUS[capability].shared_memory
+
+
+def test_compiles() -> None:
+    chosen = [kernel for kernel in kernels(90, [(64, 128), (16, 512)], ["rnn_tanh", "lstm"])
+              if kernel[2] != HALF and kernel[4] != kernel[5] and kernel[1].precision != "tf32"]
+    chosen += [kernel for kernel in kernels(90, [(16, 1024)], ["gru"]) if kernel[2] == BRAIN and kernel[5]]
+    assert {kernel[1].scope for kernel in chosen} == {"block", "cluster", "grid"}
+    check_kernels(90, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", GPUS)
+def test_compiles_all(capability: int) -> None:
+    shapes = [(B, H) for B in (1, 64, 4096) for H in (20, 64, 128, 192, 256, 360, 512, 768, 1024, 2048)]
+    check_kernels(capability, kernels(capability, shapes, ["rnn_tanh", "rnn_relu", "lstm", "gru"]))
+
+
+def test_resident_layers() -> None:
+    """Which layers' weights stay in registers, in half precision: up to these H within a block, a cluster, the grid."""
+    def largest(name: str, scope: str) -> int:
+        return max(H for H in range(16, 2049, 16) for plan in cuda_plans(
+            getattr(cells, name), (8, H, H, 1), 2, "ieee", GPUS[90]) if plan.scope == scope)
+
+    assert (largest("rnn_tanh", "block"), largest("lstm", "block"), largest("gru", "block")) >= (256, 128, 128)
+    assert largest("rnn_tanh", "cluster") >= 1024
+    assert min(largest("lstm", "cluster"), largest("gru", "cluster")) >= 512
+    assert largest("rnn_tanh", "grid") >= 2048
+    assert min(largest("lstm", "grid"), largest("gru", "grid")) >= 1024
