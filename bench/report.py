@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- These figures are written by bench/report.py. -->", "<!-- Here they end. -->"
 CELLS = {"tanh": "RNN", "relu": "RNN, relu", "lstm": "LSTM", "gru": "GRU"}
 KINDS = ("forward", "training")
+MIB = 2**20
 Results = dict[str, Any]
 Row = dict[str, Any]
 
@@ -42,7 +43,7 @@ def number(value: float) -> str:
 
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["--:"] * len(head), *body)]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *body)]
 
 
 def column(row: Row, rows: list[Row]) -> str:
@@ -79,12 +80,13 @@ def summary(suites: dict[str, list[Row]]) -> list[str]:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
             groups.setdefault((row["form"], column(row, rows)), []).append(row)
-        for (form, name), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        for (form, name), group in groups.items():
             line = [f"{suite}, {name}{'' if form == 'padded' else f', {form}'}", str(len(group))]
             for kind in KINDS:
                 line += [show(function, [ratio(row, kind) for row in group]) for function in (geometric_mean, min)]
-            for figure in ("memory", "error"):
-                line.append(show(max, [1 / value for row in group if (value := ratio(row, figure))]))
+            large = [row for row in group if (row["memory"].get("torch.nn") or 0) >= MIB]  # less is below its noise
+            for figure, of in (("memory", large), ("error", group)):
+                line.append(show(max, [1 / value for row in of if (value := ratio(row, figure))]))
             body.append(line)
     return table(["suite", "cases", "forward: mean", "least", "training: mean", "least", "memory: most", "error: most"],
                  body)
@@ -100,8 +102,8 @@ def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
     return [f"**{name}: {core['device']}**, {versions}; {core['date'][:10]}, at {commit}. Microseconds a step "
             "of ours, and in brackets torch.nn's time divided by ours.", "",
             *figures(core["rows"]), "",
-            "Geometric means and the least of those ratios; and the most that our peak memory, and our error against "
-            "float64, come to, divided by torch.nn's.", "",
+            "Geometric means and the least of those ratios; and the most that our peak memory (where torch.nn's is 1 "
+            "MiB or more) and our error against float64 come to, divided by torch.nn's.", "",
             *summary({suite: results["rows"] for (device, suite), results in sorted(found.items()) if device == kind})]
 
 

@@ -53,7 +53,8 @@ def environment(device: str) -> dict[str, Any]:
     else:
         models = [line.partition(": ")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{models[0] if models else platform.processor()}, {threads} thread{'s' * (threads > 1)}"
     return dict(device=name, kind=device, versions=versions, commit=git("rev-parse", "--short", "HEAD"),
                 modified=bool(git("status", "--porcelain", "-uno")),
                 date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))

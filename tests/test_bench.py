@@ -59,7 +59,8 @@ def made_row(bench: Any, ours: float, theirs: float, memory: float, **case: Any)
     made = bench.suites.Case(**dict(B=2, T=100, H=8, I=8) | case)
     return made._asdict() | dict(forward={"rnn": ours, "torch.nn": theirs},
                                  training={"rnn": ours, "torch.nn": 3 * theirs, "other": 1},
-                                 memory={"rnn": memory, "torch.nn": 1000}, error={"rnn": 2e-7, "torch.nn": 1e-7})
+                                 memory={"rnn": memory * 2**20, "torch.nn": 1000 * 2**20},
+                                 error={"rnn": 2e-7, "torch.nn": 1e-7})
 
 
 def test_report(bench: Any, tmp_path: Path) -> None:
