@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := rnn tests bench examples
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint bench gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/language_model.py
@@ -20,6 +20,10 @@ lint: .venv/test
 
 bench: .venv/test
 	$(BIN)/python bench/run.py
+
+# Installs and fetches nothing: with the PyTorch, Triton and CuPy that the machine has.
+gpu:
+	$(PYTHON) bench/prove.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,191 +1,227 @@
-"""Times `rnn.RNN` against `torch.nn.RNN`, side by side: forward without gradients, and training (forward and backward).
+"""Times our layers against torch.nn's, side by side: forward without gradients, and training (forward and backward).
 
-The layers take turns, and medians are compared, so that what else the machine does falls on all of them alike. float32
-runs in the same mode everywhere: on a GPU in TF32 or not, as torch.backends.cudnn.rnn.fp32_precision says. Prints a
-table, and writes a JSON file with the device, the versions and the commit, and a plot of the ratios."""
+The layers take turns, and medians are compared, so that what else the machine does falls on all of them alike. Prints
+a table, and writes a JSON file, after every case, and a plot. The JSON has the device, the versions and the commit, and
+of every case and layer the seconds a call, the first call's, the bytes at the peak and the errors against float64."""
 
 import argparse
 import datetime
-import functools
 import importlib
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
-import suites
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # it runs from a checkout, too
-import rnn
+import peers
+import suites
+from measure import measure
+from report import KINDS, Row, ratio
+from suites import Case
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def timed(functions: Sequence[Callable[[], Any]], seconds: float, device: str) -> list[float]:
-    """The median time of each function in seconds; they are called in turn for some `seconds`."""
+def environment(device: str) -> dict[str, Any]:
+    """The device, the versions, the commit and the time."""
 
-    def once(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for function in [*functions, *functions]:
-        once(function)
-    rounds: list[list[float]] = []
-    end = time.perf_counter() + seconds
-    while len(rounds) < 5 or (time.perf_counter() < end and len(rounds) < 1000):
-        # Backwards every other time: nobody always comes after the same other.
-        order = range(len(functions))[:: 1 if len(rounds) % 2 else -1]
-        measured = {i: once(functions[i]) for i in order}
-        rounds.append([measured[i] for i in range(len(functions))])
-    return [statistics.median(column) for column in zip(*rounds)]
-
-
-def measure(shape: suites.Shape, layers: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Times of each layer and its error against float64, all with the same weights and input."""
-    B, T, H, I = *shape, *([] if len(shape) == 4 else [shape[2]])
-    dtype = getattr(torch, options.dtype)
-    torch.manual_seed(0)
-    oracle = nn.RNN(I, H, nonlinearity=options.cell).to(torch.float64)
-    exact = torch.randn(T, B, I)
-    built = {}
-    for name, layer in layers.items():
-        built[name] = layer(I, H, nonlinearity=options.cell).to(options.device, dtype)
-        built[name].load_state_dict(oracle.state_dict())
-    x = exact.to(options.device, dtype)
-    dy = torch.randn(T, B, H).to(options.device, dtype)
-
-    def forward(layer: nn.Module) -> Any:
-        with torch.no_grad():
-            return layer(x)[0]
-
-    def training(layer: nn.Module) -> None:
-        layer(x)[0].backward(dy)
-        layer.zero_grad()
-
-    row: dict[str, Any] = dict(B=B, T=T, H=H, I=I)
-    for kind in (forward, training):
-        functions = [functools.partial(kind, layer) for layer in built.values()]
-        row[kind.__name__] = dict(zip(built, timed(functions, options.seconds, options.device)))
-    weights = {name: p.to(dtype).double() for name, p in oracle.state_dict().items()}
-    oracle.load_state_dict(weights)
-    with torch.no_grad():
-        want = oracle(x.double().cpu())[0]
-        row["error"] = {name: ((forward(layer).double().cpu() - want).norm() / want.norm()).item()
-                        for name, layer in built.items()}
-    return row
-
-
-def environment(options: argparse.Namespace) -> dict[str, Any]:
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+        except OSError:
+            return ""
         return done.stdout.strip()
 
     versions: dict[str, Any] = dict(python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__)
-    if options.device == "cuda":
-        device = torch.cuda.get_device_name()
-        versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
-                         triton=importlib.import_module("triton").__version__)
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+        for module in ("triton", "cupy"):
+            try:
+                versions[module] = importlib.import_module(module).__version__
+            except ImportError:
+                versions[module] = None
     else:
         models = [line.partition(": ")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-        device = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-    return dict(device=device, kind=options.device, dtype=options.dtype, cell=options.cell, suite=options.suite,
-                fp32_precision=getattr(torch.backends.cudnn.rnn, "fp32_precision", "unknown"),
-                versions=versions, commit=git("rev-parse", "--short", "HEAD"),
+        threads = torch.get_num_threads()
+        name = f"{models[0] if models else platform.processor()}, {threads} thread{'s' * (threads > 1)}"
+    return dict(device=name, kind=device, versions=versions, commit=git("rev-parse", "--short", "HEAD"),
                 modified=bool(git("status", "--porcelain", "-uno")),
                 date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
 
-def ratio(row: dict[str, Any], kind: str) -> float:
-    """torch.nn's time by ours: above 1, ours is the faster."""
-    return row[kind]["torch.nn"] / row[kind]["rnn"]
+def summary(rows: list[Row]) -> list[str]:
+    """The geometric mean of the ratios, the least, and whose it is; as calls and as CUDA graphs."""
+    said = []
+    for figure, kind in ((figure, kind) for kind in ("", " graph") for figure in KINDS):
+        ratios = [(value, label(row)) for row in rows if (value := ratio(row, figure, kind))]
+        if ratios:
+            mean, (least, whose) = statistics.geometric_mean([value for value, _ in ratios]), min(ratios)
+            said.append(f"{figure}{kind}: torch.nn's time by ours has the geometric mean {mean:.2f}; the least is "
+                        f"{least:.2f} ({whose})")
+    return said
 
 
-def show(row: dict[str, Any]) -> str:
-    def cell(kind: str) -> str:
-        times = "".join(f"{1e6 * seconds / row['T']:12.2f}" for seconds in row[kind].values())
-        return f"{times}{ratio(row, kind):8.2f}"
+def label(row: Row) -> str:
+    case = Case(*(row[name] for name in Case._fields))
+    return f"{case.cell:4} {case.B:4} {case.T:5} {case.H:4} {case.inputs:4} {case.dtype:8} {case.options}".rstrip()
 
-    return (f"{row['B']:5}{row['T']:7}{row['H']:6}{row['I']:6} {cell('forward')}  {cell('training')}  "
-            + "".join(f"{error:9.1e}" for error in row["error"].values()))
+
+HEADER = f"{'cell':4} {'B':>4} {'T':>5} {'H':>4} {'I':>4} {'dtype':8} options"
+
+
+def lines(row: Row) -> str:
+    """The case, and a line of figures for each layer."""
+    said = [label(row)]
+    for name in dict.fromkeys((*row[KINDS[0]], *row["failed"])):
+        if name in row["failed"]:
+            said.append(f"    {name:16} n/a: {row['failed'][name]}")
+        if name not in row[KINDS[0]]:
+            continue
+        text = f"    {name:16}"
+        for kind, factor in zip(KINDS, (1, 3)):
+            seconds = row.get(kind, {}).get(name)
+            if seconds:
+                text += (f" {kind} {1e6 * seconds / row['T']:10.3f} us/step"
+                         f"{factor * row['flop'] / seconds / 1e12:9.3g} TFLOP/s")
+                text += f"{row[kind]['torch.nn'] / seconds:6.2f}x " if row[kind].get("torch.nn") else ""
+        if name in row["first"]:
+            memory = row["memory"][name]
+            text += f" first {row['first'][name]:.2f} s, " + ("" if memory is None else f"{memory / 2**20:.1f} MiB, ")
+            text += f"error {' '.join(f'{row[k][name]:.0e}' for k in ('error', 'gradient_error') if name in row[k])}"
+        said.append(text)
+    return "\n".join(said)
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
+    """The ratios as bars; of the suite `growth` also times and memory against T and against B, as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = results["rows"]
-    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.25 * len(rows)), layout="constrained")
-    places = range(len(rows))
+    rows, growth = results["rows"], results["suite"] == "growth"
+    figure = pyplot.figure(figsize=(10, 1.5 + 0.3 * len(rows) + 8 * growth), layout="constrained")
+    parts: Any = figure.subfigures(1 + growth, 1, squeeze=False).flat
+    bars, *more = parts
+    axes = bars.subplots()
     for offset, kind in ((-0.2, "forward"), (0.2, "training")):
-        axes.barh([p + offset for p in places], [ratio(row, kind) for row in rows], height=0.4, label=kind)
+        axes.barh([p + offset for p in range(len(rows))], [ratio(row, kind) or 0 for row in rows], height=0.4,
+                  label=kind)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(places, [f"B {row['B']}  T {row['T']}  H {row['H']}  I {row['I']}" for row in rows])
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], family="monospace", fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="torch.nn.RNN's time / ours", title=f"{results['device']}, {results['dtype']}, {results['cell']}")
+    axes.set(xlabel="torch.nn's time / ours", title=f"{results['device']}, {results['commit']}")
     axes.legend()
+    for part in more:
+        for (times, memory), size, other in zip(part.subplots(2, 2).T, "TB", "BT"):
+            groups: dict[Any, list[Row]] = {}
+            for row in rows:
+                groups.setdefault((row["cell"], row[other]), []).append(row)
+            for (cell, fixed), group in ((k, sorted(v, key=lambda row: row[size])) for k, v in groups.items()):
+                for name, line in (("rnn", "-"), ("torch.nn", ":")) if len(group) > 2 else ():
+                    style: Any = dict(label=f"{name} {cell}, {other} {fixed}", marker=".", linestyle=line)
+                    shown = [row for row in group if row["memory"].get(name)]
+                    sizes = [row[size] for row in shown]
+                    times.loglog(sizes, [1e6 * row["training"][name] / row["T"] for row in shown], **style)
+                    memory.loglog(sizes, [row["memory"][name] / 2**20 for row in shown], **style)
+            times.set(xlabel=size, ylabel="training, us/step")
+            memory.set(xlabel=size, ylabel="training, MiB at the peak")
+            times.legend(fontsize=6)
     figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def chosen(cases: list[Case], change: dict[str, Any]) -> list[Case]:
+    """The suite's cases that are of this cell or dtype; if there are none, all of them made so."""
+    made = [case._replace(**change) for case in cases]
+    return [case for case, other in zip(cases, made) if case == other] or list(dict.fromkeys(made))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    option("--suite", default="core", help=f"cpu: {', '.join(suites.CPU)}; cuda: {', '.join(suites.GPU)}")
-    option("--cell", choices=("tanh", "relu"), default="tanh", help="the nonlinearity")
-    option("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
-    option("--seconds", type=float, default=1.5, help="to spend on each figure (default: %(default)s)")
-    option("--peer", action="append", default=[], metavar="MODULE:CLASS",
-           help="another layer with the constructor of torch.nn.RNN, to be timed too")
+    option("--suite", default="core", help="; ".join(f"{d}: {', '.join(s)}" for d, s in suites.SUITES.items()))
+    option("--cell", choices=tuple(suites.GATES), help="the suite's cases of this cell, or all of them made so")
+    option("--dtype", choices=suites.DTYPES, help="likewise; tf32 is float32 whose products may be in TF32")
+    option("--seconds", type=float, default=0.5, help="to spend on each figure (default: %(default)s)")
+    option("--minutes", type=float, default=4.5, help="after which no case is begun (default: %(default)s)")
+    option("--peer", action="append", default=[], metavar="NAME",
+           help=f"also {', '.join(peers.NAMED)}, or MODULE:CLASS with torch.nn's constructor")
+    option("--baseline", action="store_true", help="time torch.nn alone")
+    option("--cold", action="store_true", help="use no kernels that earlier runs compiled, for first calls that are")
     option("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot (default: bench/results)")
     options = parser.parse_args(arguments)
-    if options.suite not in (suites.CPU if options.device == "cpu" else suites.GPU):
+    if options.suite not in suites.SUITES[options.device]:
         parser.error(f"there is no suite {options.suite} for {options.device}: see --help")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: argparse.Namespace, path: Path, results: dict[str, Any]) -> None:
+    """Measures case after case into `results`, and writes them after each."""
+    end = time.monotonic() + 60 * options.minutes
+    names = ["torch.nn"] if options.baseline else ["rnn", "torch.nn", *peers.installed(options.device)]
+    builders = {name: peers.find(name) for name in dict.fromkeys((*names, *options.peer))}
+    cases = suites.SUITES[options.device][options.suite]
+    for name in ("cell", "dtype"):
+        cases = chosen(cases, {name: getattr(options, name)}) if getattr(options, name) else cases
+    if options.device == "cuda":  # the context and the libraries' own beginnings are nobody's first call
+        square = torch.randn(64, 64, device="cuda")
+        (square @ square).sum().item()
+    for case in cases:
+        row = dict(case._asdict(), I=case.inputs)
+        if time.monotonic() > end:
+            results["left_out"].append(row)
+        else:
+            try:
+                row = measure(case, builders, options.seconds, options.device)
+                results["rows"].append(row)
+                print(lines(row), flush=True)
+            except Exception as error:  # the other cases still have their figures
+                row["failed"] = {"all": f"{type(error).__name__}: {error}"}
+                results["failed"].append(row)
+                print(f"{label(row)}\n    n/a: {row['failed']['all']}", flush=True)
+        path.with_suffix(".tmp").write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".tmp").replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    layers: dict[str, Any] = {"rnn": rnn.RNN, "torch.nn": nn.RNN}
-    for peer in options.peer:
-        module, _, name = peer.partition(":")
-        layers[peer] = getattr(importlib.import_module(module), name)
-    results: dict[str, Any] = environment(options) | dict(rows=[])
-    print(f"{results['device']}, {options.dtype}, {options.cell}; us per step of {', '.join(layers)}, and the ratio of "
-          "torch.nn's time to rnn's")
-    width = 12 * len(layers) + 8
-    print(f"{'B':>5}{'T':>7}{'H':>6}{'I':>6} {'forward':>{width}}  {'training':>{width}}  "
-          f"{'errors':>{9 * len(layers)}}")
-    for shape in (suites.CPU if options.device == "cpu" else suites.GPU)[options.suite]:
-        row = measure(shape, layers, options)
-        results["rows"].append(row)
-        print(show(row), flush=True)
-    for kind in ("forward", "training"):
-        ratios = [ratio(row, kind) for row in results["rows"]]
-        print(f"{kind}: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
-    small = [ratio(row, "training") for row in results["rows"] if row["B"] <= 16 and row["H"] <= 128]
-    if small and options.device == "cpu":
-        print(f"training at B <= 16, H <= 128: median {statistics.median(small):.2f}")
+    if options.cold:
+        for name in ("TRITON_CACHE_DIR", "CUPY_CACHE_DIR"):
+            os.environ[name] = tempfile.mkdtemp()
+    given = {name: getattr(options, name) for name in ("suite", "cell", "dtype", "baseline", "cold", "seconds")}
+    results = environment(options.device) | given | dict(failed=[], left_out=[], rows=[])
     options.out.mkdir(parents=True, exist_ok=True)
-    name = "-".join((options.device, options.suite, options.cell, options.dtype, results["commit"] or "unknown"))
+    suite = f"{options.suite}-baseline" if options.baseline else options.suite
+    name = "-".join(filter(None, (options.device, suite, options.cell, options.dtype, results["commit"])))
     path = options.out / f"{name}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    plot(path.with_suffix(".png"), results)
-    print(f"{path}\n{path.with_suffix('.png')}")
+    print(f"{results['device']}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}\n{HEADER}")
+    run(options, path, results)
+    print("\n".join(summary(results["rows"])))
+    if results["left_out"]:
+        print(f"{len(results['left_out'])} cases left out: the {options.minutes:g} minutes were over")
+    print(path)
+    try:
+        plot(path.with_suffix(".png"), results)
+        print(path.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is missing")
+    return int(bool(results["failed"]) or any("rnn" in row["failed"] for row in results["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,147 @@
+// What a step costs before it computes anything: barriers, exchanges between blocks, the rate of the matrix units.
+// Each kernel does `steps` of one of them and writes the cycles that each block took, or -1 if a wait was given up:
+// no kernel here can hang. Compiled once for each CLUSTER, the number of blocks in a cluster.
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#define KERNEL extern "C" __global__ void __launch_bounds__(512)
+constexpr i64 PATIENCE = 400000000;  // cycles, about 0.2 s
+
+__device__ bool late(i64 start) { return clock64() - start > PATIENCE; }
+
+__device__ void report(i64* cycles, i64 start, bool failed) {
+  if (threadIdx.x == 0) cycles[blockIdx.x] = failed ? -1 : clock64() - start;
+}
+
+KERNEL nothing(i64*, int) {}
+
+// cycles[0] by the multiprocessor's clock and cycles[1] nanoseconds, for the same work
+KERNEL clock_rate(i64* cycles, int steps) {
+  i64 begin, end, start = clock64();
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  for (int i = 0; i < steps; ++i) __syncthreads();
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(end));
+  if (threadIdx.x == 0) cycles[0] = clock64() - start, cycles[1] = end - begin;
+}
+
+KERNEL block_barrier(i64* cycles, int steps) {
+  __syncthreads();
+  i64 start = clock64();
+  for (int i = 0; i < steps; ++i) __syncthreads();
+  report(cycles, start, false);
+}
+
+// Four independent products a warp, so that issue counts and not latency.
+#define PRODUCTS(NAME, SHAPE, K_TYPES)                                                                          \
+  KERNEL NAME(i64* cycles, int steps) {                                                                         \
+    float d[4][4] = {};                                                                                         \
+    u32 a = threadIdx.x & 1, b = threadIdx.x & 2;                                                               \
+    __syncthreads();                                                                                            \
+    i64 start = clock64();                                                                                      \
+    for (int i = 0; i < steps; ++i)                                                                             \
+      _Pragma("unroll") for (int j = 0; j < 4; ++j) asm volatile(                                               \
+          "mma.sync.aligned." SHAPE ".row.col.f32." K_TYPES ".f32 {%0,%1,%2,%3},{%4,%4,%4,%4},{%5,%5},{%0,%1,%2,%3};" \
+          : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) : "r"(a), "r"(b));                       \
+    __syncthreads();                                                                                            \
+    report(cycles, start, d[0][0] + d[1][0] + d[2][0] + d[3][0] == 1.f);                                        \
+  }
+PRODUCTS(product_bf16, "m16n8k16", "bf16.bf16")
+PRODUCTS(product_tf32, "m16n8k8", "tf32.tf32")
+
+// Between all blocks of the launch, which must be resident together. *arrived is 0 before.
+KERNEL grid_barrier(i64* cycles, int steps, u32* arrived) {
+  i64 start = clock64();
+  bool failed = false;
+  for (u32 i = 1; i <= steps && !failed; ++i) {
+    bool waits = threadIdx.x == 0;
+    __syncthreads();
+    if (waits) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    while (waits && !failed) {
+      u32 found;
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(arrived) : "memory");
+      waits = found < i * gridDim.x;
+      failed = waits && late(start);
+    }
+    failed = __syncthreads_or(failed);
+  }
+  report(cycles, start, failed);
+}
+
+// Every block sends `words` words to all, each with the number of the step, so that the data is its own flag. Two
+// buffers are enough: who sends step i has seen all of step i - 1, and so nobody still reads step i - 2.
+// all [2, gridDim.x * words] is 0 before.
+KERNEL grid_exchange(i64* cycles, int steps, u64* all, int words) {
+  i64 start = clock64();
+  bool failed = false;
+  int total = words * gridDim.x;
+  for (u64 i = 1; i <= steps && !failed; ++i) {
+    u64* buffer = all + (i & 1) * total;
+    for (int w = threadIdx.x; w < words; w += blockDim.x)
+      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(buffer + blockIdx.x * words + w), "l"(i << 32 | w) : "memory");
+    for (int w = threadIdx.x; w < total && !failed; w += blockDim.x)
+      for (u64 found = 0; found >> 32 != i && !failed; failed = failed || (found >> 32 != i && late(start)))
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(buffer + w) : "memory");
+    failed = __syncthreads_or(failed);
+  }
+  report(cycles, start, failed);
+}
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER_KERNEL extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512)
+
+__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ u32 address_in(u32 address, u32 rank) {
+  u32 mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+__device__ void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+CLUSTER_KERNEL cluster_barrier(i64* cycles, int steps) {
+  cluster_wait();
+  i64 start = clock64();
+  for (int i = 0; i < steps; ++i) cluster_wait();
+  report(cycles, start, false);
+}
+
+// Every block sends `bytes` bytes, a multiple of 16, to each of its cluster and waits for all of theirs: asynchronous
+// stores into the others' shared memory, which count themselves on the receiver's barrier. Two buffers, as above.
+CLUSTER_KERNEL cluster_exchange(i64* cycles, int steps, int bytes) {
+  extern __shared__ __align__(128) unsigned char buffers[];
+  __shared__ __align__(8) u64 barriers[2];
+  u32 rank, total = CLUSTER * bytes;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  if (threadIdx.x == 0) {
+    for (u64& barrier : barriers) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  cluster_wait();
+  i64 start = clock64();
+  bool failed = false;
+  for (int i = 0; i < steps && !failed; ++i) {
+    u32 barrier = shared_address(&barriers[i & 1]), to = shared_address(buffers) + (i & 1) * total + rank * bytes;
+    if (threadIdx.x == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(total) : "memory");
+    for (u32 at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
+      for (u32 k = 0; k < CLUSTER; ++k) {
+        u32 other = (rank + k) % CLUSTER;
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%1,%1,%1}, [%2];" ::
+                     "r"(address_in(to + at, other)), "r"(i), "r"(address_in(barrier, other)) : "memory");
+      }
+    for (u32 done = 0; !done && !failed; failed = !done && late(start))
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                   "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(i >> 1 & 1) : "memory");
+  }
+  report(cycles, start, failed);
+  cluster_wait();
+}
+#endif

@@ -1,0 +1,195 @@
+"""Measures on a GPU what a step costs before it computes anything: barriers within a block, a cluster and a grid,
+exchanges of h between blocks, the rate of the matrix units, kernel launches and nodes of a CUDA graph. Prints the
+constants and writes them to a JSON file. `--compile` only compiles, which needs no GPU."""
+
+import argparse
+import ctypes
+import importlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from run import RESULTS, environment
+
+SOURCE = Path(__file__).with_suffix(".cu")
+CLUSTERS = (1, 2, 4, 8, 16)
+STEPS, THREADS, SHARED = 2000, 256, 200 * 1024
+NON_PORTABLE_CLUSTER_SIZE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: clusters of 16
+
+
+def compile_cubin(arch: str, cluster: int) -> tuple[bytes, str]:
+    """The kernels for `arch` (sm_90...) by CuPy's binding of NVRTC, and the compiler's words on what they use. Raises
+    RuntimeError with its words if it refuses."""
+    nvrtc: Any = importlib.import_module("cupy").cuda.nvrtc
+    program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, [], [])
+    try:
+        nvrtc.compileProgram(program, [f"-arch={arch}", f"-DCLUSTER={cluster}", "--ptxas-options=-v"])
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+class _LaunchConfig(ctypes.Structure):
+    """The driver's CUlaunchConfig, without attributes."""
+
+    _fields_ = (*((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+                ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p),
+                ("attribute_count", ctypes.c_uint))
+
+
+class Bench:
+    """The compiled kernels on the current GPU."""
+
+    def __init__(self) -> None:
+        self.cupy: Any = importlib.import_module("cupy")
+        self.device: Any = self.cupy.cuda.Device()
+        self.blocks = self.device.attributes["MultiProcessorCount"]
+        self.modern = int(self.device.compute_capability) >= 90
+        self.cycles: Any = self.cupy.zeros(4096, "int64")
+        self.modules, self.folder = {}, tempfile.TemporaryDirectory()
+        for cluster in CLUSTERS if self.modern else (1,):
+            path = Path(self.folder.name) / f"{cluster}.cubin"
+            path.write_bytes(compile_cubin(f"sm_{self.device.compute_capability}", cluster)[0])
+            self.modules[cluster] = [self.cupy.RawModule(path=str(path), enable_cooperative_groups=whole)
+                                     for whole in (False, True)]
+
+    def kernel(self, name: str, cluster: int = 1, shared: int = 0, whole: bool = False) -> Any:
+        """`whole`: the launch is cooperative, of blocks that are resident together."""
+        kernel = self.modules[cluster][whole].get_function(name)
+        if cluster > 8:
+            self.cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE, 1)
+        if shared > 48 * 1024:
+            kernel.max_dynamic_shared_size_bytes = shared
+        return kernel
+
+    def steps(self, name: str, *arguments: Any, blocks: int = 1, threads: int = THREADS, cluster: int = 1,
+              shared: int = 0, whole: bool = False, zero: Any = None) -> float | None:
+        """Cycles a step, the median of five launches; None where the blocks do not fit or gave up waiting. `zero` is
+        an array that has to be 0 before each."""
+        kernel, driver = self.kernel(name, cluster, shared, whole), self.cupy.cuda.driver
+        if whole:  # CuPy would launch fewer blocks than asked for
+            fit = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, threads, shared)
+            if fit * self.blocks < blocks:
+                return None
+        taken = []
+        for _ in range(5):
+            if zero is not None:
+                zero.fill(0)
+            try:
+                kernel((blocks,), (threads,), (self.cycles, self.cupy.int32(STEPS), *arguments), shared_mem=shared)
+            except driver.CUDADriverError:  # refused, as clusters of 16 are where a GPC is too small
+                return None
+            found = self.cycles[:blocks].get()
+            if found.min() < 0:
+                return None
+            taken.append(float(found[0]) / STEPS)
+        return statistics.median(taken)
+
+    def active_clusters(self, cluster: int) -> int | None:
+        """How many clusters, of blocks with 200 KB of shared memory, run at once; None if the driver does not say."""
+        kernel, count = self.kernel("cluster_exchange", cluster, SHARED), ctypes.c_int()
+        config = _LaunchConfig(cluster, 1, 1, THREADS, 1, 1, SHARED)
+        driver = ctypes.CDLL("libcuda.so.1")
+        code = driver.cuOccupancyMaxActiveClusters(ctypes.byref(count), ctypes.c_void_p(kernel.kernel.ptr),
+                                                   ctypes.byref(config))
+        return count.value if code == 0 else None
+
+    def clock(self) -> float:
+        """Cycles a microsecond, under load."""
+        kernel = self.kernel("clock_rate")
+        for _ in range(2):
+            kernel((1,), (THREADS,), (self.cycles, self.cupy.int32(500_000)))
+        cycles, nanoseconds = self.cycles[:2].get()
+        return float(1000 * cycles / nanoseconds)
+
+    def launches(self, count: int = 1000) -> dict[str, float]:
+        """Microseconds: of the host to launch a kernel that does nothing, from one such kernel to the next on the
+        GPU, and of such a node of a CUDA graph."""
+        kernel, cuda = self.kernel("nothing"), self.cupy.cuda
+        stream = cuda.Stream(non_blocking=True)
+
+        def many() -> None:
+            for _ in range(count):
+                kernel((1,), (32,), (self.cycles, self.cupy.int32(0)))
+
+        def between(function: Any) -> float:
+            events = cuda.Event(), cuda.Event()
+            events[0].record(stream)
+            function()
+            events[1].record(stream)
+            events[1].synchronize()
+            return float(1000 * cuda.get_elapsed_time(*events) / count)
+
+        with stream:
+            many()
+            stream.synchronize()
+            start = time.perf_counter()
+            many()
+            host = 1e6 * (time.perf_counter() - start) / count
+            stream.synchronize()
+            launched = statistics.median(between(many) for _ in range(5))
+            stream.begin_capture()
+            many()
+            graph = stream.end_capture()
+            graph.launch(stream)
+            node = statistics.median(between(lambda: graph.launch(stream)) for _ in range(5))
+        return dict(host_launch=host, launch=launched, graph_node=node)
+
+
+def constants(bench: Bench) -> dict[str, Any]:
+    """All of them, in cycles but for those in microseconds."""
+    int32, zeros = bench.cupy.int32, bench.cupy.zeros
+    found: dict[str, Any] = dict(cycles_per_us=bench.clock(), us=bench.launches(), multiprocessors=bench.blocks)
+    found["block_barrier"] = {threads: bench.steps("block_barrier", threads=threads) for threads in (128, 256, 512)}
+    for name in ("product_bf16", "product_tf32"):  # of one warp on one of the four quarters of a multiprocessor
+        per_step = {warps: bench.steps(name, threads=32 * warps) for warps in (4, 8, 16)}
+        found[name] = {warps: cycles and cycles / 4 / (warps / 4) for warps, cycles in per_step.items()}
+    found["grid_barrier"], found["grid_exchange"] = {}, {}
+    for blocks in (16, 32, 64, bench.blocks):
+        arrived = zeros(1, "uint32")
+        found["grid_barrier"][blocks] = bench.steps("grid_barrier", arrived, blocks=blocks, whole=True, zero=arrived)
+        found["grid_exchange"][blocks] = {}
+        for size in (2048, 8192, 32768, 131072):  # bytes that every block gets, of 4 to a word
+            words = max(1, size // 4 // blocks)
+            buffers = zeros(2 * words * blocks, "uint64")
+            found["grid_exchange"][blocks][size] = bench.steps("grid_exchange", buffers, int32(words), blocks=blocks,
+                                                               whole=True, zero=buffers)
+    if bench.modern:
+        found["cluster_barrier"], found["cluster_exchange"], found["active_clusters"] = {}, {}, {}
+        for cluster in CLUSTERS[1:]:
+            running = found["active_clusters"][cluster] = bench.active_clusters(cluster)
+            found["cluster_barrier"][cluster] = bench.steps("cluster_barrier", blocks=cluster, cluster=cluster)
+            found["cluster_exchange"][cluster] = {
+                size: [bench.steps("cluster_exchange", int32(size // cluster), blocks=cluster * clusters,
+                                   cluster=cluster, shared=2 * size) for clusters in (1, running or 1)]
+                for size in (2048, 4096, 8192, 16384, 32768)}  # one cluster alone, and as many as run at once
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", metavar="ARCH", help="compile for sm_90, say, and no more")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: bench/results)")
+    options = parser.parse_args(arguments)
+    if options.compile:
+        for cluster in CLUSTERS if int(options.compile.strip("sm_af")) >= 90 else (1,):
+            print(f"{options.compile}, clusters of {cluster}: {len(compile_cubin(options.compile, cluster)[0])} bytes")
+        return 0
+    results = environment("cuda") | dict(suite="microbench", constants=constants(Bench()))
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "-".join(filter(None, ("cuda-microbench", f"{results['commit']}.json")))
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    for name, value in results["constants"].items():
+        print(f"{name:18} {value}")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
