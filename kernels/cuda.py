@@ -16,6 +16,7 @@ from .cells import Cell
 from .plan import Plan, Rows, shared_bytes
 from .trace import Value, trace
 
+DEBUG = False  # set before the first call: a wait without end stops the kernel with an error
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 _INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
 
@@ -36,7 +37,8 @@ def _body(cell: Cell, adjoint: bool) -> str:
         infix = f" {_INFIX[name]} " if name in _INFIX else ""
         words = infix.join(map(_text, given)) if infix else f"{name}({', '.join(map(_text, given))})"
         text.append(f"const float {result} = {words};")
-    text += [f"{group}[{k}] = {_text(value)};" for group, column in zip(results, values) for k, value in enumerate(column)]
+    text += [f"{group}[{k}] = {_text(value)};" for group, column in zip(results, values)
+             for k, value in enumerate(column)]
     return " ".join(text)
 
 
@@ -48,6 +50,8 @@ def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: boo
                       PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
                       SPLIT=int(cell.split), UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences,
                       SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even), CELL=_body(cell, adjoint))
+    if DEBUG:
+        constants["DEBUG"] = 1
     return "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
 

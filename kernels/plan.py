@@ -20,18 +20,20 @@ FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh
 GRID_ROW_BYTES = 768  # of a row of W_hh, all gates: what a program of the grid holds without spilling
 # Microseconds of a step but for its arithmetic, predicted: what blocks tell each other takes that long.
 STEP_MICROSECONDS = dict(block=0.15, cluster=0.45, grid=0.9, launch=3.0)
-WEIGHT_WORDS = 128  # of 255 registers, that recurrence.cu fills with weights without spilling; of 128, half as many
+FLOPS_PER_MICROSECOND = dict(ieee=4e8, tf32=2e8, tf32x3=6e7)  # of a large product, likewise
 # Multiplications up to which NumPy's BLAS stays on one thread. Past that torch's is faster, and two thread pools would
 # be in each other's way.
 NUMPY_PRODUCT = 2**18
 
 
 class Gpu(NamedTuple):
-    """Compute capability (90 for 9.0), number of multiprocessors, bytes of shared memory that one block can have."""
+    """Compute capability (90 for 9.0), number of multiprocessors, bytes of shared memory that one block can have, and
+    whether CUDA C++ can be compiled and launched (by CuPy)."""
 
     capability: int
     multiprocessors: int
     shared_memory: int
+    cuda: bool = False
 
 
 class Plan(NamedTuple):
@@ -85,13 +87,25 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 
+def _spills_not(cell: Cell, plan: Plan, size: int) -> bool:
+    """Whether a thread of recurrence.cu has registers for its weights, sums and pairs; found by compiling."""
+    words = max(4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True))
+    one_tile, split = plan.sequences == 8, plan.precision == "tf32x3"
+    if plan.warps > 8:
+        return words <= (64 if one_tile else 0 if split and cell.gates > 1 else 24)
+    if split and (plan.scope == "grid" or (cell.gates > 1 and plan.sequences > 16)):
+        return one_tile and words <= (128 if cell.gates == 1 else 96)
+    return words <= (128 if one_tile or cell.gates == 1 else 96)
+
+
 def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu) -> float:
     """Microseconds of a step of recurrence.cu: a model whose constants nobody has measured yet."""
     (B, _, _, N), clock, tiles = sizes, 1.9e3, plan.sequences // 8
-    products = plan.warps * cell.gates * _pieces(cell, plan, size, False) * tiles * (3 if plan.precision == "tf32x3" else 1)
+    products = plan.warps * cell.gates * _pieces(cell, plan, size, False) * tiles
+    products *= 3 if plan.precision == "tf32x3" else 1
     rest = plan.units * plan.sequences * cell.gates * 20 / 32  # instructions around them
     waves = -(-plan.blocks * -(-B // plan.sequences) * N // gpu.multiprocessors)
-    return waves * (STEP_MICROSECONDS[plan.scope] + (8 * products + rest) / (4 * clock))
+    return waves * (STEP_MICROSECONDS[plan.scope] + (8 * products + rest) / (min(4, plan.warps) * clock))
 
 
 def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precision: str, gpu: Gpu) -> list[Plan]:
@@ -102,12 +116,10 @@ def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precisio
         units = -(-H // (16 * blocks)) * 16
         warps = units // 16 * splits
         plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
-        # Registers of a thread that hold weights.
-        words = max(4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True))
         shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
         waits = scope == "grid" and blocks * -(-B // sequences) * N > gpu.multiprocessors
-        if (warps <= 16 and words <= (WEIGHT_WORDS if warps <= 8 else WEIGHT_WORDS // 2) and sequences <= 8 * splits
-                and shared <= gpu.shared_memory and -(-B // sequences) < 2**16 and not waits):
+        if (warps <= 16 and sequences <= 8 * splits and _spills_not(cell, plan, size) and shared <= gpu.shared_memory
+                and -(-B // sequences) < 2**16 and not waits):
             found.append(plan)
     return sorted(found, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
 
@@ -125,6 +137,11 @@ def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu
         return Plan("numpy" if B * G * H * H <= NUMPY_PRODUCT else "torch")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
+    if gpu.cuda:
+        best = next(iter(cuda_plans(cell, sizes, min(size, 4), precision, gpu)), None)
+        streamed = STEP_MICROSECONDS["launch"] + 2 * B * G * H * H * N / FLOPS_PER_MICROSECOND[precision]
+        if best and _predicted(cell, best, min(size, 4), sizes, gpu) < streamed:
+            return best
     fused = I <= FUSED_INPUT and (G == 1 or size < 8)
     shared = G * units * (units + FUSED_INPUT * fused) * min(size, 4) + 64 * units
     if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory:

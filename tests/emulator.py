@@ -1,4 +1,4 @@
-"""Runs recurrence.cu on the CPU: g++ compiles it after emulate.h, in place of ptx.cuh."""
+"""Runs recurrence.cu on the CPU: g++ compiles it after fibers.h and emulate.h, in place of ptx.cuh."""
 
 import ctypes
 import hashlib
@@ -22,27 +22,33 @@ extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
   for (emulate::direction = 0; emulate::direction < directions; ++emulate::direction)
     for (emulate::tile = 0; emulate::tile < tiles; ++emulate::tile)
       if (!emulate::run(BLOCKS, THREADS, sizeof(Shared), [] {
-            using Any = void (*)(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64,
-                                 i64, i64);
-            ((Any)recurrence)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13],
-                              a[14], a[15], a[16], a[17], a[18], a[19]);
+            []<std::size_t... k>(std::index_sequence<k...>) {
+              ((void (*)(decltype((void)k, i64())...))recurrence)(a[k]...);
+            }(std::make_index_sequence<20>());
           })) return false;
   return true;
 }
 """
 
 
+def _compile(*arguments: str | Path) -> None:
+    subprocess.run([COMPILER or "g++", "-O1", "-std=c++20", "-w", "-fPIC", *arguments], check=True)
+
+
 def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
     """The kernel as a shared library; `fault` replaces a piece of its text."""
     recurrence = cuda.text("recurrence.cu")
     assert fault[0] in recurrence
-    program = cuda.source(*choices) + (Path(__file__).parent / "emulate.h").read_text()
+    header = folder / "fibers.h"
+    if not header.exists():  # compiled once
+        shutil.copy(Path(__file__).parent / "fibers.h", header)
+        _compile("-x", "c++-header", header)
+    program = '#include "fibers.h"\n' + cuda.source(*choices) + (Path(__file__).parent / "emulate.h").read_text()
     program += recurrence.replace(*fault) + ENTRY
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()}.so"
     if not path.exists():
         path.with_suffix(".cpp").write_text(program)
-        subprocess.run([COMPILER or "g++", "-O1", "-std=c++20", "-w", "-shared", "-fPIC", "-o", path,
-                        path.with_suffix(".cpp")], check=True)
+        _compile("-shared", "-o", path, path.with_suffix(".cpp"))
     return ctypes.CDLL(str(path))
 
 
