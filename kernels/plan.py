@@ -84,6 +84,7 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
         inbox = 2 * sequences * 4 * (8 * _splits(plan) * _pieces(cell, plan, size, adjoint) + 4)
     outbox = (plan.units if plan.scope == "cluster" else 16) * vectors * sequences * size
     sums = (plan.warps if _splits(plan) > 1 else 1) * rows * sequences // 2 * 128
+    sums *= 2 if plan.scope == "grid" else 1
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 

@@ -23,7 +23,7 @@ constexpr int AHEAD = 8;                                          // steps by wh
 struct __align__(128) Shared {
   u32 inbox[SCOPE == GRID ? 1 : 2][NB][SCOPE == GRID ? 4 : PITCH];
   T outbox[SCOPE == CLUSTER ? WM : 1][VECTORS][NB][16];
-  float sums[WK > 1 ? WM : 1][WK][ROWS][4 * NT][32];
+  float sums[SCOPE == GRID ? 2 : 1][WK > 1 ? WM : 1][WK][ROWS][4 * NT][32];  // in GRID warps may be a step ahead
   u64 barrier[2];
 };
 
@@ -255,12 +255,13 @@ struct Thread {
       }
 #endif
     }
+    auto& mine = shared.sums[SCOPE == GRID ? c & 1 : 0];
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
 #pragma unroll
       for (int i = 0; i < 4 * NT; ++i) {
         const float sum = d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
-        if (WK > 1) shared.sums[wm][wk][row][i][lane] = sum;
+        if (WK > 1) mine[wm][wk][row][i][lane] = sum;
         else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
       }
     }
@@ -275,7 +276,7 @@ struct Thread {
           sums[row][p][e] = 0.f;
 #pragma unroll
           for (int q = 0; owner() && q < WK; ++q)
-            sums[row][p][e] += shared.sums[wm][q][row][(wk * P + p) / 2 * 4 + e * 2 + (wk * P + p) % 2][lane];
+            sums[row][p][e] += mine[wm][q][row][(wk * P + p) / 2 * 4 + e * 2 + (wk * P + p) % 2][lane];
         }
   }
 
