@@ -5,6 +5,7 @@ operand of the product: in block scope it stays in registers, else programs pass
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .cells import Cell, bind
 from .plan import Plan, Rows, power_of_2
+from .replay import can_replay, replay
 
 
 @triton.jit
@@ -99,10 +101,12 @@ def _barrier(counter, target):
     """Waits until `target` programs have arrived. All of them must be resident: a cooperative launch sees to that."""
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    seen = target - 1
+    seen, polls = target - 1, 0
     while seen < target:
         seen = tl.inline_asm_elementwise("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=tl.int32,
                                          is_pure=False, pack=1)
+        polls += 1
+        tl.device_assert(polls < 2**24, "a program did not come to the barrier")  # only under TRITON_DEBUG=1
     tl.debug_barrier()
 
 
@@ -110,7 +114,7 @@ def _barrier(counter, target):
 def _place(B, H, REVERSE: tl.constexpr, N: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BB: tl.constexpr,
            BN: tl.constexpr):
     """This program's recurrence, sequences and units, and their offsets in [R, N, G, H], [R, N, H] and [N, S, B, H]."""
-    n, b0 = tl.program_id(2), tl.program_id(1).to(tl.int64) * BB
+    n, b0 = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64) * BB
     i_b, o_n = tl.arange(0, BB)[None, :], tl.program_id(0) * BN + tl.arange(0, BN)
     o_x, o_y, o_s = i_b * (N * G * H) + o_n[:, None], i_b * (N * H) + o_n[:, None], i_b * H + o_n[:, None]
     x0, y0, s0 = b0 * (N * G * H) + n * G * H, b0 * (N * H) + n * H, (n * S * B + b0) * H
@@ -134,14 +138,42 @@ def _at(u, descending, rev, T, B, o_b, lengths, offsets, resets):
     return row, runs, cut
 
 
+@triton.jit
+def _steps(table, u0, u1, T, R, END: tl.constexpr):
+    """A launch's steps, T and R: the arguments, or of a graph the one step, before T + END, that its table says."""
+    if table is not None:
+        slot = u0 % 2
+        u, T, R = tl.load(table + slot), tl.load(table + 2).to(tl.int32), tl.load(table + 3)
+        tl.store(table + 1 - slot, u + 1)
+        u0 = u.to(tl.int32)
+        u1 = tl.minimum(u0 + 1, T + END)
+    return u0, u1, T, R
+
+
+@triton.jit
+def _find(table, k: tl.constexpr, pointer):
+    """An argument of the kernel, or of its type what the table has in its place."""
+    if table is None or pointer is None:
+        return pointer
+    else:  # Triton reads on after a return
+        return tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
+
+
 @triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
-def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
+def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
                    u0, u1, T, B, R, I, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
                    N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                    KT: tl.constexpr, BI: tl.constexpr, XN: tl.constexpr, SCOPE: tl.constexpr,
                    BARRIER: tl.constexpr, PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep. x [R, N, G, H] (XN = G), or with w_ih [R, I] (XN = 1); state [N, S, B, H] in
     float32, in and out; hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
+    u, u1, T, R = _steps(table, u0, u1, T, R, 0)
+    x, w_ih, w_hh = _find(table, 0, x), _find(table, 1, w_ih), _find(table, 2, w_hh)
+    b_ih, b_hh, state = _find(table, 3, b_ih), _find(table, 4, b_hh), _find(table, 5, state)
+    hidden, y, states = _find(table, 6, hidden), _find(table, 7, y), _find(table, 8, states)
+    saved, lengths, offsets = _find(table, 9, saved), _find(table, 10, lengths), _find(table, 11, offsets)
+    resets = _find(table, 12, resets)
+    first = u
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
     o_b, h0, o_bias = b0 + i_b, (n * B + b0) * H, (n * G * H + o_n)[:, None] + i_b[None, :] * 0
@@ -155,8 +187,7 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
         wi = _matrices(w_ih + n * G * H * I, H * I, I, 1, o_n, 0, m_n, I, BI, 1, G)
         o_x, m_x, x0, pitch = i_b[None, :] * I + o_i[:, None], (o_i < I)[:, None], b0 * I, I
     bx, br = _load(b_ih, H, o_bias, m, None, G), _load(b_hh, H, o_bias, m, None, G)
-    s = _load(state + s0, B * H, o_s, m, None, S)
-    u = u0
+    s = _load(state + s0, B.to(tl.int64) * H, o_s, m, None, S)
     row, runs, cut = _at(u, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
     xs = _load(x + row * pitch + x0, H, o_x, m_x & runs[None, :], None, XN)
     while u < u1:
@@ -194,18 +225,24 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
             _store(hidden + ((u + 1) % 2) * slot + h0, 0, o_s, s, m, 1)
         u += 1
         if BARRIER:
-            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
+            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - first) * tl.num_programs(0))
         row, runs, cut, xs = row_next, runs_next, cut_next, xs_next
-    _store(state + s0, B * H, o_s, s, m, S)
+    _store(state + s0, B.to(tl.int64) * H, o_s, s, m, S)
 
 
 @triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
-def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came, lengths, offsets, resets, counter,
-                    u0, u1, T, B, R, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
+def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came, lengths, offsets, resets,
+                    counter, u0, u1, T, B, R, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
                     N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                     KT: tl.constexpr, SCOPE: tl.constexpr, BARRIER: tl.constexpr, PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep's reversal. Step T only adds W_hh^T dr of the last one to ds. state [N, S, B, H]
     came into the first step; ds likewise, float32, in and out; dx (None where dr serves) and dr [R, N, G, H]."""
+    u, u1, T, R = _steps(table, u0, u1, T, R, 1)
+    w_hh, state, y, states = _find(table, 0, w_hh), _find(table, 1, state), _find(table, 2, y), _find(table, 3, states)
+    saved, dy, dstates, ds = _find(table, 4, saved), _find(table, 5, dy), _find(table, 6, dstates), _find(table, 7, ds)
+    dx, dr, came, lengths = _find(table, 8, dx), _find(table, 9, dr), _find(table, 10, came), _find(table, 11, lengths)
+    offsets, resets = _find(table, 12, offsets), _find(table, 13, resets)
+    first = u
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, m_n = tl.arange(0, BB), o_n < H
     o_b, plane = b0 + i_b, R.to(tl.int64) * (N * H)
@@ -214,8 +251,7 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
     ws = ()
     if SCOPE != "launch":
         ws = _matrices(w_hh, H * H, 1, H, o_n, 0, m_n, H, BK, KT, G)
-    d, gr = _load(ds + s0, B * H, o_s, m, None, S), _load(None, 0, o_s, m, None, G)
-    u = u0
+    d, gr = _load(ds + s0, B.to(tl.int64) * H, o_s, m, None, S), _load(None, 0, o_s, m, None, G)
     row_last, runs_last, cut_last = _at(u - 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     row, runs, cut = _at(u, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     while u < u1:
@@ -248,7 +284,7 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
         if states is not None:
             s_next = s_next + _load(states + at, plane, o_y, m_run, None, S - 1)
             s_prev = s_prev + _load(states + at_next, plane, o_y, before, None, S - 1)
-        s_prev = _load(state + s0, B * H, o_s, m_run & ~(runs_next | cut)[None, :], s_prev, S)
+        s_prev = _load(state + s0, B.to(tl.int64) * H, o_s, m_run & ~(runs_next | cut)[None, :], s_prev, S)
         given, a = _load(dy + at, 0, o_y, m_run, d, 1) + d[1:], ()
         if dstates is not None:
             given = given[:1] + _load(dstates + at, plane, o_y, m_run, d[1:], S - 1)
@@ -264,27 +300,41 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
             _store(came + at, 0, o_y, s_prev, m_run, 1)
         u += 1
         if BARRIER:
-            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
+            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - first) * tl.num_programs(0))
         row_last, runs_last, cut_last = row, runs, cut
         row, runs, cut = row_next, runs_next, cut_next
-    _store(ds + s0, B * H, o_s, d, m, S)
+    _store(ds + s0, B.to(tl.int64) * H, o_s, d, m, S)
 
 
 def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, steps: int, tensors: Sequence[Any], B: int,
-            H: int, *sizes: int, **constants: int) -> None:
-    """Run a kernel over its steps: in one launch, or in one launch each where the host is the barrier."""
+            H: int, R: int, *sizes: int, **constants: int) -> None:
+    """Run a kernel over its steps: in one launch, or in one launch each where the host or its graph is the barrier."""
     grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(rows.reverse))
-    # The interpreter runs one program after another: none may wait for another.
-    barrier = plan.scope == "grid" and not triton.knobs.runtime.interpret
-    options: dict[str, Any] = {"launch_cooperative_grid": True} if barrier else {}
-    counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=tensors[0].device)
-    at_once = steps if plan.scope == "block" or barrier else 1
-    for u in range(0, steps if B else 0, at_once):
-        kernel[grid](*tensors, rows.lengths, rows.offsets, rows.resets, counter, u, u + at_once, rows.steps, B, *sizes,
-                     H, CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
-                     REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
-                     BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
-                     PRECISION=plan.precision, num_warps=plan.warps, num_stages=1, **constants, **options)
+    device, given, steps = tensors[0].device, (*tensors, rows.lengths, rows.offsets, rows.resets), steps if B else 0
+    # A program waits for others only where a multiprocessor each makes sure that all of them run. (The interpreter runs
+    # one after another.)
+    barrier = (plan.scope == "grid" and not triton.knobs.runtime.interpret
+               and prod(grid) <= torch.cuda.get_device_properties(device).multi_processor_count)
+    counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=device) if barrier else None
+    options = dict(CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
+                   REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
+                   BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
+                   PRECISION=plan.precision, num_warps=plan.warps, num_stages=1, **constants)
+    if barrier:
+        options["launch_cooperative_grid"] = True
+
+    def launch(table: Tensor | None, u: int, count: int = 1) -> None:
+        kernel[grid](table, *given, counter, u, u + count, rows.steps, B, R, *sizes, H, **options)
+
+    with torch.cuda.device_of(tensors[0]):
+        if plan.scope == "launch" and can_replay(steps, given):
+            kind = grid, B, H, sizes, plan, rows.reverse, [getattr(t, "dtype", None) for t in given]
+            stream = torch.cuda.current_stream().cuda_stream
+            replay(kernel, function, device, stream, str(kind)).run(launch, steps, (rows.steps, R), device, given)
+        else:
+            at_once = steps if plan.scope == "block" or barrier else 1
+            for u in range(0, steps, at_once):
+                launch(None, u, at_once)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,

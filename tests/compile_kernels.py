@@ -2,7 +2,8 @@
 
 Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process. Reads JSON lines
 [cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON line for each kernel. The options:
-"tf32", and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
+"tf32", "graph" for what a CUDA graph launches, and what else the kernels are given, of "lengths", "offsets", "resets"
+and "states"."""
 
 import json
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -102,7 +104,12 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
 def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
     cell, sizes = getattr(cells, name), (B, I, H, N)
     plan = make_plan(cell, sizes, dtype, GPUS[capability], "tf32" in options)
+    # The kernels ask how many programs can run at once.
+    properties: Any = SimpleNamespace(multi_processor_count=GPUS[capability].multiprocessors)
+    vars(torch.cuda)["get_device_properties"] = lambda _: properties
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
+        if "graph" in options:
+            arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
         chosen = {k: launch[k] for k in ("num_warps", "num_stages", "launch_cooperative_grid") if k in launch}
         built = triton.compile(source(kernel, arguments, launch), target=GPUTarget("cuda", capability, 32),
                                options=chosen)
