@@ -23,7 +23,7 @@ class Replay:
         self.graph: Any = None
 
     def capture(self, launch: Callable[[Tensor, int], None]) -> Any:
-        launch(self.table, 0)  # past the end: it loads the kernel, which a capture may not
+        launch(self.table, 0)  # does nothing, but loads the kernel, which a capture may not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(torch.cuda.Stream()):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -48,7 +48,7 @@ class Replay:
                 with ThreadPoolExecutor(1) as thread:
                     size = 4 + len(tensors)
                     self.table = thread.submit(lambda: torch.zeros(size, dtype=torch.int64, device=device)).result()
-                fill(steps)
+                fill(2**30)  # past any end
                 self.graph = self.capture(launch)
             fill(0)
             for _ in range(0, steps, STEPS):

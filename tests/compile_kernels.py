@@ -19,10 +19,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnn.kernels import cells, gpu
+from rnn.kernels import cells
+from rnn.kernels import gpu as kernels
 from rnn.kernels.plan import Gpu, Rows, make_plan
 
-GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
+AMD = 942  # gfx942 in place of a compute capability
+GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448), AMD: Gpu(90, 304, 65536)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
          torch.int32: "*i32", torch.bool: "*i1"}
@@ -91,40 +93,48 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
     w, b, s, y = new(N * G * H, H), new(N * G * H), new(N * S, B, H), new(T * B, N * H)
     x, fused = (new(T * B, I), dict(w_ih=new(N * G * H, I), b_ih=b)) if plan.fused else (new(T * B, N * G * H), {})
-    kernels: Any = gpu.forward_kernel, gpu.backward_kernel
-    recorders: Any = [Recorder(kernel) for kernel in kernels]
-    gpu.forward_kernel, gpu.backward_kernel = recorders
-    gpu.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
+    real: Any = kernels.forward_kernel, kernels.backward_kernel
+    recorders: Any = [Recorder(kernel) for kernel in real]
+    kernels.forward_kernel, kernels.backward_kernel = recorders
+    kernels.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
-    gpu.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
-    gpu.forward_kernel, gpu.backward_kernel = kernels
+    kernels.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
+    kernels.forward_kernel, kernels.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
 
 
+def read_cubin(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("-res-usage", "-sass"))
+    used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert used
+    body = loop(sass)
+    return dict(registers=int(used[1]), stack=int(used[2]), loop=len(body), shared_bytes=shared_bytes(body),
+                LDG=sum(bool(re.search(r"\bLDG\b", text)) for text in body),
+                local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body))
+
+
+def read_amdgcn(text: str) -> dict[str, Any]:
+    used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
+    return dict(registers=int(used["vgpr_count"]), stack=int(used["private_segment_fixed_size"]))
+
+
 def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
-    cell, sizes = getattr(cells, name), (B, I, H, N)
-    plan = make_plan(cell, sizes, dtype, GPUS[capability], "tf32" in options)
+    cell, sizes, gpu = getattr(cells, name), (B, I, H, N), GPUS[capability]
+    plan = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
     # The kernels ask how many programs can run at once.
-    properties: Any = SimpleNamespace(multi_processor_count=GPUS[capability].multiprocessors)
-    vars(torch.cuda)["get_device_properties"] = lambda _: properties
+    vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=gpu.multiprocessors)
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
         if "graph" in options:
             arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
         chosen = {k: launch[k] for k in ("num_warps", "num_stages", "launch_cooperative_grid") if k in launch}
-        built = triton.compile(source(kernel, arguments, launch), target=GPUTarget("cuda", capability, 32),
-                               options=chosen)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(built.asm["cubin"])
-            f.flush()
-            usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
-                           for flag in ("-res-usage", "-sass"))
-        used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert used
-        body = loop(sass)
-        loads = sum(bool(re.search(r"\bLDG\b", text)) for text in body)
-        print(json.dumps(dict(kernel=kernel.fn.__name__, plan=plan, registers=int(used[1]), stack=int(used[2]),
-                              shared=built.metadata.shared, loop=len(body), shared_bytes=shared_bytes(body),
-                              LDG=loads)), flush=True)
+        target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
+        built = triton.compile(source(kernel, arguments, launch), target=target, options=chosen)
+        used = read_amdgcn(built.asm["amdgcn"]) if capability == AMD else read_cubin(built.asm["cubin"])
+        print(json.dumps(dict(kernel=kernel.fn.__name__, plan=plan, shared=built.metadata.shared, **used)), flush=True)
 
 
 if __name__ == "__main__":

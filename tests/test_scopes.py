@@ -1,5 +1,6 @@
 """How the host goes through time in launch scope: by blocks in a CUDA graph, for which there is a stand-in here."""
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ class Machine:
         if table is None:
             self.plain += 1
         else:
-            rest = [torch.full_like(a, 77 if a.dtype != torch.bool and not a.is_floating_point() else float("nan"))
+            rest = [a.new_full(a.shape if a.numel() < 2**20 else (1,), float("nan") if a.is_floating_point() else 77)
                     if isinstance(a, torch.Tensor) else a for a in rest]
         if self.capturing is None:
             run(table, *rest, **options)
@@ -134,3 +135,36 @@ def test_a_capture_that_failed_is_made_again(machine: Machine, monkeypatch: pyte
     assert machine.capturing is None
     monkeypatch.setattr(machine, "launch", launch)
     check(6)
+
+
+def rows_of(count: int, *shape: int) -> torch.Tensor:
+    """float16 [*shape[:-1], count, shape[-1]], 0, in memory that is there only where it is written."""
+    shape = (*shape[:-1], count, shape[-1])
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, 2 * torch.Size(shape).numel(), flags=flags)
+    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+
+
+def test_more_elements_than_32_bits_count(machine: Machine) -> None:
+    """The last four steps of a sequence so long that each of its tensors has more, as those of a short one."""
+    B, H, cell, plan = 2, 16, cells.lstm, plan_for("launch", 16, torch.float16)
+    w, s0, data = torch.randn(4 * H, H).half() / 4, torch.randn(2, B, H), torch.randn(9, 5 * B, 4 * H).half()
+    found = []
+    for T in (5, 2**31 // H // B + 5):
+        R = T * B
+        x, dr, (y, dy) = rows_of(R, 4 * H), rows_of(R, 4 * H), rows_of(R, 2, H)
+        states, saved, (state, ds) = rows_of(R, 1, H), rows_of(R, 4, H), torch.stack((s0, s0))
+        x[-5 * B :] = data[0]
+        hidden = torch.stack((s0[:1].half(), s0[:1].half()))
+        # Backwards, a sweep begins with the last row; and so does the adjoint of one forwards.
+        gpu._launch(gpu.forward_kernel, gpu.functions(cell)[0], cell, plan, Rows(T, [1]), 4,
+                    (x, None, w, None, None, state, hidden, y, states, saved), B, H, R, 4 * H, BI=16, XN=4)
+        found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
+        for k, t in enumerate((y, dy, states[0], *saved)):
+            t[-5 * B :] = data[1 + k, :, :H]
+        gpu._launch(gpu.backward_kernel, gpu.functions(cell)[1], cell, plan, Rows(T, [0]), 4,
+                    (w, s0.half(), y, states, saved, dy, None, ds, None, dr, None), B, H, R)
+        found[-1] += [ds, dr[-4 * B :].clone()]
+    assert machine.replays == 4 and R * H > 2**31
+    for short, long in zip(*found):
+        assert short.abs().sum() > 0 and torch.equal(short, long)
