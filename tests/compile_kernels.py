@@ -2,9 +2,10 @@
 
 Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process. Reads JSON lines
 [cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON line for each kernel. The options:
-"tf32", "graph" for what a CUDA graph launches, and what else the kernels are given, of "lengths", "offsets", "resets"
-and "states"."""
+"tf32", "graph" for what a CUDA graph launches, "debug", "kinds" for how many kernels Triton would compile for several
+batch sizes and numbers of steps, and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as kernels
@@ -79,10 +81,10 @@ def shared_bytes(body: list[str]) -> dict[str, int]:
                 LDSM=sum(4 * int(load[1] or 1) for load in operand if load))
 
 
-def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, int], plan: Any,
-             options: list[str]) -> list[tuple[Any, Any, Any]]:
+def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, int], plan: Any, options: list[str],
+             T: int = 3) -> list[tuple[Any, Any, Any]]:
     """The kernels of a forward and backward pass, with their arguments and options."""
-    (B, I, H, N), T, G, S, A = sizes, 3, cell.gates, cell.states, cell.saved
+    (B, I, H, N), G, S, A = sizes, cell.gates, cell.states, cell.saved
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -94,6 +96,7 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     w, b, s, y = new(N * G * H, H), new(N * G * H), new(N * S, B, H), new(T * B, N * H)
     x, fused = (new(T * B, I), dict(w_ih=new(N * G * H, I), b_ih=b)) if plan.fused else (new(T * B, N * G * H), {})
     real: Any = kernels.forward_kernel, kernels.backward_kernel
+    vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
     recorders: Any = [Recorder(kernel) for kernel in real]
     kernels.forward_kernel, kernels.backward_kernel = recorders
     kernels.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
@@ -125,18 +128,33 @@ def read_amdgcn(text: str) -> dict[str, Any]:
 def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
     cell, sizes, gpu = getattr(cells, name), (B, I, H, N), GPUS[capability]
     plan = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
-    # The kernels ask how many programs can run at once.
-    vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=gpu.multiprocessors)
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
         if "graph" in options:
             arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
         chosen = {k: launch[k] for k in ("num_warps", "num_stages", "launch_cooperative_grid") if k in launch}
         target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
+        if "debug" in options:
+            chosen["debug"] = True
         built = triton.compile(source(kernel, arguments, launch), target=target, options=chosen)
         used = read_amdgcn(built.asm["amdgcn"]) if capability == AMD else read_cubin(built.asm["cubin"])
-        print(json.dumps(dict(kernel=kernel.fn.__name__, plan=plan, shared=built.metadata.shared, **used)), flush=True)
+        used |= dict(plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"])
+        print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
+
+
+def kinds(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
+    """Of the plan for B: Triton's own keys of the kernels for other B and T."""
+    cell, backend = getattr(cells, name), make_backend(GPUTarget("cuda", capability, 32))
+    plan = make_plan(cell, (B, I, H, N), dtype, GPUS[capability])
+    found: dict[str, set[str]] = {}
+    for batch, T in itertools.product((1, 16, 33, 64), (1, 2, 16, 100)):
+        for kernel, arguments, launch in launches(cell, getattr(torch, dtype), (batch, I, H, N), plan, options, T):
+            key = create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, **launch)
+            found.setdefault(kernel.fn.__name__, set()).add(str(key[1:]))
+    for kernel_name, keys in found.items():
+        print(json.dumps(dict(kernel=kernel_name, plan=plan, kinds=len(keys))), flush=True)
 
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        measure(*json.loads(line))
+        row = json.loads(line)
+        (kinds if "kinds" in row[-1] else measure)(*row)

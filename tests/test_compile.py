@@ -26,6 +26,7 @@ FEW: list[Row] = [
     ("lstm", "bfloat16", 8, 64, 64, 1, []),
     ("lstm", "bfloat16", 8, 32, 64, 1, MASKS),
     ("lstm", "float32", 64, 1024, 1024, 1, []),
+    ("lstm", "bfloat16", 64, 1024, 1024, 1, ["graph"]),
     ("gru", "bfloat16", 8, 64, 64, 1, []),
     ("gru", "float32", 8, 32, 64, 2, ["tf32"]),
     ("rnn_tanh", "bfloat16", 8, 384, 384, 1, []),
@@ -44,6 +45,7 @@ def all_rows() -> list[Row]:
             layers = [(8, 16, 13), (8, 32, largest), (8, 100, largest), (8, 300, largest * 3 // 2), (2, 1024, 1024),
                       (64, 1024, 1024)]
             rows += [(name, dtype, B, I, H, 2, tf32 + masks) for B, I, H in layers for masks in ([], MASKS)]
+            rows.append((name, dtype, *layers[-1], 2, [*tf32, "graph"]))
     return rows
 
 
@@ -105,6 +107,28 @@ def test_kernels(rows: list[Row], capability: int) -> None:
     assert not wrong, "\n".join(map(str, wrong))
     scopes = {used["plan"][1] for used in found}
     assert scopes == {"block", "grid", "launch"}
+
+
+def test_amd() -> None:
+    """Only compiled: block at its largest, and launch."""
+    found = compiled([("lstm", "bfloat16", 8, 64, 64, 1, []), ("rnn_tanh", "float16", 64, 1024, 1024, 2, ["graph"])], 942)
+    assert [used["plan"][1] for used in found] == ["block", "block", "launch", "launch"]
+    assert all(used["stack"] == 0 and used["shared"] <= 65536 for used in found)
+
+
+def test_batch_sizes_and_steps_share_a_kernel() -> None:
+    rows = [("lstm", "bfloat16", 8, 64, 64, 1, ["kinds", "lengths", "resets"]),
+            ("rnn_tanh", "bfloat16", 8, 384, 384, 1, ["kinds"]), ("gru", "float32", 64, 500, 500, 2, ["kinds"])]
+    found = compiled(rows, 90)
+    assert [used["plan"][1] for used in found[::2]] == ["block", "grid", "launch"]
+    assert all(used["kinds"] == 1 for used in found), found
+
+
+def test_barrier_gives_up_when_debugging() -> None:
+    """A program that waits in vain traps, instead of hanging, under TRITON_DEBUG=1."""
+    plain, debug = ([used["gives_up"] for used in compiled([("rnn_tanh", "bfloat16", 8, 384, 384, 1, options)], 90)]
+                    for options in ([], ["debug"]))
+    assert not any(plain) and all(debug)
 
 
 def test_resident_layers() -> None:
