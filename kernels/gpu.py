@@ -152,11 +152,8 @@ def _steps(table, u0, u1, T, R, END: tl.constexpr):
 
 @triton.jit
 def _find(table, k: tl.constexpr, pointer):
-    """An argument of the kernel, or of its type what the table has in its place."""
-    if table is None or pointer is None:
-        return pointer
-    else:  # Triton reads on after a return
-        return tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
+    """Of the type of this argument, what the table has in its place."""
+    return tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
 
 
 @triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
@@ -168,11 +165,17 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
     """Steps u0 <= u < u1 of each sweep. x [R, N, G, H] (XN = G), or with w_ih [R, I] (XN = 1); state [N, S, B, H] in
     float32, in and out; hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
     u, u1, T, R = _steps(table, u0, u1, T, R, 0)
-    x, w_ih, w_hh = _find(table, 0, x), _find(table, 1, w_ih), _find(table, 2, w_hh)
-    b_ih, b_hh, state = _find(table, 3, b_ih), _find(table, 4, b_hh), _find(table, 5, state)
-    hidden, y, states = _find(table, 6, hidden), _find(table, 7, y), _find(table, 8, states)
-    saved, lengths, offsets = _find(table, 9, saved), _find(table, 10, lengths), _find(table, 11, offsets)
-    resets = _find(table, 12, resets)
+    if table is not None:
+        x, w_hh, state = _find(table, 0, x), _find(table, 2, w_hh), _find(table, 5, state)
+        hidden, y = _find(table, 6, hidden), _find(table, 7, y)
+        w_ih = w_ih if w_ih is None else _find(table, 1, w_ih)
+        b_ih = b_ih if b_ih is None else _find(table, 3, b_ih)
+        b_hh = b_hh if b_hh is None else _find(table, 4, b_hh)
+        states = states if states is None else _find(table, 8, states)
+        saved = saved if saved is None else _find(table, 9, saved)
+        lengths = lengths if lengths is None else _find(table, 10, lengths)
+        offsets = offsets if offsets is None else _find(table, 11, offsets)
+        resets = resets if resets is None else _find(table, 12, resets)
     first = u
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
@@ -238,10 +241,17 @@ def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, d
     """Steps u0 <= u < u1 of each sweep's reversal. Step T only adds W_hh^T dr of the last one to ds. state [N, S, B, H]
     came into the first step; ds likewise, float32, in and out; dx (None where dr serves) and dr [R, N, G, H]."""
     u, u1, T, R = _steps(table, u0, u1, T, R, 1)
-    w_hh, state, y, states = _find(table, 0, w_hh), _find(table, 1, state), _find(table, 2, y), _find(table, 3, states)
-    saved, dy, dstates, ds = _find(table, 4, saved), _find(table, 5, dy), _find(table, 6, dstates), _find(table, 7, ds)
-    dx, dr, came, lengths = _find(table, 8, dx), _find(table, 9, dr), _find(table, 10, came), _find(table, 11, lengths)
-    offsets, resets = _find(table, 12, offsets), _find(table, 13, resets)
+    if table is not None:
+        w_hh, state, y, dy = _find(table, 0, w_hh), _find(table, 1, state), _find(table, 2, y), _find(table, 5, dy)
+        ds, dr = _find(table, 7, ds), _find(table, 9, dr)
+        states = states if states is None else _find(table, 3, states)
+        saved = saved if saved is None else _find(table, 4, saved)
+        dstates = dstates if dstates is None else _find(table, 6, dstates)
+        dx = dx if dx is None else _find(table, 8, dx)
+        came = came if came is None else _find(table, 10, came)
+        lengths = lengths if lengths is None else _find(table, 11, lengths)
+        offsets = offsets if offsets is None else _find(table, 12, offsets)
+        resets = resets if resets is None else _find(table, 13, resets)
     first = u
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, m_n = tl.arange(0, BB), o_n < H
@@ -306,31 +316,42 @@ def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, d
     _store(ds + s0, B.to(tl.int64) * H, o_s, d, m, S)
 
 
+# For a kind of call, what Triton made and its constants: to find that out at each launch takes it longer than the rest.
+_compiled: dict[Any, tuple[Any, list[Any]]] = {}
+
+
 def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, steps: int, tensors: Sequence[Any], B: int,
             H: int, R: int, *sizes: int, **constants: int) -> None:
     """Run a kernel over its steps: in one launch, or in one launch each where the host or its graph is the barrier."""
-    grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(rows.reverse))
+    grid = -(-H // plan.units), -(-B // plan.sequences), len(rows.reverse)
     device, given, steps = tensors[0].device, (*tensors, rows.lengths, rows.offsets, rows.resets), steps if B else 0
     # A program waits for others only where a multiprocessor each makes sure that all of them run. (The interpreter runs
     # one after another.)
     barrier = (plan.scope == "grid" and not triton.knobs.runtime.interpret
                and prod(grid) <= torch.cuda.get_device_properties(device).multi_processor_count)
     counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=device) if barrier else None
-    options = dict(CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
-                   REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
-                   BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
-                   PRECISION=plan.precision, num_warps=plan.warps, num_stages=1, **constants)
-    if barrier:
-        options["launch_cooperative_grid"] = True
+    kind = (kernel, function, plan, H, sizes, R < 2**31, barrier, device, *rows.reverse, grid[2],
+            *(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given))
 
     def launch(table: Tensor | None, u: int, count: int = 1) -> None:
-        kernel[grid](table, *given, counter, u, u + count, rows.steps, B, R, *sizes, H, **options)
+        arguments = table, *given, counter, u, u + count, rows.steps, B, R, *sizes, H
+        key = table is None, kind
+        compiled, values = _compiled.get(key, (None, ()))
+        if compiled is not None:
+            compiled[grid](*arguments, *values)
+            return
+        options = dict(CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
+                       REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
+                       BK=plan.depth, KT=-(-H // plan.depth), SCOPE=plan.scope, BARRIER=barrier,
+                       PRECISION=plan.precision, **constants)
+        cooperative = {"launch_cooperative_grid": True} if barrier else {}
+        compiled = kernel[grid](*arguments, **options, num_warps=plan.warps, num_stages=1, **cooperative)
+        if compiled is not None:
+            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments):]]
 
     with torch.cuda.device_of(tensors[0]):
         if plan.scope == "launch" and can_replay(steps, given):
-            kind = grid, B, H, sizes, plan, rows.reverse, [getattr(t, "dtype", None) for t in given]
-            stream = torch.cuda.current_stream().cuda_stream
-            replay(kernel, function, device, stream, str(kind)).run(launch, steps, (rows.steps, R), device, given)
+            replay(kind, B, torch.cuda.current_stream().cuda_stream).run(launch, steps, (rows.steps, R), device, given)
         else:
             at_once = steps if plan.scope == "block" or barrier else 1
             for u in range(0, steps, at_once):

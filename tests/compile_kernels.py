@@ -2,8 +2,8 @@
 
 Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process. Reads JSON lines
 [cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON line for each kernel. The options:
-"tf32", "graph" for what a CUDA graph launches, "debug", "kinds" for how many kernels Triton would compile for several
-batch sizes and numbers of steps, and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
+"tf32"; "graph" for what a CUDA graph launches; "debug"; "kinds" for how many kernels Triton would make for several B
+and T; and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
 
 import itertools
 import json

@@ -111,7 +111,8 @@ def test_kernels(rows: list[Row], capability: int) -> None:
 
 def test_amd() -> None:
     """Only compiled: block at its largest, and launch."""
-    found = compiled([("lstm", "bfloat16", 8, 64, 64, 1, []), ("rnn_tanh", "float16", 64, 1024, 1024, 2, ["graph"])], 942)
+    rows: list[Row] = [("lstm", "bfloat16", 8, 64, 64, 1, []), ("rnn_tanh", "float16", 64, 1024, 1024, 2, ["graph"])]
+    found = compiled(rows, 942)
     assert [used["plan"][1] for used in found] == ["block", "block", "launch", "launch"]
     assert all(used["stack"] == 0 and used["shared"] <= 65536 for used in found)
 
