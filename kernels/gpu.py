@@ -97,6 +97,16 @@ def _dots(ws, h, acc, first: tl.constexpr, step: tl.constexpr, G: tl.constexpr, 
 
 
 @triton.jit
+def _settle(products, start, o, N: tl.constexpr):
+    """start + products. What follows a product, Triton keeps in its layout, and moves all that is loaded there between
+    warps, tile by tile. It does not look past a gather, and so moves the products alone."""
+    out = ()
+    for k in tl.static_range(N):
+        out = out + (start[k] + tl.gather(products[k], o, 0),)
+    return out
+
+
+@triton.jit
 def _barrier(counter, target):
     """Waits until `target` programs have arrived. All of them must be resident: a cooperative launch sees to that."""
     tl.debug_barrier()
@@ -160,7 +170,7 @@ def _find(table, k: tl.constexpr, pointer):
 def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
                    u0, u1, T, B, R, I, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
                    N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   KT: tl.constexpr, BI: tl.constexpr, XN: tl.constexpr, SCOPE: tl.constexpr,
+                   KT: tl.constexpr, BI: tl.constexpr, XN: tl.constexpr, SPLIT: tl.constexpr, SCOPE: tl.constexpr,
                    BARRIER: tl.constexpr, PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep. x [R, N, G, H] (XN = G), or with w_ih [R, I] (XN = 1); state [N, S, B, H] in
     float32, in and out; hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
@@ -176,10 +186,9 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
         lengths = lengths if lengths is None else _find(table, 10, lengths)
         offsets = offsets if offsets is None else _find(table, 11, offsets)
         resets = resets if resets is None else _find(table, 12, resets)
-    first = u
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
-    o_b, h0, o_bias = b0 + i_b, (n * B + b0) * H, (n * G * H + o_n)[:, None] + i_b[None, :] * 0
+    o_b, h0, o_tile = b0 + i_b, (n * B + b0) * H, tl.arange(0, BN)[:, None] + i_b[None, :] * 0
     m = m_n[:, None] & (o_b < B)[None, :]
     plane, slot = R.to(tl.int64) * (N * H), B.to(tl.int64) * (N * H)
     w_hh += n * G * H * H
@@ -189,6 +198,7 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
     if w_ih is not None:
         wi = _matrices(w_ih + n * G * H * I, H * I, I, 1, o_n, 0, m_n, I, BI, 1, G)
         o_x, m_x, x0, pitch = i_b[None, :] * I + o_i[:, None], (o_i < I)[:, None], b0 * I, I
+    o_bias, none = n * G * H + o_n[:, None] + i_b[None, :] * 0, _load(None, 0, o_s, m, None, G)
     bx, br = _load(b_ih, H, o_bias, m, None, G), _load(b_hh, H, o_bias, m, None, G)
     s = _load(state + s0, B.to(tl.int64) * H, o_s, m, None, S)
     row, runs, cut = _at(u, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
@@ -198,7 +208,9 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
         wanted = (runs_next & (u + 1 < u1))[None, :]  # x is fetched one step ahead
         xs_next = _load(x + row_next * pitch + x0, H, o_x, m_x & wanted, None, XN)
         s = _where(~cut[None, :], s, None, S)
-        r = br
+        r = none
+        if w_ih is not None and not SPLIT:
+            r, xs = _dots(wi, xs[0], none, 0, 1, G, PRECISION), bx
         if SCOPE == "block":
             r = _dots(ws, s[0], r, 0, 1, G, PRECISION)
         else:
@@ -214,8 +226,9 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
                     wk = _matrices(w_hh, H * H, H, 1, o_n, k, m_n, H, BK, 1, G)
                     r = _dots(wk, _matrix(came, 1, H, o_k, i_b, o_k < H, m_b, ""), r, 0, 1, G, PRECISION)
                     k += BK
-        if w_ih is not None:
-            xs = _dots(wi, xs[0], bx, 0, 1, G, PRECISION)
+        r = _settle(r, br, o_tile, G)
+        if w_ih is not None and SPLIT:
+            xs = _settle(_dots(wi, xs[0], none, 0, 1, G, PRECISION), bx, o_tile, G)
         new, a = CELL(xs, r, s)
         s = _where(runs[None, :], new, s, S)
         written, at = m & runs[None, :], row * (N * H) + y0
@@ -228,7 +241,7 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
             _store(hidden + ((u + 1) % 2) * slot + h0, 0, o_s, s, m, 1)
         u += 1
         if BARRIER:
-            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - first) * tl.num_programs(0))
+            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
         row, runs, cut, xs = row_next, runs_next, cut_next, xs_next
     _store(state + s0, B.to(tl.int64) * H, o_s, s, m, S)
 
@@ -252,21 +265,21 @@ def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, d
         lengths = lengths if lengths is None else _find(table, 11, lengths)
         offsets = offsets if offsets is None else _find(table, 12, offsets)
         resets = resets if resets is None else _find(table, 13, resets)
-    first = u
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, m_n = tl.arange(0, BB), o_n < H
+    o_tile, none = tl.arange(0, BN)[:, None] + i_b[None, :] * 0, _load(None, 0, o_s, o_s >= 0, None, G)
     o_b, plane = b0 + i_b, R.to(tl.int64) * (N * H)
     m = m_n[:, None] & (o_b < B)[None, :]
     w_hh += n * G * H * H
     ws = ()
     if SCOPE != "launch":
         ws = _matrices(w_hh, H * H, 1, H, o_n, 0, m_n, H, BK, KT, G)
-    d, gr = _load(ds + s0, B.to(tl.int64) * H, o_s, m, None, S), _load(None, 0, o_s, m, None, G)
+    d, gr = _load(ds + s0, B.to(tl.int64) * H, o_s, m, None, S), none
     row_last, runs_last, cut_last = _at(u - 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     row, runs, cut = _at(u, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     while u < u1:
         row_next, runs_next, cut_next = _at(u + 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
-        acc = (d[0],)
+        acc = none[:1]
         if SCOPE == "block":
             for g in tl.static_range(G):
                 acc = _dots(ws, tl.where(cut_last[None, :], 0.0, gr[g]), acc, g, 0, 1, PRECISION)
@@ -286,7 +299,7 @@ def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, d
                         dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows, "")
                         acc = _dots(wk, dk, acc, g, 0, 1, PRECISION)
                     k += BK
-        d = acc + d[1:]
+        d = _settle(acc, d[:1], o_tile, 1) + d[1:]
         m_run, at, at_next = m & runs[None, :], row * (N * H) + y0, row_next * (N * H) + y0
         before = m_run & (runs_next & ~cut)[None, :]
         s_next = _load(y + at, 0, o_y, m_run, None, 1)
@@ -310,7 +323,7 @@ def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, d
             _store(came + at, 0, o_y, s_prev, m_run, 1)
         u += 1
         if BARRIER:
-            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - first) * tl.num_programs(0))
+            _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
         row_last, runs_last, cut_last = row, runs, cut
         row, runs, cut = row_next, runs_next, cut_next
     _store(ds + s0, B.to(tl.int64) * H, o_s, d, m, S)
@@ -370,7 +383,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: T
         hidden = torch.stack((s0[::S], s0[::S]))
     tensors = x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved
     _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
-            BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1)
+            BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1, SPLIT=cell.split)
     return y, states, state.to(x.dtype), saved
 
 

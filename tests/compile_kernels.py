@@ -117,6 +117,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
     body = loop(sass)
     return dict(registers=int(used[1]), stack=int(used[2]), loop=len(body), shared_bytes=shared_bytes(body),
                 LDG=sum(bool(re.search(r"\bLDG\b", text)) for text in body),
+                barriers=sum(bool(re.search(r"\bBAR\b", text)) for text in body),
                 local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body))
 
 
