@@ -338,8 +338,7 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
     """Run a kernel over its steps: in one launch, or in one launch each where the host or its graph is the barrier."""
     grid = -(-H // plan.units), -(-B // plan.sequences), len(rows.reverse)
     device, given, steps = tensors[0].device, (*tensors, rows.lengths, rows.offsets, rows.resets), steps if B else 0
-    # A program waits for others only where a multiprocessor each makes sure that all of them run. (The interpreter runs
-    # one after another.)
+    # Programs wait for each other only if all can run at once: on a multiprocessor each, and not in the interpreter.
     barrier = (plan.scope == "grid" and not triton.knobs.runtime.interpret
                and prod(grid) <= torch.cuda.get_device_properties(device).multi_processor_count)
     counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=device) if barrier else None

@@ -13,6 +13,11 @@ from torch import Tensor
 STEPS = 16  # of a graph: enough to hide what a replay costs the host, few enough to run past the end
 
 
+def _table(size: int, device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+    with torch.cuda.stream(stream):
+        return torch.empty(size, dtype=torch.int64, device=device)
+
+
 class Replay:
     """`launch(table, k)` launches step k of a block of STEPS. The table [4 + tensors], int64: two slots, the step comes
     in slot k % 2 and goes on in the other; two sizes; pointers, 0 for None. A step past the end has to do nothing.
@@ -46,8 +51,7 @@ class Replay:
             if self.graph is None:
                 # Inference mode and memory pools (torch.compile has some) are of a thread: this has to outlive them.
                 with ThreadPoolExecutor(1) as thread:
-                    size = 4 + len(tensors)
-                    self.table = thread.submit(lambda: torch.zeros(size, dtype=torch.int64, device=device)).result()
+                    self.table = thread.submit(_table, 4 + len(tensors), device, torch.cuda.current_stream()).result()
                 fill(2**30)  # past any end
                 self.graph = self.capture(launch)
             fill(0)
