@@ -73,8 +73,8 @@ def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu
         return Plan("numpy" if B * G * H * H <= NUMPY_PRODUCT else "torch")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
-    fused = I <= FUSED_INPUT and (G == 1 or size < 8)
-    shared = G * units * (units + FUSED_INPUT * fused) * min(size, 4) + 64 * units
+    shared, shared_fused = (G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT))
+    fused = I <= FUSED_INPUT and (G == 1 or size < 8) and shared_fused <= gpu.shared_memory
     if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory:
         return Plan("triton", "block", units, 8, units, min(8, units // (16 if G == 1 else 8)), fused, precision)
     blocks = -(-H // 64)

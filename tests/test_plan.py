@@ -32,6 +32,12 @@ def test_scope(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, tf32: b
     assert (plan.backend, plan.scope, plan.fused) == (backend, scope, fused)
 
 
+def test_weights_of_the_input_give_way() -> None:
+    """Where W_hh and W_ih do not fit beside each other, W_hh stays."""
+    plans = [make_plan(cells.lstm, (64, 10, 128, 1), "bfloat16", gpu) for gpu in (H200, Gpu(80, 108, 166912), SMALL)]
+    assert [(plan.scope, plan.fused) for plan in plans] == [("block", True), ("block", False), ("launch", False)]
+
+
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["H200", "small"])
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_plans_fit(cell: Cell, gpu: Gpu) -> None:
