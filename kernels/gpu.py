@@ -5,6 +5,7 @@ operand of the product: in block scope it stays in registers, else programs pass
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .cells import Cell, bind
 from .plan import Plan, Rows, power_of_2
+from .replay import can_replay, replay
 
 
 @triton.jit
@@ -95,14 +97,26 @@ def _dots(ws, h, acc, first: tl.constexpr, step: tl.constexpr, G: tl.constexpr, 
 
 
 @triton.jit
+def _settle(products, start, o, N: tl.constexpr):
+    """start + products. What follows a product, Triton keeps in its layout, and moves all that is loaded there between
+    warps, tile by tile. It does not look past a gather, and so moves the products alone."""
+    out = ()
+    for k in tl.static_range(N):
+        out = out + (start[k] + tl.gather(products[k], o, 0),)
+    return out
+
+
+@triton.jit
 def _barrier(counter, target):
     """Waits until `target` programs have arrived. All of them must be resident: a cooperative launch sees to that."""
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    seen = target - 1
+    seen, polls = target - 1, 0
     while seen < target:
         seen = tl.inline_asm_elementwise("ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=tl.int32,
                                          is_pure=False, pack=1)
+        polls += 1
+        tl.device_assert(polls < 2**24, "a program did not come to the barrier")  # only under TRITON_DEBUG=1
     tl.debug_barrier()
 
 
@@ -110,7 +124,7 @@ def _barrier(counter, target):
 def _place(B, H, REVERSE: tl.constexpr, N: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BB: tl.constexpr,
            BN: tl.constexpr):
     """This program's recurrence, sequences and units, and their offsets in [R, N, G, H], [R, N, H] and [N, S, B, H]."""
-    n, b0 = tl.program_id(2), tl.program_id(1).to(tl.int64) * BB
+    n, b0 = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64) * BB
     i_b, o_n = tl.arange(0, BB)[None, :], tl.program_id(0) * BN + tl.arange(0, BN)
     o_x, o_y, o_s = i_b * (N * G * H) + o_n[:, None], i_b * (N * H) + o_n[:, None], i_b * H + o_n[:, None]
     x0, y0, s0 = b0 * (N * G * H) + n * G * H, b0 * (N * H) + n * H, (n * S * B + b0) * H
@@ -134,17 +148,47 @@ def _at(u, descending, rev, T, B, o_b, lengths, offsets, resets):
     return row, runs, cut
 
 
+@triton.jit
+def _steps(table, u0, u1, T, R, END: tl.constexpr):
+    """A launch's steps, T and R: the arguments, or of a graph the one step, before T + END, that its table says."""
+    if table is not None:
+        slot = u0 % 2
+        u, T, R = tl.load(table + slot), tl.load(table + 2).to(tl.int32), tl.load(table + 3)
+        tl.store(table + 1 - slot, u + 1)
+        u0 = u.to(tl.int32)
+        u1 = tl.minimum(u0 + 1, T + END)
+    return u0, u1, T, R
+
+
+@triton.jit
+def _find(table, k: tl.constexpr, pointer):
+    """Of the type of this argument, what the table has in its place."""
+    return tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
+
+
 @triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
-def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
+def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, lengths, offsets, resets, counter,
                    u0, u1, T, B, R, I, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
                    N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   KT: tl.constexpr, BI: tl.constexpr, XN: tl.constexpr, SCOPE: tl.constexpr,
+                   KT: tl.constexpr, BI: tl.constexpr, XN: tl.constexpr, SPLIT: tl.constexpr, SCOPE: tl.constexpr,
                    BARRIER: tl.constexpr, PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep. x [R, N, G, H] (XN = G), or with w_ih [R, I] (XN = 1); state [N, S, B, H] in
     float32, in and out; hidden [2, N, B, H]: the h that programs pass on, slot u % 2 comes into step u."""
+    u, u1, T, R = _steps(table, u0, u1, T, R, 0)
+    if table is not None:
+        x, w_hh, state = _find(table, 0, x), _find(table, 2, w_hh), _find(table, 5, state)
+        hidden, y = _find(table, 6, hidden), _find(table, 7, y)
+        w_ih = w_ih if w_ih is None else _find(table, 1, w_ih)
+        b_ih = b_ih if b_ih is None else _find(table, 3, b_ih)
+        b_hh = b_hh if b_hh is None else _find(table, 4, b_hh)
+        states = states if states is None else _find(table, 8, states)
+        saved = saved if saved is None else _find(table, 9, saved)
+        lengths = lengths if lengths is None else _find(table, 10, lengths)
+        offsets = offsets if offsets is None else _find(table, 11, offsets)
+        resets = resets if resets is None else _find(table, 12, resets)
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, o_i, m_n = tl.arange(0, BB), tl.arange(0, BI), o_n < H
-    o_b, h0, o_bias = b0 + i_b, (n * B + b0) * H, (n * G * H + o_n)[:, None] + i_b[None, :] * 0
+    o_b, h0, o_tile = b0 + i_b, (n * B + b0) * H, tl.arange(0, BN)[:, None] + i_b[None, :] * 0
     m = m_n[:, None] & (o_b < B)[None, :]
     plane, slot = R.to(tl.int64) * (N * H), B.to(tl.int64) * (N * H)
     w_hh += n * G * H * H
@@ -154,9 +198,9 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
     if w_ih is not None:
         wi = _matrices(w_ih + n * G * H * I, H * I, I, 1, o_n, 0, m_n, I, BI, 1, G)
         o_x, m_x, x0, pitch = i_b[None, :] * I + o_i[:, None], (o_i < I)[:, None], b0 * I, I
+    o_bias, none = n * G * H + o_n[:, None] + i_b[None, :] * 0, _load(None, 0, o_s, m, None, G)
     bx, br = _load(b_ih, H, o_bias, m, None, G), _load(b_hh, H, o_bias, m, None, G)
-    s = _load(state + s0, B * H, o_s, m, None, S)
-    u = u0
+    s = _load(state + s0, B.to(tl.int64) * H, o_s, m, None, S)
     row, runs, cut = _at(u, rev == 1, rev, T, B, o_b, lengths, offsets, resets)
     xs = _load(x + row * pitch + x0, H, o_x, m_x & runs[None, :], None, XN)
     while u < u1:
@@ -164,7 +208,9 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
         wanted = (runs_next & (u + 1 < u1))[None, :]  # x is fetched one step ahead
         xs_next = _load(x + row_next * pitch + x0, H, o_x, m_x & wanted, None, XN)
         s = _where(~cut[None, :], s, None, S)
-        r = br
+        r = none
+        if w_ih is not None and not SPLIT:
+            r, xs = _dots(wi, xs[0], none, 0, 1, G, PRECISION), bx
         if SCOPE == "block":
             r = _dots(ws, s[0], r, 0, 1, G, PRECISION)
         else:
@@ -180,8 +226,9 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
                     wk = _matrices(w_hh, H * H, H, 1, o_n, k, m_n, H, BK, 1, G)
                     r = _dots(wk, _matrix(came, 1, H, o_k, i_b, o_k < H, m_b, ""), r, 0, 1, G, PRECISION)
                     k += BK
-        if w_ih is not None:
-            xs = _dots(wi, xs[0], bx, 0, 1, G, PRECISION)
+        r = _settle(r, br, o_tile, G)
+        if w_ih is not None and SPLIT:
+            xs = _settle(_dots(wi, xs[0], none, 0, 1, G, PRECISION), bx, o_tile, G)
         new, a = CELL(xs, r, s)
         s = _where(runs[None, :], new, s, S)
         written, at = m & runs[None, :], row * (N * H) + y0
@@ -196,31 +243,43 @@ def forward_kernel(x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved, l
         if BARRIER:
             _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
         row, runs, cut, xs = row_next, runs_next, cut_next, xs_next
-    _store(state + s0, B * H, o_s, s, m, S)
+    _store(state + s0, B.to(tl.int64) * H, o_s, s, m, S)
 
 
 @triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
-def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came, lengths, offsets, resets, counter,
-                    u0, u1, T, B, R, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
+def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came, lengths, offsets, resets,
+                    counter, u0, u1, T, B, R, H, CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
                     N: tl.constexpr, REVERSE: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                     KT: tl.constexpr, SCOPE: tl.constexpr, BARRIER: tl.constexpr, PRECISION: tl.constexpr):
     """Steps u0 <= u < u1 of each sweep's reversal. Step T only adds W_hh^T dr of the last one to ds. state [N, S, B, H]
     came into the first step; ds likewise, float32, in and out; dx (None where dr serves) and dr [R, N, G, H]."""
+    u, u1, T, R = _steps(table, u0, u1, T, R, 1)
+    if table is not None:
+        w_hh, state, y, dy = _find(table, 0, w_hh), _find(table, 1, state), _find(table, 2, y), _find(table, 5, dy)
+        ds, dr = _find(table, 7, ds), _find(table, 9, dr)
+        states = states if states is None else _find(table, 3, states)
+        saved = saved if saved is None else _find(table, 4, saved)
+        dstates = dstates if dstates is None else _find(table, 6, dstates)
+        dx = dx if dx is None else _find(table, 8, dx)
+        came = came if came is None else _find(table, 10, came)
+        lengths = lengths if lengths is None else _find(table, 11, lengths)
+        offsets = offsets if offsets is None else _find(table, 12, offsets)
+        resets = resets if resets is None else _find(table, 13, resets)
     n, rev, b0, o_n, o_x, o_y, o_s, x0, y0, s0 = _place(B, H, REVERSE, N, G, S, BB, BN)
     i_b, m_n = tl.arange(0, BB), o_n < H
+    o_tile, none = tl.arange(0, BN)[:, None] + i_b[None, :] * 0, _load(None, 0, o_s, o_s >= 0, None, G)
     o_b, plane = b0 + i_b, R.to(tl.int64) * (N * H)
     m = m_n[:, None] & (o_b < B)[None, :]
     w_hh += n * G * H * H
     ws = ()
     if SCOPE != "launch":
         ws = _matrices(w_hh, H * H, 1, H, o_n, 0, m_n, H, BK, KT, G)
-    d, gr = _load(ds + s0, B * H, o_s, m, None, S), _load(None, 0, o_s, m, None, G)
-    u = u0
+    d, gr = _load(ds + s0, B.to(tl.int64) * H, o_s, m, None, S), none
     row_last, runs_last, cut_last = _at(u - 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     row, runs, cut = _at(u, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
     while u < u1:
         row_next, runs_next, cut_next = _at(u + 1, rev == 0, rev, T, B, o_b, lengths, offsets, resets)
-        acc = (d[0],)
+        acc = none[:1]
         if SCOPE == "block":
             for g in tl.static_range(G):
                 acc = _dots(ws, tl.where(cut_last[None, :], 0.0, gr[g]), acc, g, 0, 1, PRECISION)
@@ -240,7 +299,7 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
                         dk = _matrix(last + g * H, 1, N * G * H, o_k, i_b, o_k < H, flows, "")
                         acc = _dots(wk, dk, acc, g, 0, 1, PRECISION)
                     k += BK
-        d = acc + d[1:]
+        d = _settle(acc, d[:1], o_tile, 1) + d[1:]
         m_run, at, at_next = m & runs[None, :], row * (N * H) + y0, row_next * (N * H) + y0
         before = m_run & (runs_next & ~cut)[None, :]
         s_next = _load(y + at, 0, o_y, m_run, None, 1)
@@ -248,7 +307,7 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
         if states is not None:
             s_next = s_next + _load(states + at, plane, o_y, m_run, None, S - 1)
             s_prev = s_prev + _load(states + at_next, plane, o_y, before, None, S - 1)
-        s_prev = _load(state + s0, B * H, o_s, m_run & ~(runs_next | cut)[None, :], s_prev, S)
+        s_prev = _load(state + s0, B.to(tl.int64) * H, o_s, m_run & ~(runs_next | cut)[None, :], s_prev, S)
         given, a = _load(dy + at, 0, o_y, m_run, d, 1) + d[1:], ()
         if dstates is not None:
             given = given[:1] + _load(dstates + at, plane, o_y, m_run, d[1:], S - 1)
@@ -267,24 +326,48 @@ def backward_kernel(w_hh, state, y, states, saved, dy, dstates, ds, dx, dr, came
             _barrier(counter + n * tl.num_programs(1) + tl.program_id(1), (u - u0) * tl.num_programs(0))
         row_last, runs_last, cut_last = row, runs, cut
         row, runs, cut = row_next, runs_next, cut_next
-    _store(ds + s0, B * H, o_s, d, m, S)
+    _store(ds + s0, B.to(tl.int64) * H, o_s, d, m, S)
+
+
+# For a kind of call, what Triton made and its constants: to find that out at each launch takes it longer than the rest.
+_compiled: dict[Any, tuple[Any, list[Any]]] = {}
 
 
 def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, steps: int, tensors: Sequence[Any], B: int,
-            H: int, *sizes: int, **constants: int) -> None:
-    """Run a kernel over its steps: in one launch, or in one launch each where the host is the barrier."""
-    grid = (triton.cdiv(H, plan.units), triton.cdiv(B, plan.sequences), len(rows.reverse))
-    # The interpreter runs one program after another: none may wait for another.
-    barrier = plan.scope == "grid" and not triton.knobs.runtime.interpret
-    options: dict[str, Any] = {"launch_cooperative_grid": True} if barrier else {}
-    counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=tensors[0].device)
-    at_once = steps if plan.scope == "block" or barrier else 1
-    for u in range(0, steps if B else 0, at_once):
-        kernel[grid](*tensors, rows.lengths, rows.offsets, rows.resets, counter, u, u + at_once, rows.steps, B, *sizes,
-                     H, CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
-                     REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
-                     BK=plan.depth, KT=triton.cdiv(H, plan.depth), SCOPE=plan.scope, BARRIER=barrier,
-                     PRECISION=plan.precision, num_warps=plan.warps, num_stages=1, **constants, **options)
+            H: int, R: int, *sizes: int, **constants: int) -> None:
+    """Run a kernel over its steps: in one launch, or in one launch each where the host or its graph is the barrier."""
+    grid = -(-H // plan.units), -(-B // plan.sequences), len(rows.reverse)
+    device, given, steps = tensors[0].device, (*tensors, rows.lengths, rows.offsets, rows.resets), steps if B else 0
+    # Programs wait for each other only if all can run at once: on a multiprocessor each, and not in the interpreter.
+    barrier = (plan.scope == "grid" and not triton.knobs.runtime.interpret
+               and prod(grid) <= torch.cuda.get_device_properties(device).multi_processor_count)
+    counter = torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=device) if barrier else None
+    kind = (kernel, function, plan, H, sizes, R < 2**31, barrier, device, *rows.reverse, grid[2],
+            *(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given))
+
+    def launch(table: Tensor | None, u: int, count: int = 1) -> None:
+        arguments = table, *given, counter, u, u + count, rows.steps, B, R, *sizes, H
+        key = table is None, kind
+        compiled, values = _compiled.get(key, (None, ()))
+        if compiled is not None:
+            compiled[grid](*arguments, *values)
+            return
+        options = dict(CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
+                       REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
+                       BK=plan.depth, KT=-(-H // plan.depth), SCOPE=plan.scope, BARRIER=barrier,
+                       PRECISION=plan.precision, **constants)
+        cooperative = {"launch_cooperative_grid": True} if barrier else {}
+        compiled = kernel[grid](*arguments, **options, num_warps=plan.warps, num_stages=1, **cooperative)
+        if compiled is not None:
+            _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments):]]
+
+    with torch.cuda.device_of(tensors[0]):
+        if plan.scope == "launch" and can_replay(steps, given):
+            replay(kind, B, torch.cuda.current_stream().cuda_stream).run(launch, steps, (rows.steps, R), device, given)
+        else:
+            at_once = steps if plan.scope == "block" or barrier else 1
+            for u in range(0, steps, at_once):
+                launch(None, u, at_once)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,
@@ -299,7 +382,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: T
         hidden = torch.stack((s0[::S], s0[::S]))
     tensors = x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved
     _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
-            BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1)
+            BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1, SPLIT=cell.split)
     return y, states, state.to(x.dtype), saved
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from .cells import Cell
 
-# Largest H, rounded up to a power of 2, whose W_hh one block holds without spilling, whatever the options: by gates
-# (more than 4: none), then by bytes per element (8 is tf32x3, which splits float32 in two).
+# Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time loop, whatever the
+# options: by gates (more than 4: none), then by bytes per element (8 is tf32x3, which splits float32 in two). (Four
+# gates of 64 < H < 128, not a multiple of 16, spill a few words, which costs less than a launch for each step.)
 BLOCK_UNITS = {1: {2: 256, 4: 128, 8: 128}, 2: {2: 128, 4: 64, 8: 64}, 3: {2: 128, 4: 64, 8: 32},
-               4: {2: 64, 4: 32, 8: 16}}
+               4: {2: 128, 4: 64, 8: 32}}
 FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh
 GRID_ROW_BYTES = 768  # of a row of W_hh, all gates: what a program of the grid holds without spilling
 # Microseconds of a step but for its arithmetic, predicted: what blocks tell each other takes that long.
@@ -143,10 +144,10 @@ def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu
         streamed = STEP_MICROSECONDS["launch"] + 2 * B * G * H * H * N / FLOPS_PER_MICROSECOND[precision]
         if best and _predicted(cell, best, min(size, 4), sizes, gpu) < streamed:
             return best
-    fused = I <= FUSED_INPUT and (G == 1 or size < 8)
-    shared = G * units * (units + FUSED_INPUT * fused) * min(size, 4) + 64 * units
+    shared, shared_fused = (G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT))
+    fused = I <= FUSED_INPUT and (G == 1 or size < 8) and shared_fused <= gpu.shared_memory
     if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory:
-        return Plan("triton", "block", units, 8, units, min(8, units // 16), fused, precision)
+        return Plan("triton", "block", units, 8, units, min(8, units // (16 if G == 1 else 8)), fused, precision)
     blocks = -(-H // 64)
     if G * blocks * 64 * size <= GRID_ROW_BYTES and blocks * -(-B // 8) * N <= gpu.multiprocessors:
         return Plan("triton", "grid", 64, 8, 64, 4, False, precision)

@@ -2,25 +2,31 @@
 
 Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process. Reads JSON lines
 [cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON line for each kernel. The options:
-"tf32", and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
+"tf32"; "graph" for what a CUDA graph launches; "debug"; "kinds" for how many kernels Triton would make for several B
+and T; and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from rnn.kernels import cells, gpu
+from rnn.kernels import cells
+from rnn.kernels import gpu as kernels
 from rnn.kernels.plan import Gpu, Rows, make_plan
 
-GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
+AMD = 942  # gfx942 in place of a compute capability
+GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448), AMD: Gpu(90, 304, 65536)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
          torch.int32: "*i32", torch.bool: "*i1"}
@@ -75,10 +81,10 @@ def shared_bytes(body: list[str]) -> dict[str, int]:
                 LDSM=sum(4 * int(load[1] or 1) for load in operand if load))
 
 
-def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, int], plan: Any,
-             options: list[str]) -> list[tuple[Any, Any, Any]]:
+def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, int], plan: Any, options: list[str],
+             T: int = 3) -> list[tuple[Any, Any, Any]]:
     """The kernels of a forward and backward pass, with their arguments and options."""
-    (B, I, H, N), T, G, S, A = sizes, 3, cell.gates, cell.states, cell.saved
+    (B, I, H, N), G, S, A = sizes, cell.gates, cell.states, cell.saved
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -89,37 +95,67 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
     w, b, s, y = new(N * G * H, H), new(N * G * H), new(N * S, B, H), new(T * B, N * H)
     x, fused = (new(T * B, I), dict(w_ih=new(N * G * H, I), b_ih=b)) if plan.fused else (new(T * B, N * G * H), {})
-    kernels: Any = gpu.forward_kernel, gpu.backward_kernel
-    recorders: Any = [Recorder(kernel) for kernel in kernels]
-    gpu.forward_kernel, gpu.backward_kernel = recorders
-    gpu.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
+    real: Any = kernels.forward_kernel, kernels.backward_kernel
+    vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
+    recorders: Any = [Recorder(kernel) for kernel in real]
+    kernels.forward_kernel, kernels.backward_kernel = recorders
+    kernels.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
-    gpu.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
-    gpu.forward_kernel, gpu.backward_kernel = kernels
+    kernels.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
+    kernels.forward_kernel, kernels.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
 
 
+def read_cubin(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("-res-usage", "-sass"))
+    used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert used
+    body = loop(sass)
+    return dict(registers=int(used[1]), stack=int(used[2]), loop=len(body), shared_bytes=shared_bytes(body),
+                LDG=sum(bool(re.search(r"\bLDG\b", text)) for text in body),
+                barriers=sum(bool(re.search(r"\bBAR\b", text)) for text in body),
+                local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body))
+
+
+def read_amdgcn(text: str) -> dict[str, Any]:
+    used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
+    return dict(registers=int(used["vgpr_count"]), stack=int(used["private_segment_fixed_size"]))
+
+
 def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
-    cell, sizes = getattr(cells, name), (B, I, H, N)
-    plan = make_plan(cell, sizes, dtype, GPUS[capability], "tf32" in options)
+    cell, sizes, gpu = getattr(cells, name), (B, I, H, N), GPUS[capability]
+    plan = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
+        if "graph" in options:
+            arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
         chosen = {k: launch[k] for k in ("num_warps", "num_stages", "launch_cooperative_grid") if k in launch}
-        built = triton.compile(source(kernel, arguments, launch), target=GPUTarget("cuda", capability, 32),
-                               options=chosen)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(built.asm["cubin"])
-            f.flush()
-            usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
-                           for flag in ("-res-usage", "-sass"))
-        used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert used
-        body = loop(sass)
-        loads = sum(bool(re.search(r"\bLDG\b", text)) for text in body)
-        print(json.dumps(dict(kernel=kernel.fn.__name__, plan=plan, registers=int(used[1]), stack=int(used[2]),
-                              shared=built.metadata.shared, loop=len(body), shared_bytes=shared_bytes(body),
-                              LDG=loads)), flush=True)
+        target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
+        if "debug" in options:
+            chosen["debug"] = True
+        built = triton.compile(source(kernel, arguments, launch), target=target, options=chosen)
+        used = read_amdgcn(built.asm["amdgcn"]) if capability == AMD else read_cubin(built.asm["cubin"])
+        used |= dict(plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"])
+        print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
+
+
+def kinds(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
+    """Of the plan for B: Triton's own keys of the kernels for other B and T."""
+    cell, backend = getattr(cells, name), make_backend(GPUTarget("cuda", capability, 32))
+    plan = make_plan(cell, (B, I, H, N), dtype, GPUS[capability])
+    found: dict[str, set[str]] = {}
+    for batch, T in itertools.product((1, 16, 33, 64), (1, 2, 16, 100)):
+        for kernel, arguments, launch in launches(cell, getattr(torch, dtype), (batch, I, H, N), plan, options, T):
+            key = create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, **launch)
+            found.setdefault(kernel.fn.__name__, set()).add(str(key[1:]))
+    for kernel_name, keys in found.items():
+        print(json.dumps(dict(kernel=kernel_name, plan=plan, kinds=len(keys))), flush=True)
 
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        measure(*json.loads(line))
+        row = json.loads(line)
+        (kinds if "kinds" in row[-1] else measure)(*row)

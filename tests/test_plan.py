@@ -22,13 +22,20 @@ SMALL = Gpu(86, 28, 101376)  # a laptop's
     (cells.rnn_tanh, (4096, 10, 257, 1), "bfloat16", False, "triton", "launch", False),
     (cells.rnn_tanh, (64, 10, 1024, 1), "bfloat16", False, "triton", "launch", False),
     (cells.lstm, (64, 10, 64, 1), "bfloat16", False, "triton", "block", True),
-    (cells.lstm, (64, 10, 65, 1), "bfloat16", False, "triton", "launch", False),
+    (cells.lstm, (64, 10, 128, 1), "bfloat16", False, "triton", "block", True),
+    (cells.lstm, (64, 10, 129, 1), "bfloat16", False, "triton", "launch", False),
     (cells.gru, (64, 10, 128, 1), "bfloat16", False, "triton", "block", True),
 ])
 def test_scope(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, tf32: bool, backend: str, scope: str,
                fused: bool) -> None:
     plan = make_plan(cell, sizes, dtype, H200, tf32)
     assert (plan.backend, plan.scope, plan.fused) == (backend, scope, fused)
+
+
+def test_weights_of_the_input_give_way() -> None:
+    """Where W_hh and W_ih do not fit beside each other, W_hh stays."""
+    plans = [make_plan(cells.lstm, (64, 10, 128, 1), "bfloat16", gpu) for gpu in (H200, Gpu(80, 108, 166912), SMALL)]
+    assert [(plan.scope, plan.fused) for plan in plans] == [("block", True), ("block", False), ("launch", False)]
 
 
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["H200", "small"])

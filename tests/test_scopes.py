@@ -1,0 +1,213 @@
+"""How the host goes through time in launch scope: by blocks in a CUDA graph, for which there is a stand-in here."""
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import check_recurrence
+from test_gpu import plan_for
+
+from rnn.kernels import cells, gpu, replay
+from rnn.kernels.plan import Rows
+
+
+class Machine:
+    """Kernels that run in the interpreter, except while a graph captures them. With a table, the tensors they are
+    called with hold nothing but NaN: what they need must come from the table."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphs, self.replays, self.plain, self.stream = list[list[Any]](), 0, 0, 0
+        self.capturing: list[Any] | None = None
+        self.by_user, machine = False, self
+
+        class Graph:
+            def capture_begin(self, capture_error_mode: str) -> None:
+                machine.capturing = self.launches = list[Any]()
+
+            def capture_end(self) -> None:
+                machine.graphs.append(self.launches)
+                machine.capturing = None
+
+            def replay(self) -> None:
+                machine.replays += 1
+                for launch in self.launches:
+                    launch()
+
+        class Stream:
+            @property
+            def cuda_stream(self) -> int:
+                return machine.stream
+
+            def __enter__(self) -> None: ...
+            def __exit__(self, *_: Any) -> None: ...
+
+        class Kernel:
+            def __init__(self, kernel: Any) -> None:
+                self.kernel = kernel
+
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                return lambda *arguments, **options: machine.launch(self.kernel[grid], arguments, options)
+
+        for name, value in (("CUDAGraph", Graph), ("Stream", Stream), ("current_stream", Stream),
+                            ("stream", lambda stream: stream), ("is_current_stream_capturing", lambda: self.by_user)):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(replay, "STEPS", 4)
+        for name in ("forward_kernel", "backward_kernel"):
+            monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
+
+    def launch(self, run: Any, arguments: Any, options: Any) -> None:
+        table, rest = arguments[0], arguments[1:]
+        if table is None:
+            self.plain += 1
+        else:
+            rest = [a.new_full(a.shape if a.numel() < 2**20 else (1,), float("nan") if a.is_floating_point() else 77)
+                    if isinstance(a, torch.Tensor) else a for a in rest]
+        if self.capturing is None:
+            run(table, *rest, **options)
+        else:
+            self.capturing.append(lambda: run(table, *rest, **options))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def check(T: int, cell: str = "rnn_tanh", form: str = "padded", resets: bool = False, seed: int = 2) -> None:
+    reverse = (False, True) if cell == "lstm" else (True,)
+    check_recurrence(cell, plan_for("launch", 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
+
+
+def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
+    for seed, T in enumerate((4, 9, 6)):  # whole blocks and remainders; backward has T + 1 steps
+        before = machine.replays
+        check(T, seed=seed)
+        assert machine.replays - before == -(-T // 4) + -(-(T + 1) // 4)
+    assert [len(launches) for launches in machine.graphs] == [4, 4], "one for forward, one for backward"
+    assert machine.plain == 0
+
+
+@pytest.mark.parametrize(("cell", "form", "resets"), [("lstm", "packed", True), ("gru", "lengths", False)])
+def test_everything_a_layer_is_given(machine: Machine, cell: str, form: str, resets: bool) -> None:
+    check(6, cell, form, resets)
+    assert len(machine.graphs) == 2 and machine.plain == 0
+
+
+def test_a_stream_has_its_own(machine: Machine) -> None:
+    for machine.stream in (1, 2, 1):
+        check(4)
+    assert len(machine.graphs) == 4
+
+
+def test_few_steps_are_launched(machine: Machine) -> None:
+    check(2)
+    assert not machine.graphs and machine.plain == 2 + 3
+
+
+def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
+    machine.by_user = True
+    check(5)
+    assert not machine.graphs and machine.plain == 5 + 6
+
+
+def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> None:
+    x, w, s = torch.randn(5 * 3, 18), torch.randn(18, 18) / 5, torch.zeros(1, 3, 18)
+    plan, rows = plan_for("launch", 18), Rows(5, [0])
+    odd = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    want = gpu.forward(cells.rnn_tanh, plan, rows, x, w, None, s, 0)[0]
+    assert len(machine.graphs) == 1 and machine.plain == 0
+    assert torch.equal(gpu.forward(cells.rnn_tanh, plan, rows, odd, w, None, s, 0)[0], want)
+    assert machine.plain == 5
+
+
+def test_a_capture_that_failed_is_made_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        if machine.capturing:
+            raise torch.OutOfMemoryError
+        launch(*_)
+
+    launch = machine.launch
+    monkeypatch.setattr(machine, "launch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(6)
+    assert machine.capturing is None
+    monkeypatch.setattr(machine, "launch", launch)
+    check(6)
+
+
+def rows_of(count: int, *shape: int) -> torch.Tensor:
+    """float16 [*shape[:-1], count, shape[-1]], 0, in memory that is there only where it is written."""
+    shape = (*shape[:-1], count, shape[-1])
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, 2 * torch.Size(shape).numel(), flags=flags)
+    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+
+
+def test_more_elements_than_32_bits_count(machine: Machine) -> None:
+    """The last four steps of a sequence so long that each of its tensors has more, as those of a short one."""
+    B, H, cell, plan = 2, 16, cells.lstm, plan_for("launch", 16, torch.float16)
+    w, s0, data = torch.randn(4 * H, H).half() / 4, torch.randn(2, B, H), torch.randn(9, 5 * B, 4 * H).half()
+    found = []
+    for T in (5, 2**31 // H // B + 5):
+        R = T * B
+        x, dr, (y, dy) = rows_of(R, 4 * H), rows_of(R, 4 * H), rows_of(R, 2, H)
+        states, saved, (state, ds) = rows_of(R, 1, H), rows_of(R, 4, H), torch.stack((s0, s0))
+        x[-5 * B :] = data[0]
+        hidden = torch.stack((s0[:1].half(), s0[:1].half()))
+        # Backwards, a sweep begins with the last row; and so does the adjoint of one forwards.
+        gpu._launch(gpu.forward_kernel, gpu.functions(cell)[0], cell, plan, Rows(T, [1]), 4,
+                    (x, None, w, None, None, state, hidden, y, states, saved), B, H, R, 4 * H, BI=16, XN=4, SPLIT=False)
+        found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
+        for k, t in enumerate((y, dy, states[0], *saved)):
+            t[-5 * B :] = data[1 + k, :, :H]
+        gpu._launch(gpu.backward_kernel, gpu.functions(cell)[1], cell, plan, Rows(T, [0]), 4,
+                    (w, s0.half(), y, states, saved, dy, None, ds, None, dr, None), B, H, R)
+        found[-1] += [ds, dr[-4 * B :].clone()]
+    assert machine.replays == 4 and R * H > 2**31
+    for short, long in zip(*found):
+        assert short.abs().sum() > 0 and torch.equal(short, long)
+
+
+def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any B and T, with what the kernel's own dispatch would have given it; not for tensors of another kind."""
+    made, again, names = list[dict[str, Any]](), list[tuple[int, dict[str, Any]]](), gpu.forward_kernel.arg_names
+
+    class Compiled:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *given: again.append((self.number, dict(zip(names, given, strict=True), grid=grid)))
+
+    class Kernel:
+        arg_names = names
+
+        def __getitem__(self, grid: Any) -> Callable[..., Compiled]:
+            def launch(*given: Any, **options: Any) -> Compiled:
+                made.append({**dict(zip(names, given)), **options, "grid": grid})
+                return Compiled(len(made) - 1)
+
+            return launch
+
+    monkeypatch.setattr(gpu, "forward_kernel", Kernel())
+
+    def run(T: int, B: int, cell: cells.Cell = cells.rnn_tanh, shift: int = 0, dtype: torch.dtype = torch.float32,
+            reverse: int = 0) -> None:
+        x = torch.zeros(T * B * 18 + shift, dtype=dtype)[shift:].view(T * B, 18)
+        w, s = torch.zeros(18, 18, dtype=dtype), torch.zeros(1, B, 18, dtype=dtype)
+        gpu.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, w, None, s, 0)
+
+    run(5, 3)
+    run(1, 1)
+    run(7, 16)
+    assert len(made) == 1 and [number for number, _ in again] == [0, 0]
+    assert {k: again[1][1][k] for k in ("T", "B", "R", "u1")} == dict(T=7, B=16, R=112, u1=7)
+    assert again[1][1]["grid"] == (1, 2, 1)
+    same = set(names) - {"T", "B", "R", "u1", "x", "w_hh", "state", "y"}
+    assert all(again[1][1][k] == made[0][k] for k in same)
+    for count, other in enumerate(({"shift": 1}, {"dtype": torch.float16}, {"cell": cells.rnn_relu}, {"reverse": 1})):
+        run(5, 3, **other)  # type: ignore[arg-type]
+        assert len(made) == 2 + count
