@@ -6,7 +6,9 @@ import pytest
 import torch
 from cases import CASES, Case, check, check_recurrence
 from conftest import GPU
+from small import LAYERS, B, H, I, T
 
+import rnn
 from rnn.kernels.plan import Plan, power_of_2
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -60,3 +62,12 @@ def test_half(cell: str, dtype: torch.dtype, scope: str) -> None:
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_chosen_plans(cell: str, sizes: tuple[int, int, int, int], form: str, dtype: torch.dtype) -> None:
     check_recurrence(cell, None, sizes, (False, True), form, dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@LAYERS
+def test_cuda_graph(name: str) -> None:
+    layer, x = getattr(rnn, name)(I, H, device="cuda"), torch.randn(T, B, I, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
+    new = torch.randn(T, B, I, device="cuda", requires_grad=True)
+    torch.testing.assert_close(graphed(new), layer(new))
