@@ -91,6 +91,30 @@ class TestMasks:
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
     @PLANS
+    @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+    def test_infinite_input_is_torchs(self, nonlinearity: str, plan: Plan) -> None:
+        """tanh makes 1 of it, and all is finite again: also in a tile that is larger than H."""
+        ours, theirs = (library.RNN(I, H, nonlinearity=nonlinearity, bidirectional=True, **options)
+                        for library, options in ((rnn, {"plan": plan}), (nn, {})))
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(T, B, I)
+        x[2, 1, 0] = float("inf")
+        y, want = ours(x)[0], theirs(x)[0]
+        assert want.isfinite().all() == (nonlinearity == "tanh")
+        torch.testing.assert_close(y, want, equal_nan=True)
+
+    @PLANS
+    def test_infinite_gradient_is_torchs(self, plan: Plan) -> None:
+        """Of one unit, in a tile of sixteen: infinite at every step before, and no NaN."""
+        ours, theirs = rnn.RNN(I, 1, plan=plan), nn.RNN(I, 1)
+        theirs.load_state_dict(ours.state_dict())
+        x, found = torch.randn(T, B, I, requires_grad=True), []
+        for layer in (ours, theirs):
+            found.append(torch.autograd.grad(layer(x)[0][-1], x, torch.full((B, 1), float("inf")))[0])
+        assert found[1].isinf().all()
+        assert torch.equal(*found)
+
+    @PLANS
     def test_no_steps(self, plan: Plan) -> None:
         """A sequence of no steps has its initial state as its last, and passes on the gradient of that alone."""
         given = data("lstm", dtype=torch.float32)
@@ -168,6 +192,21 @@ class TestGradients:
 
         assert torch.autograd.gradcheck(run, w)
         assert torch.autograd.gradgradcheck(run, w)
+
+    @PLANS
+    def test_memory_of_any_layout(self, plan: Plan) -> None:
+        """Views with strides of their own, of every tensor: what the same numbers give in a row."""
+        given = data("gru", dtype=torch.float32)
+        lengths, resets = torch.tensor([[2, 9], [5, 9], [0, 9], [3, 9]])[:, 0], torch.rand(B, T).T < 0.4
+        strided = [torch.stack((t.detach(), t.detach()), -1)[..., 0].requires_grad_() for t in given]
+        assert not any(t.is_contiguous() for t in (*strided, lengths, resets))
+        found = []
+        for tensors, masks in ((strided, (lengths, None, resets)),
+                               (given, (lengths.contiguous(), None, resets.contiguous()))):
+            out = outputs(*recurrence(cells.gru, *tensors, *masks, (False, True), 1, plan))
+            grads = torch.autograd.grad([o.sin().sum() for o in out], tensors)
+            found.append([*out, *grads])
+        torch.testing.assert_close(*found)
 
     @PLANS
     def test_editing_the_output(self, plan: Plan) -> None:
