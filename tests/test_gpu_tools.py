@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitize
 import torch
 from small import LAYERS, gradients, pair
 from test_gpu import DEVICE, SCOPES, in_mode, plan_for
@@ -266,3 +267,27 @@ def test_wrong_lengths() -> None:
     done = subprocess.run([sys.executable, "-c", WRONG_LENGTHS, DEVICE], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode != 0
     assert ("device-side assert" if DEVICE == "cuda" else "Expected lengths between 0") in done.stderr
+
+
+def test_sanitized_cases() -> None:
+    assert sanitize.cases(every=7) == 7
+
+
+@pytest.mark.parametrize(("output", "code", "status"), [
+    (sanitize.DONE, 0, 0), (sanitize.DONE, 1, 1), ("", 0, 1), ("Error: Device not supported", 1, 2)])
+def test_what_a_sanitizer_says(output: str, code: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a program that stands in for it: it says something, and exits with something."""
+    program = tmp_path / "compute-sanitizer"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitize, "GPU", True)
+    assert sanitize.main(["memcheck"]) == 2
+    assert "no compute-sanitizer" in capfd.readouterr().out
+    program.write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", "/bin/echo")
+    monkeypatch.setattr(sanitize, "__file__", sanitize.DONE)  # so that the cases alone are done at once
+    assert sanitize.main(["memcheck", "racecheck"]) == status
+    shown = capfd.readouterr().out
+    assert shown.count("== memcheck") == shown.count("== racecheck") == 2
+    assert sanitize.main(["hammer"]) == 2
