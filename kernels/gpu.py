@@ -230,8 +230,9 @@ def forward_kernel(table, x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, s
         if w_ih is not None and SPLIT:
             xs = _settle(_dots(wi, xs[0], none, 0, 1, G, PRECISION), bx, o_tile, G)
         new, a = CELL(xs, r, s)
-        s = _where(runs[None, :], new, s, S)
+        # Units past H stay 0: 0 times what an infinity makes of them would be NaN in every sum to come.
         written, at = m & runs[None, :], row * (N * H) + y0
+        s = _where(written, new, s, S)
         _store(y + at, 0, o_y, s, written, 1)
         if states is not None:
             _store(states + at, plane, o_y, s[1:], written, S - 1)
@@ -315,7 +316,7 @@ def backward_kernel(table, w_hh, state, y, states, saved, dy, dstates, ds, dx, d
             a = _load(saved + at, plane, o_y, m_run, None, A)
         gx, gr, passed = CELL(a, s_prev, s_next, given)
         d = _where(runs[None, :], _where(~cut[None, :], passed, None, S), d, S)
-        gr = _where(runs[None, :], gr, None, G)
+        gr = _where(m_run, gr, None, G)
         if dx is not None:
             _store(dx + row * (N * G * H) + x0, H, o_x, gx, m_run, G)
         _store(dr + row * (N * G * H) + x0, H, o_x, gr, m_run, G)

@@ -64,7 +64,8 @@ class _Run:
 
     def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
                  reverse: Sequence[int]) -> None:
-        (x, *_, s0), (lengths, batch_sizes, resets), B = given, masks, given[5].shape[1]
+        (x, *_, s0), B = given, given[5].shape[1]
+        lengths, batch_sizes, resets = (t if t is None else t.contiguous() for t in masks)
         tf32 = x.is_cuda and getattr(torch.backends.cudnn.rnn, "fp32_precision", "") == "tf32"
         self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
         # Imported late: Triton may be missing, and takes a while.
@@ -109,6 +110,7 @@ def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
     (x, w_ih, w_hh, b_ih, b_hh, s0), run = given, _Run(cell, plan, given, masks, reverse)
     small, shape = run.numpy and run.total * w_ih.numel() <= NUMPY_PRODUCT, x.shape[:-1]
+    b_ih, b_hh = (b if b is None else b.contiguous() for b in (b_ih, b_hh))
     x, w_ih, b_ih, b_hh = _arrays(small, run.pick(x.reshape(run.total, x.shape[-1])), w_ih, b_ih, b_hh)
     if b_hh is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None

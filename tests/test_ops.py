@@ -1,20 +1,17 @@
-"""What autograd, the transforms of functions and the compiler see of the operator, and what never leaks through it."""
+"""What autograd sees of the operator, what never leaks through it, and what it refuses."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import check_recurrence, kept_bytes, step_by_step
 from conftest import GPU
+from small import NAMES, B, H, I, T, data, outputs
 from test_gpu import plan_for
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels import cells
@@ -25,19 +22,6 @@ NUMPY, TORCH, BLOCK, LAUNCH = Plan("numpy"), Plan("torch"), plan_for("fused", 6)
 PLANS = pytest.mark.parametrize("plan", [
     pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"), pytest.param(BLOCK, id="block"),
     pytest.param(LAUNCH, id="launch", marks=[] if GPU else pytest.mark.slow)])
-NAMES = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
-T, B, I, H = 5, 4, 3, 6
-
-
-def data(name: str, N: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    cell = getattr(cells, name)
-    GH = N * cell.gates * H
-    shapes = ((T, B, I), (GH, I), (GH, H), (GH,), (GH,), (N * cell.states, B, H))
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def outputs(*found: Any) -> tuple[Tensor, ...]:
-    return tuple(t for t in found if t is not None)
 
 
 class TestMasks:
@@ -105,6 +89,30 @@ class TestMasks:
         grads = [torch.autograd.grad(layer(x)[0].sqrt().sum(), list(layer.parameters())) for layer in (ours, theirs)]
         assert all(g.isfinite().all() for g in grads[1])
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+    @PLANS
+    @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+    def test_infinite_input_is_torchs(self, nonlinearity: str, plan: Plan) -> None:
+        """tanh makes 1 of it, and all is finite again: also in a tile that is larger than H."""
+        ours, theirs = (library.RNN(I, H, nonlinearity=nonlinearity, bidirectional=True, **options)
+                        for library, options in ((rnn, {"plan": plan}), (nn, {})))
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(T, B, I)
+        x[2, 1, 0] = float("inf")
+        y, want = ours(x)[0], theirs(x)[0]
+        assert want.isfinite().all() == (nonlinearity == "tanh")
+        torch.testing.assert_close(y, want, equal_nan=True)
+
+    @PLANS
+    def test_infinite_gradient_is_torchs(self, plan: Plan) -> None:
+        """Of one unit, in a tile of sixteen: infinite at every step before, and no NaN."""
+        ours, theirs = rnn.RNN(I, 1, plan=plan), nn.RNN(I, 1)
+        theirs.load_state_dict(ours.state_dict())
+        x, found = torch.randn(T, B, I, requires_grad=True), []
+        for layer in (ours, theirs):
+            found.append(torch.autograd.grad(layer(x)[0][-1], x, torch.full((B, 1), float("inf")))[0])
+        assert found[1].isinf().all()
+        assert torch.equal(*found)
 
     @PLANS
     def test_no_steps(self, plan: Plan) -> None:
@@ -186,6 +194,21 @@ class TestGradients:
         assert torch.autograd.gradgradcheck(run, w)
 
     @PLANS
+    def test_memory_of_any_layout(self, plan: Plan) -> None:
+        """Views with strides of their own, of every tensor: what the same numbers give in a row."""
+        given = data("gru", dtype=torch.float32)
+        lengths, resets = torch.tensor([[2, 9], [5, 9], [0, 9], [3, 9]])[:, 0], torch.rand(B, T).T < 0.4
+        strided = [torch.stack((t.detach(), t.detach()), -1)[..., 0].requires_grad_() for t in given]
+        assert not any(t.is_contiguous() for t in (*strided, lengths, resets))
+        found = []
+        for tensors, masks in ((strided, (lengths, None, resets)),
+                               (given, (lengths.contiguous(), None, resets.contiguous()))):
+            out = outputs(*recurrence(cells.gru, *tensors, *masks, (False, True), 1, plan))
+            grads = torch.autograd.grad([o.sin().sum() for o in out], tensors)
+            found.append([*out, *grads])
+        torch.testing.assert_close(*found)
+
+    @PLANS
     def test_editing_the_output(self, plan: Plan) -> None:
         """Right, or torch's own error."""
         given = data("rnn_tanh", dtype=torch.float32)
@@ -214,174 +237,6 @@ class TestGradients:
         with torch.no_grad():
             assert layer(torch.randn(T, B, I))[0].grad_fn is None
         assert rnn.RNN(I, H).requires_grad_(False)(torch.randn(T, B, I))[0].grad_fn is None
-
-
-class Recorded(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class TestTransforms:
-    def test_forward_mode_where_operators_are_recorded(self) -> None:
-        """A tangent is never silently 0."""
-        layer, x, v = rnn.RNN(I, H), torch.randn(T, B, I), torch.randn(T, B, I)
-
-        def tangent(x: Tensor, v: Tensor) -> Tensor:
-            return torch.func.jvp(lambda x: layer(x)[0], (x,), (v,))[1]
-
-        want = tangent(x, v)
-        assert want.any()
-        torch.testing.assert_close(torch.compile(tangent, fullgraph=True, backend="aot_eager")(x, v), want)
-        with FlopCounterMode(display=False):
-            torch.testing.assert_close(tangent(x, v), want)
-
-    def test_gradients_in_a_compiled_function(self) -> None:
-        layer, x = rnn.RNN(I, H), torch.randn(T, B, I)
-        grad = torch.func.grad(lambda x: layer(x)[0].sin().sum())
-        torch.testing.assert_close(torch.compile(grad, backend="aot_eager")(x), grad(x))
-
-    def test_tangent_of_a_gradient(self) -> None:
-        ours, theirs = rnn.RNN(I, H).double(), nn.RNN(I, H).double()
-        theirs.load_state_dict(ours.state_dict())
-        x, found = torch.randn(T, B, I, dtype=torch.float64), []
-        primal, direction = torch.randn(2, T, B, H, dtype=torch.float64)
-        for layer in (ours, theirs):
-            y = layer(x)[0]
-            with forward_ad.dual_level():
-                grads = torch.autograd.grad(y, list(layer.parameters()), forward_ad.make_dual(primal, direction))
-                found.append([forward_ad.unpack_dual(g).tangent for g in grads])
-        torch.testing.assert_close(*found)
-
-    def test_second_derivatives_under_a_mode(self) -> None:
-        layer, x = rnn.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
-        want = torch.autograd.grad(torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)[0].sum(), x)
-        with Recorded():
-            got = torch.autograd.grad(torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)[0].sum(), x)
-        torch.testing.assert_close(got, want)
-
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_checkpoint(self, reentrant: bool) -> None:
-        layer, x = rnn.RNN(I, H, 2), torch.randn(T, B, I, requires_grad=True)
-        found = [torch.autograd.grad(run(x)[0].sin().sum(), x) for run in (
-            layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))]
-        torch.testing.assert_close(*found)
-        if reentrant:
-            y, _ = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
-            y.sin().sum().backward()
-            torch.testing.assert_close(x.grad, found[0][0])
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_forward_mode(self, name: str) -> None:
-        given = [t.detach() for t in data(name)]
-        tangents = [torch.randn_like(t) for t in given]
-        run: Callable[..., Any] = lambda *given: outputs(*recurrence(  # noqa: E731
-            getattr(cells, name), *given, reverse=(False, True)))
-        want = torch.func.jvp(lambda *given: step_by_step(name, list(given), (None, None), (False, True))[0],
-                              tuple(given), tuple(tangents))[1]
-        torch.testing.assert_close(torch.func.jvp(run, tuple(given), tuple(tangents))[1][0], want)
-        with forward_ad.dual_level():
-            y = run(*map(forward_ad.make_dual, given, tangents))[0]
-            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, want)
-
-    def test_vmap(self) -> None:
-        layer, x = rnn.RNN(I, H, 2, bidirectional=True), torch.randn(7, T, B, I)
-        want = [layer(one) for one in x]
-        torch.testing.assert_close(torch.vmap(layer, randomness="error")(x), tuple(map(torch.stack, zip(*want))))
-
-    def test_gradient_of_each_sample(self) -> None:
-        layer, x = rnn.RNN(I, H), torch.randn(7, T, I)
-        weights = {name: t.detach() for name, t in layer.named_parameters()}
-        loss = lambda weights, x: torch.func.functional_call(layer, weights, (x,))[0].sin().sum()  # noqa: E731
-        found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
-        for k, one in enumerate(x):
-            want = torch.autograd.grad(layer(one)[0].sin().sum(), list(layer.parameters()))
-            torch.testing.assert_close([found[name][k] for name in weights], list(want))
-
-    def test_hessian_vector_product(self) -> None:
-        ours, theirs = rnn.RNN(I, H).double(), nn.RNN(I, H).double()
-        theirs.load_state_dict(ours.state_dict())
-        x, v, found = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64), []
-        for layer in (ours, theirs):
-            grad = torch.func.grad(lambda x, layer=layer: layer(x)[0].pow(3).sum())
-            found.append(torch.func.vjp(grad, x)[1](v)[0])
-        torch.testing.assert_close(*found)
-
-
-class TestCompiler:
-    @pytest.fixture(autouse=True)
-    def fresh(self) -> None:
-        torch.compiler.reset()
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_operators(self, name: str) -> None:
-        given, masks = data(name), (torch.tensor([5, 0, 3, 1]), None, torch.rand(T, B) < 0.3)
-        cell = getattr(cells, name)
-        torch.library.opcheck(torch.ops.fused_rnn.forward, (name, "", [False, True], 2, *given, *masks))
-        y, states, last, saved = torch.ops.fused_rnn.forward(name, "", [False, True], 2, *given, *masks)
-        d = [torch.randn_like(t) if t.numel() else None for t in (y, states, last)]
-        kept = [t.detach() if t.numel() else None for t in (y, states, saved)]
-        assert (kept[1] is not None, kept[2] is not None) == (cell.states > 1, cell.saved > 0)
-        plain = [t.detach() for t in given]
-        arguments = (name, "", [False, True], [True] * 6, *plain, *masks, *kept, *d)
-        torch.library.opcheck(torch.ops.fused_rnn.backward, arguments)
-
-    @pytest.mark.parametrize("dynamic", [False, True])
-    @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
-    def test_compile(self, form: str, dynamic: bool) -> None:
-        layer = rnn.RNN(I, H, 2, bidirectional=True, batch_first=True)
-        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        for steps in (6, 9):
-            x, lengths, found = torch.randn(B, steps, I), torch.tensor([5, 1, 3, 2]), []
-            for module in (layer, compiled):
-                leaf = x.clone().requires_grad_()
-                packed = pack_padded_sequence(leaf, lengths, True, enforce_sorted=False) if form == "packed" else None
-                kwargs = {"lengths": lengths} if form == "lengths" else {}
-                with torch._dynamo.config.patch(error_on_recompile=dynamic and steps == 9):
-                    out, h = module(leaf if packed is None else packed, **kwargs)
-                if packed is not None:
-                    assert isinstance(out, PackedSequence)
-                    out = out.data
-                found.append([out, h, *torch.autograd.grad((out * out).sum() + h.sum(), [leaf, *layer.parameters()])])
-            torch.testing.assert_close(*found)
-
-    def test_compile_in_inference(self) -> None:
-        layer = rnn.RNN(I, H)
-        with torch.no_grad():
-            x = torch.randn(T, B, I)
-            torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
-
-    def test_compile_a_cell(self) -> None:
-        cell, x, h = rnn.RNNCell(I, H), torch.randn(B, I), torch.randn(B, H)
-        torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x, h), cell(x, h))
-
-    def test_export(self) -> None:
-        layer = rnn.RNN(I, H, 2, bidirectional=True)
-        steps = torch.export.Dim("steps", min=2, max=1000)
-        exported = torch.export.export(layer, (torch.randn(T, B, I),), dynamic_shapes=({0: steps},))
-        for length in (T, 11):
-            x = torch.randn(length, B, I)
-            torch.testing.assert_close(exported.module()(x), layer(x))
-
-    def test_fake_tensors(self) -> None:
-        from torch._subclasses import FakeTensorMode
-
-        with FakeTensorMode():
-            y, h = rnn.RNN(I, H, 2, bidirectional=True)(torch.randn(T, B, I))
-            assert (y.shape, h.shape) == ((T, B, 2 * H), (4, B, H))
-        meta = rnn.RNN(I, H, device="meta")
-        y, h = meta(torch.randn(T, B, I, device="meta"))
-        assert (y.device.type, y.shape, h.shape) == ("meta", (T, B, H), (1, B, H))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_autocast(self, dtype: torch.dtype) -> None:
-        layer, x = rnn.RNN(I, H, 2), torch.randn(T, B, I, requires_grad=True)
-        want = layer(x)
-        with torch.autocast("cpu", dtype):
-            y, h = layer(x)
-        assert y.dtype == dtype
-        torch.testing.assert_close((y.float(), h.float()), want, rtol=2e-2, atol=2e-2)
-        grads = [torch.autograd.grad(out.float().sin().sum(), [x, *layer.parameters()]) for out in (y, want[0])]
-        torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-2)
 
 
 def test_no_kernel_of_torch_runs() -> None:

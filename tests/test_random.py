@@ -1,12 +1,11 @@
 """Random layers and operators: outputs and all gradients, as exact as torch's own."""
 
-from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import FORMS, Case, check, check_recurrence
+from cases import FORMS, Case, check, check_recurrence, thrice
 from hypothesis import HealthCheck, Phase, given, settings
 from test_cpu import PLANS
 
@@ -35,17 +34,6 @@ def layers(draw: Any) -> Case:
         mode=mode,
         proj=draw(st.integers(0, H - 1)) if mode == "LSTM" else 0,
     )
-
-
-def thrice(compare: Callable[[int], None]) -> None:
-    """What is wrong is so for any data. Torch's error in a few numbers can be small by luck: but not three times."""
-    for seed in range(3):
-        torch.manual_seed(seed)
-        try:
-            return compare(seed)
-        except AssertionError:
-            if seed == 2:
-                raise
 
 
 def test_layers(request: pytest.FixtureRequest) -> None:

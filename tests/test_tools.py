@@ -1,224 +1,17 @@
-"""PyTorch's toolbox on all three layers: transforms, compilers, parametrizations, processes."""
+"""PyTorch's toolbox on all three layers: training, parametrizations, processes; and what torch.nn's layers lack."""
 
-import copy
 import io
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import kept_bytes
-from torch import Tensor, nn
+from small import LAYERS, B, H, I, T, gradients, pair, randn
+from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import rnn
-
-T, B, I, H = 5, 4, 3, 6
-LAYERS = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-
-
-def pair(name: str, *sizes: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
-    """Torch's layer and ours, with the same parameters."""
-    theirs = getattr(nn, name)(*(sizes or (I, H)), **options).to(dtype)
-    ours = getattr(rnn, name)(*(sizes or (I, H)), **options).to(dtype)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-def gradients(layer: Any, x: Tensor) -> list[Tensor]:
-    y, h = layer(x)
-    loss = y.sin().sum() + sum(s.pow(2).sum() for s in (h if isinstance(h, tuple) else [h]))
-    return [y, *torch.autograd.grad(loss, [x, *layer.parameters()])]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, requires_grad=True)
-
-
-class TestTransforms:
-    @LAYERS
-    def test_gradient_of_each_sample(self, name: str) -> None:
-        theirs, ours = pair(name, bidirectional=True, num_layers=2)
-        x, weights = randn(7, T, I).detach(), dict(ours.named_parameters())
-
-        def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-            return torch.func.functional_call(ours, weights, (x,))[0].sin().sum()
-
-        found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
-        for k, one in enumerate(x):
-            want = torch.autograd.grad(theirs(one)[0].sin().sum(), list(theirs.parameters()))
-            torch.testing.assert_close([found[n][k] for n in weights], list(want))
-
-    @LAYERS
-    def test_ensemble(self, name: str) -> None:
-        models: list[Any] = [pair(name)[1] for _ in range(4)]
-        weights, buffers = torch.func.stack_module_state(models)
-        base, x = copy.deepcopy(models[0]).to("meta"), randn(T, B, I)
-
-        def run(weights: Any, buffers: Any) -> Tensor:
-            return torch.func.functional_call(base, (weights, buffers), (x,))[0]
-
-        y = torch.vmap(run)(weights, buffers)
-        torch.testing.assert_close(y, torch.stack([model(x)[0] for model in models]))
-        grads = torch.autograd.grad(y.sin().sum(), list(weights.values()))
-        for k, model in enumerate(models):
-            want = torch.autograd.grad(model(x)[0].sin().sum(), list(model.parameters()))
-            torch.testing.assert_close([g[k] for g in grads], list(want))
-
-    def test_ensemble_is_quick(self) -> None:
-        """Training eight small layers by vmap takes no more than twice the time of one in a loop over torch's cell."""
-        models: list[Any] = [pair("GRU", 16, 16, dtype=torch.float32)[1] for _ in range(8)]
-        weights, buffers = torch.func.stack_module_state(models)
-        base, cell, x = models[0], nn.GRUCell(16, 16), torch.randn(64, 4, 16)
-        times: dict[Any, list[float]] = {}
-
-        def ensemble() -> Tensor:
-            return torch.vmap(lambda w, b: torch.func.functional_call(base, (w, b), (x,))[0])(weights, buffers)
-
-        def loop() -> Tensor:
-            states = [cell(x[0])]
-            for x_t in x[1:]:
-                states.append(cell(x_t, states[-1]))
-            return torch.stack(states)
-
-        for _ in range(15):
-            for function in (ensemble, loop):
-                start = time.perf_counter()
-                function().sum().backward()
-                times.setdefault(function, []).append(time.perf_counter() - start)
-        assert statistics.median(times[ensemble]) < 2 * statistics.median(times[loop])
-
-    @LAYERS
-    def test_forward_mode(self, name: str) -> None:
-        theirs, ours = pair(name, bidirectional=True)
-        x, v = randn(T, B, I).detach(), randn(T, B, I).detach()
-        # torch.nn has no formula for this in every layer: its gradient, twice, has the same product.
-        u = torch.zeros(T, B, 2 * H, dtype=torch.float64, requires_grad=True)
-        leaf = x.clone().requires_grad_()
-        (g,) = torch.autograd.grad(theirs(leaf)[0], leaf, u, create_graph=True)
-        (want,) = torch.autograd.grad(g, u, v)
-        torch.testing.assert_close(torch.func.jvp(lambda x: ours(x)[0], (x,), (v,))[1], want)
-
-    @LAYERS
-    def test_derivatives_with_lengths_and_of_packed_sequences(self, name: str) -> None:
-        layer, x, lengths = pair(name)[1], randn(7, T, B, I).detach(), torch.tensor([5, 3, 2, 1])
-
-        def masked(x: Tensor, lengths: Tensor) -> Tensor:
-            return layer(x, lengths=lengths)[0].sin().sum()
-
-        found = torch.vmap(torch.func.grad(masked))(x, lengths.expand(7, B))
-        torch.testing.assert_close(found, torch.stack([torch.func.grad(masked)(one, lengths) for one in x]))
-        packed = nn.utils.rnn.pack_padded_sequence(x[0], lengths)
-
-        def unpadded(data: Tensor) -> Tensor:
-            return layer(nn.utils.rnn.PackedSequence(data, packed.batch_sizes))[0].data.sin().sum()
-
-        leaf = packed.data.clone().requires_grad_()
-        (want,) = torch.autograd.grad(unpadded(leaf), leaf)
-        torch.testing.assert_close(torch.func.grad(unpadded)(packed.data), want)
-        torch.testing.assert_close(torch.vmap(torch.func.grad(unpadded))(packed.data.expand(2, -1, -1))[1], want)
-        torch.testing.assert_close(torch.vmap(unpadded)(packed.data.expand(2, -1, -1))[1], unpadded(packed.data))
-        slope = torch.func.jvp(unpadded, (packed.data,), (packed.data,))[1]
-        torch.testing.assert_close(slope, (want * packed.data).sum())
-
-    def test_bad_input_under_vmap(self) -> None:
-        layer, x = pair("GRU")[1], randn(7, T, B, I).detach()
-        for lengths, text in (([9, 1, 1, 1], "lengths between 0"), ([-1, 1, 1, 1], "lengths between 0"),
-                              ([2], "lengths of shape")):
-            with pytest.raises(RuntimeError, match=text):
-                torch.vmap(lambda x, n=lengths: layer(x, lengths=torch.tensor(n))[0])(x)
-        with pytest.raises(RuntimeError, match="larger than 0"):
-            torch.vmap(lambda x: layer(x[:0])[0])(x)
-
-    @LAYERS
-    def test_autocast(self, name: str) -> None:
-        layer, x = pair(name, dtype=torch.float32)[1], torch.randn(7, T, B, I)
-        with torch.autocast("cpu", torch.bfloat16):
-            got, want = torch.vmap(layer)(x), layer(x[0])
-        torch.testing.assert_close(torch.utils._pytree.tree_map(lambda t: t[0], got), want, rtol=0.05, atol=0.05)
-
-    @LAYERS
-    def test_many_gradients_at_once(self, name: str) -> None:
-        theirs, ours = pair(name)
-        x, v = randn(T, B, I), torch.randn(3, T, B, H, dtype=torch.float64)
-        found = [torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], v, is_grads_batched=True)
-                 for layer in (ours, theirs)]
-        torch.testing.assert_close(*found)
-        hessian = [torch.autograd.functional.hessian(lambda x, f=f: f(x)[0].pow(3).sum(), x[:2, :1], vectorize=True)
-                   for f in (ours, theirs)]
-        torch.testing.assert_close(*hessian)
-
-
-class TestCompilers:
-    @pytest.fixture(autouse=True)
-    def fresh(self) -> None:
-        torch.compiler.reset()
-
-    @LAYERS
-    @pytest.mark.parametrize("dynamic", [False, True])
-    def test_inside_a_model(self, name: str, dynamic: bool) -> None:
-        layer = pair(name, I, H, 2, dropout=0.5, bidirectional=True, batch_first=True)[1]
-        model = nn.ModuleDict({"a": nn.Linear(2, I).double(), "rnn": layer, "b": nn.Linear(2 * H, 2).double()})
-
-        def run(x: Tensor) -> Tensor:
-            return model["b"](model["rnn"](model["a"](x).tanh())[0]).sum(-1)
-
-        compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        for sizes in ((4, 6), (3, 9)):
-            x, found = torch.randn(*sizes, 2, dtype=torch.float64), []
-            for function in (run, compiled):
-                torch.manual_seed(1)
-                with torch._dynamo.config.patch(error_on_recompile=dynamic and sizes[1] == 9):
-                    y = function(x)
-                found.append([y, *torch.autograd.grad(y.sin().sum(), list(model.parameters()))])
-            torch.testing.assert_close(*found)
-        assert not torch.equal(compiled(x), compiled(x)), "dropout is active"
-
-    @LAYERS
-    def test_export(self, name: str, tmp_path: Path) -> None:
-        layer = pair(name, I, H, 2, bidirectional=True)[1]
-        dims = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
-        path = tmp_path / "layer.pt2"
-        torch.export.save(torch.export.export(layer, (randn(T, B, I),), dynamic_shapes=(dims,)), path)
-        loaded = torch.export.load(path).module()
-        for sizes in ((T, B), (11, 2)):
-            x = randn(*sizes, I)
-            torch.testing.assert_close(loaded(x), layer(x))
-
-    @pytest.mark.parametrize("how", ["export", "trace"])
-    def test_projections_with_initial_states(self, how: str) -> None:
-        class Model(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer = rnn.LSTM(I, H, proj_size=2, bidirectional=True)
-
-            def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
-                return self.layer(x, (h, c))
-
-        def given(T: int, B: int) -> tuple[Tensor, ...]:
-            return torch.randn(T, B, I), torch.randn(2, B, 2), torch.randn(2, B, H)
-
-        model, dims = Model(), {"T": torch.export.Dim("T", min=2), "B": torch.export.Dim("B", min=2)}
-        if how == "trace":
-            other: Any = torch.jit.trace(model, given(T, B))
-        else:
-            shapes = {0: dims["T"], 1: dims["B"]}, {1: dims["B"]}, {1: dims["B"]}
-            other = torch.export.export(model, given(T, B), dynamic_shapes=shapes).module()
-        arguments = given(9, 2)
-        torch.testing.assert_close(other(*arguments), model(*arguments))
-
-    @LAYERS
-    def test_trace(self, name: str) -> None:
-        layer = pair(name, I, H, 2, bidirectional=True)[1]
-        traced = torch.jit.trace(layer, (randn(T, B, I),))
-        for sizes in ((T, B), (11, 2)):
-            x = randn(*sizes, I)
-            torch.testing.assert_close(traced(x), layer(x))
-            grads = [torch.autograd.grad(run(x)[0].sin().sum(), x) for run in (traced, layer)]
-            torch.testing.assert_close(*grads)
 
 
 class TestTraining:
@@ -357,15 +150,6 @@ def test_processes_share_parameters(method: str) -> None:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert not any(torch.equal(a, b) for a, b in zip(before, layer.parameters()))
-
-
-@pytest.mark.gpu
-@LAYERS
-def test_cuda_graph(name: str) -> None:
-    layer, x = getattr(rnn, name)(I, H, device="cuda"), torch.randn(T, B, I, device="cuda")
-    graphed = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
-    new = torch.randn(T, B, I, device="cuda", requires_grad=True)
-    torch.testing.assert_close(graphed(new), layer(new))
 
 
 class TestSequences:
