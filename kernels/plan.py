@@ -17,7 +17,7 @@ from .cells import Cell
 # gates of 64 < H < 128, not a multiple of 16, spill a few words, which costs less than a launch for each step.)
 BLOCK_UNITS = {1: {2: 256, 4: 128, 8: 128}, 2: {2: 128, 4: 64, 8: 64}, 3: {2: 128, 4: 64, 8: 32},
                4: {2: 128, 4: 64, 8: 32}}
-FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh
+FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it does
 GRID_ROW_BYTES = 768  # of a row of W_hh, all gates: what a program of the grid holds without spilling
 # Microseconds of a step but for its arithmetic, predicted: what blocks tell each other takes that long.
 STEP_MICROSECONDS = dict(block=0.15, cluster=0.45, grid=0.9, launch=3.0)
@@ -145,7 +145,8 @@ def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu
         if best and _predicted(cell, best, min(size, 4), sizes, gpu) < streamed:
             return best
     shared, shared_fused = (G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT))
-    fused = I <= FUSED_INPUT and (G == 1 or size < 8) and shared_fused <= gpu.shared_memory
+    beside = size == 2 or G == 1 or (size == 4 and G * units < 256)
+    fused = I <= FUSED_INPUT and beside and shared_fused <= gpu.shared_memory
     if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory:
         return Plan("triton", "block", units, 8, units, min(8, units // (16 if G == 1 else 8)), fused, precision)
     blocks = -(-H // 64)

@@ -73,9 +73,11 @@ def check(row: Row, used: dict[str, Any], capability: int) -> str:
     # every step. Addresses take twice as many registers where nothing is aligned.
     if used["stack"] > (256 if H % 16 else 32):
         return f"spills {used['stack']} bytes"
-    if scope != "launch" and used["local"] > (16 if G == 4 and units == 128 and H % 16 else 0):
+    if scope != "launch" and used["local"] > (32 if G == 4 and units == 128 and H % 16 else 0):
         return f"spills in the time loop: {used['local']} words"
-    if scope == "block" and not options and not H % 16 and used["barriers"] > 2 * (G + 2 + fused):
+    # Each product and each operand changes its layout, which takes two barriers: what is loaded does not.
+    moved = G + 2 + forward * fused * (G + 1 if getattr(cells, name).split else 1)
+    if scope == "block" and set(options) <= {"tf32"} and not H % 16 and size < 8 and used["barriers"] > 2 * moved:
         return f"waits {used['barriers']} times in a step"
     if used["shared"] > SHARED_MEMORY[capability]:
         return f"wants {used['shared']} bytes of shared memory"
