@@ -2,7 +2,9 @@
 the formula, in differentiable torch operations: slow, and right wherever torch is.
 Shapes are those of `ops.recurrence`; `given` is its x to s0, `masks` its lengths, batch_sizes and resets."""
 
+import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,24 +15,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import cpu
 from .kernels.cells import Cell
-from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
+from .kernels.plan import Gpu, Plan, Rows, make_plan
 
-TRITON = find_spec("triton") is not None  # asked once: it searches the disk
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether some plan runs here; the formula does everywhere."""
-    if device.type == "cpu":
-        return dtype in (torch.float64, torch.float32)
-    return (device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-            and dtype in (torch.float32, torch.float16, torch.bfloat16) and TRITON)
+# Of a plan's backend: the module with its `forward` and `backward`, imported late: Triton takes a while.
+_MODULES = {"numpy": "cpu", "torch": "cpu", "cupy": "cpu", "triton": "gpu"}
+_FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
+_ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
+_SWITCH = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_HERE = nullcontext()
 
 
-@lru_cache
+def _usable(library: str) -> bool:
+    """Whether it can be imported. One that is there, and cannot, is reported once."""
+    if _FOUND[library] and not torch.compiler.is_compiling():
+        try:
+            import_module(library)
+        except Exception as error:
+            _FOUND[library] = False
+            warnings.warn(f"rnn does without {library}, which is installed and fails: {error!r}", stacklevel=2)
+    return _FOUND[library]
+
+
+def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+    serves, missing = "host", ""
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "", dtype, "kernels need a GPU of compute capability 8.0, this one has {}.{}".format(*capability)
+        serves, missing = "triton", ""
+        if not _usable("triton"):
+            serves, missing = "cupy", "Triton is missing"
+            if not _usable("cupy"):
+                return "", dtype, "neither Triton nor CuPy can be imported"
+    elif device.type != "cpu":
+        return "", dtype, f"there is no kernel for {device.type} devices"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if serves != "triton" and half:
+        return serves, torch.float32, missing  # NumPy and CuPy have no bfloat16
+    if dtype == torch.float32 or half or (serves != "triton" and dtype == torch.float64):
+        return serves, dtype, missing
+    return "", dtype, f"there is no kernel for {dtype} on {device.type}"
+
+
+_served_once = lru_cache(_served)
+
+
+def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+    """By what layers are computed there, "host", "triton", "cupy", or "" where only the formula is right; the dtype it
+    is done in; and a reason."""
+    return (_served if torch.compiler.is_compiling() else _served_once)(device, dtype)
+
+
+@lru_cache(4096)
 def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, tf32: bool) -> Plan:
     gpu = None
+    if served(device, dtype)[0] == "cupy":
+        return Plan("cupy")
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
@@ -38,133 +79,173 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
     return make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
 
 
+def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int]) -> Plan:
+    """The plan of a call, where it is served. float32 follows torch's own switch, as it is now."""
+    tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
+    return _plan(cell, (s0.shape[1], x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
+
+
 class _Borrowed:
-    """A tensor for NumPy to read. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+    """A tensor for an array library. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+
+    __slots__ = ("tensor",)
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.resolve_neg()
+        self.tensor = tensor.resolve_neg() if tensor.is_neg() else tensor
 
     def __dlpack__(self, **_: Any) -> Any:
         return torch._C._to_dlpack(self.tensor)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
+        return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
 
 
-def _arrays(numpy: bool, *tensors: Any) -> Sequence[Any]:
-    return [np.from_dlpack(_Borrowed(t)) if isinstance(t, Tensor) else t for t in tensors] if numpy else tensors
+def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
+    """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and torch's memory."""
+    if backend == "numpy":
+        return np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
+    if not x.is_cuda or (backend != "cupy" and x.get_device() == torch.cuda.current_device()):
+        return _HERE
+    place, index = ExitStack(), x.get_device()
+    place.enter_context(torch.cuda.device(index))
+    if backend == "cupy":
+        cuda: Any = import_module("cupy.cuda")
+
+        def memory(size: int) -> Any:
+            block = torch.empty(size, dtype=torch.uint8, device=x.device)
+            return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
+
+        stream = torch.cuda.current_stream()
+        new = hasattr(cuda.Stream, "from_external")
+        place.enter_context(cuda.Stream.from_external(stream) if new else cuda.ExternalStream(stream.cuda_stream))
+        place.enter_context(cuda.using_allocator(memory))
+    return place
 
 
-def _tensors(*arrays: Any) -> list[Any]:
-    return [t if t is None or isinstance(t, Tensor) else torch.from_numpy(t) for t in arrays]
+@lru_cache
+def _module(backend: str) -> Any:
+    return import_module(f".kernels.{_MODULES[backend]}", __package__)
 
 
-class _Run:
-    """One call: plan, backend, and the rows that the kernels see. On the host, those past an end are left out."""
+class Run:
+    """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
+    end."""
 
     def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
                  reverse: Sequence[int]) -> None:
-        (x, *_, s0), (lengths, batch_sizes, resets), B = given, masks, given[5].shape[1]
-        tf32 = x.is_cuda and getattr(torch.backends.cudnn.rnn, "fp32_precision", "") == "tf32"
-        self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
-        # Imported late: Triton may be missing, and takes a while.
-        self.backend = import_module(".kernels.gpu", __package__) if self.plan.backend == "triton" else cpu
-        self.numpy, T = self.plan.backend == "numpy", x.shape[0]
-        self.total, self.index, self.order = x.shape[:-1].numel(), None, None
-        if lengths is not None and self.backend is cpu:
-            ends, self.order = lengths.cpu().sort(descending=True, stable=True)
-            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
+        x, s0, (lengths, batch_sizes, resets) = given[0], given[5], masks
+        self.cell, self.plan, self.reverse = cell, plan or choose(cell, x, s0, reverse), reverse
+        shape, B, self.index, self.order = x.shape, s0.shape[1], None, None
+        self.padded = lengths is not None and self.plan.scope != "host"
+        self.total = shape[0] * B if batch_sizes is None else shape[0]
+        if lengths is not None and not self.padded:
+            ends, order = lengths.cpu().sort(descending=True, stable=True)
+            steps = torch.arange(shape[0], device="cpu")[:, None]  # whatever the default device is
             runs = steps < ends
-            self.index = (steps * B + self.order)[runs]
+            self.index, self.order = (steps * B + order)[runs].to(x.device), order.to(x.device)
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
             resets = resets if resets is None else resets[:, self.order]
-        (resets,) = _arrays(self.numpy, resets)
         if batch_sizes is None:
-            self.rows = Rows(T, reverse, [B] * T, lengths if lengths is None else lengths.to(x.device), None, resets)
+            ends = lengths if lengths is None else lengths.to(x.device)
+            self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
         else:
             starts = batch_sizes.cumsum(0) - batch_sizes
             ends = (batch_sizes > torch.arange(B, device="cpu")[:, None]).sum(1)
             self.rows = Rows(len(batch_sizes), reverse, batch_sizes.tolist(), ends.to(x.device), starts.to(x.device),
                              resets)
 
+    def kernel(self, name: str, *given: Any, **fused: Any) -> Sequence[Any]:
+        """The backend's `forward` or `backward`, of and to tensors."""
+        backend, rows = self.plan.backend, self.rows
+        function = getattr(_module(backend), name)
+        with _place(backend, given[0]):
+            if backend not in _ARRAYS:
+                return function(self.cell, self.plan, rows, *given, **fused)
+            take, back = import_module(backend).from_dlpack, _ARRAYS[backend]
+            resets, *arrays = (take(_Borrowed(t)) if isinstance(t, Tensor) else t for t in (rows.resets, *given))
+            found = function(self.cell, self.plan, rows._replace(resets=resets), *arrays)
+            return [t if t is None else back(t) for t in found]
+
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
         return t if t is None or self.index is None else t.index_select(-2, self.index)
 
+    def rows_of(self, t: Tensor, width: int) -> Tensor:
+        """[T, B, width] or [R, width] to the rows that the kernels see, [R, width]."""
+        t = t.reshape(self.total, width).contiguous()
+        return t if self.index is None else t.index_select(0, self.index)
+
     def spread(self, t: Any) -> Any:
         """The inverse, with 0 in the rows left out."""
-        out = None if t is None or self.index is None else t.new_zeros(*t.shape[:-2], self.total, t.shape[-1])
-        return t if out is None else out.index_copy_(-2, self.index, t)
+        if t is None or self.index is None:
+            return t
+        return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
 
     def sort(self, t: Any, back: bool = False) -> Any:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
-        order = self.order.argsort() if back and self.order is not None else self.order
-        return t if t is None else t.contiguous() if order is None else t[:, order]
+        if t is None or self.order is None:
+            return t if t is None else t.contiguous()
+        return t[:, self.order.argsort() if back else self.order]
 
 
-@np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
-def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-            reverse: Sequence[int], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
-    (x, w_ih, w_hh, b_ih, b_hh, s0), run = given, _Run(cell, plan, given, masks, reverse)
-    small, shape = run.numpy and run.total * w_ih.numel() <= NUMPY_PRODUCT, x.shape[:-1]
-    x, w_ih, b_ih, b_hh = _arrays(small, run.pick(x.reshape(run.total, x.shape[-1])), w_ih, b_ih, b_hh)
-    if b_hh is not None and not cell.split:
+    x, w_ih, w_hh, b_ih, b_hh, s0 = given
+    (*leading, width), fused = x.shape, {}
+    x = run.rows_of(x, width)
+    if b_hh is not None and not run.cell.split:
         b_ih, b_hh = b_ih + b_hh, None
-    fused: dict[str, Any] = {}
     if run.plan.fused:
-        x, fused = x.contiguous(), dict(w_ih=w_ih.contiguous(), b_ih=b_ih)
-    elif small:
-        x = x @ w_ih.T if b_ih is None else x @ w_ih.T + b_ih
+        fused = dict(w_ih=w_ih.contiguous(), b_ih=b_ih)
     else:
         x = F.linear(x, w_ih, b_ih)
-    x = x.numpy() if run.numpy and not small else x  # our own by now, to be overwritten
-    arrays = _arrays(run.numpy, w_hh.contiguous(), b_hh, run.sort(s0))
-    y, states, last, saved = _tensors(*run.backend.forward(cell, run.plan, run.rows, x, *arrays, keep, **fused))
-    y = run.spread(y).resize_(*shape, y.shape[-1])  # in place, so that it is no view
-    return y, run.spread(states), run.sort(last, back=True), run.spread(saved)
+    x = x.numpy() if run.plan.backend == "numpy" else x  # our own by now, to be overwritten
+    y, states, last, saved = run.kernel("forward", x, w_hh.contiguous(), b_hh, run.sort(s0), keep, **fused)
+    if run.index is not None:
+        y, states, last, saved = run.spread(y), run.spread(states), run.sort(last, back=True), run.spread(saved)
+    return y.resize_(*leading, y.shape[-1]), states, last, saved  # in place, so that it is no view
 
 
-@np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
-def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-             reverse: Sequence[int], kept: Sequence[Any], d: Sequence[Tensor | None],
+def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
-    if cell.saved and kept[2] is None:
-        kept = *kept[:2], forward(cell, plan, given, masks, reverse, 2)[3]
-    (x, w_ih, w_hh, _, _, s0), run = given, _Run(cell, plan, given, masks, reverse)
-    small, shape = run.numpy and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT, x.shape
-    x, y, dy = (run.pick(t.reshape(run.total, t.shape[-1]).contiguous())
-                for t in (x, kept[0], torch.zeros_like(kept[0]) if d[0] is None else d[0]))
-    s0, dlast, dstates = run.sort(s0), run.sort(d[2]), None if d[1] is None else run.pick(d[1].contiguous())
-    arrays = _arrays(run.numpy, w_hh.contiguous(), s0, y, run.pick(kept[1]), run.pick(kept[2]), dy, dstates, dlast)
-    dx, dr, ds, came = run.backend.backward(cell, run.plan, run.rows, *arrays)
-    # From here on either NumPy's arrays or torch's tensors: the same words serve.
-    x, w_ih = _arrays(small, x, w_ih)
-    dx, dr, came, s0, y = (dx, dr, came, *arrays[1:3]) if small else _tensors(dx, dr, came, s0, y)
-    if masks[0] is not None and run.index is None:  # 0 times a NaN in the padding is NaN
+    (x, w_ih, w_hh, _, _, s0), (y, states, saved), cell, N = given, kept, run.cell, len(run.reverse)
+    if cell.saved and saved is None:
+        saved = forward(run, given, 2)[3]
+    shape, (NGH, H) = x.shape, w_hh.shape
+    x, y, s0, GH = run.rows_of(x, shape[-1]), run.rows_of(y, N * H), run.sort(s0), NGH // N
+    dy = torch.zeros_like(y) if d[0] is None else run.rows_of(d[0], N * H)
+    dstates = None if d[1] is None else run.pick(d[1].contiguous())
+    dx, dr, ds, came = run.kernel("backward", w_hh.contiguous(), s0, y, run.pick(states), run.pick(saved), dy, dstates,
+                                  run.sort(d[2]))
+    if run.padded:  # 0 times a NaN in the padding is NaN
         x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
-    (GH, H), N, h = (len(w_hh) // len(reverse), w_hh.shape[1]), len(reverse), y if came is None else came
+    grads: list[Any] = [None] * 6
+    if needs[0]:
+        grads[0] = run.spread(dx.mm(w_ih)).view(shape)
+    if needs[1]:
+        grads[1] = dx.t().mm(x)
+    if needs[2]:
+        h, parts = y if came is None else came, [(dr, y if came is None else came)]
+        parts = parts if N == 1 else zip(dr.split(GH, 1), h.split(H, 1))
+        products = [_product(*part, s0.select(0, n * cell.states) if came is None else None, run.reverse[n])
+                    for n, part in enumerate(parts)]
+        grads[2] = products[0] if N == 1 else torch.cat(products)
+    if needs[3] or needs[4]:
+        grads[3] = dx.sum(0)
+        grads[4] = dr.sum(0) if cell.split else grads[3].clone()
+    grads[5] = run.sort(ds, back=True) if needs[5] else None
+    return grads
 
-    def recurrent(n: int) -> Any:
-        first = s0[n * cell.states] if came is None else None
-        return _product(dr[:, n * GH : (n + 1) * GH].T, h[:, n * H : (n + 1) * H], first, reverse[n])
 
-    db: Any = dx.sum(0) if needs[3] or needs[4] else None
-    grads = (lambda: run.spread(_tensors(dx @ w_ih)[0]).view(shape), lambda: dx.T @ x,
-             lambda: recurrent(0) if N == 1 else torch.cat(_tensors(*map(recurrent, range(N)))), lambda: db,
-             lambda: dr.sum(0) if cell.split else db + 0, lambda: run.sort(_tensors(ds)[0], back=True))
-    return _tensors(*(grad() if need else None for grad, need in zip(grads, needs)))
-
-
-def _product(d: Any, h: Any, first: Any, reverse: int) -> Any:
-    """The sum over rows of d_t h_{t-1}^T, d [K, R]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
-    if first is None or len(h) == len(first):
-        return d @ (h if first is None else first)
-    early, late = slice(-len(first)), slice(len(first), None)
+def _product(d: Tensor, h: Tensor, first: Tensor | None, reverse: int) -> Tensor:
+    """The sum over rows of d_t h_{t-1}^T, d [R, K]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
+    edge = 0 if first is None else first.shape[0]
+    if first is None or h.shape[0] == edge:
+        return d.t().mm(h if first is None else first)
     if reverse:
-        return d[:, early] @ h[late] + d[:, -len(first) :] @ first
-    return d[:, late] @ h[early] + d[:, : len(first)] @ first
+        return torch.addmm(d[-edge:].t().mm(first), d[:-edge].t(), h[edge:])
+    return torch.addmm(d[:edge].t().mm(first), d[edge:].t(), h[:-edge])
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
