@@ -5,7 +5,7 @@ Shapes are those of `ops.recurrence`; `given` is its x to s0, `masks` its length
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.cells import Cell
-from .kernels.plan import Gpu, Plan, Rows, make_plan
+from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
 # Of a plan's backend: the module with its `forward` and `backward`, imported late: Triton takes a while.
 _MODULES = {"numpy": "cpu", "torch": "cpu", "cupy": "cpu", "triton": "gpu"}
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
-_SWITCH = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
-_HERE = nullcontext()
+SMALL_COPY = 2**16  # numbers that are copied sooner than a product is made in two parts
+_SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
 
 def _usable(library: str) -> bool:
@@ -38,24 +39,20 @@ def _usable(library: str) -> bool:
 
 
 def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
-    serves, missing = "host", ""
+    serves, why, half = "host", "", dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return "", dtype, "kernels need a GPU of compute capability 8.0, this one has {}.{}".format(*capability)
-        serves, missing = "triton", ""
-        if not _usable("triton"):
-            serves, missing = "cupy", "Triton is missing"
-            if not _usable("cupy"):
-                return "", dtype, "neither Triton nor CuPy can be imported"
+        serves = "triton" if _usable("triton") else "cupy" if _usable("cupy") else ""
+        why = {"triton": "", "cupy": "Triton is missing", "": "neither Triton nor CuPy can be imported"}[serves]
     elif device.type != "cpu":
-        return "", dtype, f"there is no kernel for {device.type} devices"
-    half = dtype in (torch.float16, torch.bfloat16)
-    if serves != "triton" and half:
-        return serves, torch.float32, missing  # NumPy and CuPy have no bfloat16
-    if dtype == torch.float32 or half or (serves != "triton" and dtype == torch.float64):
-        return serves, dtype, missing
-    return "", dtype, f"there is no kernel for {dtype} on {device.type}"
+        serves, why = "", f"no kernel for {device.type}"
+    if half and serves in ("host", "cupy"):
+        return serves, torch.float32, why  # NumPy and CuPy have no bfloat16
+    if serves and not (half or dtype == torch.float32 or (dtype == torch.float64 and serves != "triton")):
+        serves, why = "", f"no kernel for {dtype} on {device.type}"
+    return serves, dtype, why
 
 
 _served_once = lru_cache(_served)
@@ -102,23 +99,20 @@ class _Borrowed:
 
 def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and torch's memory."""
-    if backend == "numpy":
-        return np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
-    if not x.is_cuda or (backend != "cupy" and x.get_device() == torch.cuda.current_device()):
-        return _HERE
-    place, index = ExitStack(), x.get_device()
+    if backend == "numpy" or not x.is_cuda:
+        return _QUIET() if backend == "numpy" else _HERE
+    index = x.get_device()
+    if backend != "cupy":
+        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+    place, cuda = ExitStack(), import_module("cupy.cuda")
+
+    def memory(size: int) -> Any:
+        block = torch.empty(size, dtype=torch.uint8, device=x.device)
+        return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
+
     place.enter_context(torch.cuda.device(index))
-    if backend == "cupy":
-        cuda: Any = import_module("cupy.cuda")
-
-        def memory(size: int) -> Any:
-            block = torch.empty(size, dtype=torch.uint8, device=x.device)
-            return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
-
-        stream = torch.cuda.current_stream()
-        new = hasattr(cuda.Stream, "from_external")
-        place.enter_context(cuda.Stream.from_external(stream) if new else cuda.ExternalStream(stream.cuda_stream))
-        place.enter_context(cuda.using_allocator(memory))
+    place.enter_context(cuda.Stream.from_external(torch.cuda.current_stream()))
+    place.enter_context(cuda.using_allocator(memory))
     return place
 
 
@@ -154,17 +148,17 @@ class Run:
             self.rows = Rows(len(batch_sizes), reverse, batch_sizes.tolist(), ends.to(x.device), starts.to(x.device),
                              resets)
 
-    def kernel(self, name: str, *given: Any, **fused: Any) -> Sequence[Any]:
-        """The backend's `forward` or `backward`, of and to tensors."""
+    def kernel(self, name: str, *given: Any, arrays: bool = False, **fused: Any) -> Sequence[Any]:
+        """The backend's `forward` or `backward`, of tensors (or its arrays) and to tensors, or its `arrays`."""
         backend, rows = self.plan.backend, self.rows
         function = getattr(_module(backend), name)
         with _place(backend, given[0]):
             if backend not in _ARRAYS:
                 return function(self.cell, self.plan, rows, *given, **fused)
             take, back = import_module(backend).from_dlpack, _ARRAYS[backend]
-            resets, *arrays = (take(_Borrowed(t)) if isinstance(t, Tensor) else t for t in (rows.resets, *given))
-            found = function(self.cell, self.plan, rows._replace(resets=resets), *arrays)
-            return [t if t is None else back(t) for t in found]
+            resets, *taken = (take(_Borrowed(t)) if isinstance(t, Tensor) else t for t in (rows.resets, *given))
+            found = function(self.cell, self.plan, rows._replace(resets=resets), *taken)
+            return found if arrays else [t if t is None else back(t) for t in found]
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
@@ -193,7 +187,7 @@ def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor |
     x, w_ih, w_hh, b_ih, b_hh, s0 = given
     (*leading, width), fused = x.shape, {}
     x = run.rows_of(x, width)
-    if b_hh is not None and not run.cell.split:
+    if b_hh is not None and not run.cell.split and run.plan.scope == "host":
         b_ih, b_hh = b_ih + b_hh, None
     if run.plan.fused:
         fused = dict(w_ih=w_ih.contiguous(), b_ih=b_ih)
@@ -209,43 +203,60 @@ def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor |
 def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
-    (x, w_ih, w_hh, _, _, s0), (y, states, saved), cell, N = given, kept, run.cell, len(run.reverse)
-    if cell.saved and saved is None:
+    (x, w_ih, w_hh, _, _, s0), (y, states, saved), N = given, kept, len(run.reverse)
+    if run.cell.saved and saved is None:
         saved = forward(run, given, 2)[3]
-    shape, (NGH, H) = x.shape, w_hh.shape
-    x, y, s0, GH = run.rows_of(x, shape[-1]), run.rows_of(y, N * H), run.sort(s0), NGH // N
-    dy = torch.zeros_like(y) if d[0] is None else run.rows_of(d[0], N * H)
+    shape, width = x.shape, y.shape[-1]
+    x, y, s0 = run.rows_of(x, shape[-1]), run.rows_of(y, width), run.sort(s0)
+    dy = torch.zeros_like(y) if d[0] is None else run.rows_of(d[0], width)
     dstates = None if d[1] is None else run.pick(d[1].contiguous())
+    small = run.plan.backend == "numpy" and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT
+    if small:
+        x, w_ih, y, s0 = (np.from_dlpack(_Borrowed(t)) for t in (x, w_ih, y, s0))
     dx, dr, ds, came = run.kernel("backward", w_hh.contiguous(), s0, y, run.pick(states), run.pick(saved), dy, dstates,
-                                  run.sort(d[2]))
+                                  run.sort(d[2]), arrays=small)
     if run.padded:  # 0 times a NaN in the padding is NaN
         x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
     grads: list[Any] = [None] * 6
-    if needs[0]:
-        grads[0] = run.spread(dx.mm(w_ih)).view(shape)
-    if needs[1]:
-        grads[1] = dx.t().mm(x)
-    if needs[2]:
-        h, parts = y if came is None else came, [(dr, y if came is None else came)]
-        parts = parts if N == 1 else zip(dr.split(GH, 1), h.split(H, 1))
-        products = [_product(*part, s0.select(0, n * cell.states) if came is None else None, run.reverse[n])
-                    for n, part in enumerate(parts)]
-        grads[2] = products[0] if N == 1 else torch.cat(products)
-    if needs[3] or needs[4]:
-        grads[3] = dx.sum(0)
-        grads[4] = dr.sum(0) if cell.split else grads[3].clone()
-    grads[5] = run.sort(ds, back=True) if needs[5] else None
+    with _QUIET() if small else _HERE:
+        if needs[0]:
+            grads[0] = _times(dx, w_ih)
+        if needs[1]:
+            grads[1] = _product(dx, x)
+        if needs[2]:
+            (NGH, H), h = w_hh.shape, y if came is None else came
+            parts = [(dr, h)] if N == 1 else [(dr[:, n * NGH // N : (n + 1) * NGH // N], h[:, n * H : (n + 1) * H])
+                                              for n in range(N)]
+            found = [_product(d, h, s0[n * run.cell.states] if came is None else None, run.reverse[n])
+                     for n, (d, h) in enumerate(parts)]
+            grads[2] = found[0] if N == 1 else (np.concatenate if small else torch.cat)(found)
+        if needs[3]:
+            grads[3] = dx.sum(0)
+        if needs[4]:
+            shared = needs[3] and not run.cell.split
+            grads[4] = (grads[3].copy() if small else grads[3].clone()) if shared else dr.sum(0)
+        grads[5] = ds if needs[5] else None
+    if small:
+        grads = [t if t is None or isinstance(t, Tensor) else torch.from_numpy(t) for t in grads]
+    grads[0] = grads[0] if grads[0] is None else run.spread(grads[0]).view(shape)
+    grads[5] = run.sort(grads[5], back=True)
     return grads
 
 
-def _product(d: Tensor, h: Tensor, first: Tensor | None, reverse: int) -> Tensor:
+def _times(a: Any, b: Any) -> Any:
+    return torch.mm(a, b) if isinstance(a, Tensor) else a @ b  # which takes a tensor twice as long
+
+
+def _product(d: Any, h: Any, first: Any = None, reverse: int = 0) -> Any:
     """The sum over rows of d_t h_{t-1}^T, d [R, K]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
-    edge = 0 if first is None else first.shape[0]
-    if first is None or h.shape[0] == edge:
-        return d.t().mm(h if first is None else first)
-    if reverse:
-        return torch.addmm(d[-edge:].t().mm(first), d[:-edge].t(), h[edge:])
-    return torch.addmm(d[:edge].t().mm(first), d[edge:].t(), h[:-edge])
+    edge = 0 if first is None else len(first)
+    if first is None or len(h) == edge:
+        return _times(d.T, h if first is None else first)
+    early, late = (h[edge:], first) if reverse else (first, h[:-edge])
+    if isinstance(h, Tensor) and h.numel() <= SMALL_COPY:
+        return torch.mm(d.T, torch.cat((early, late)))
+    one, other = _times(d[: len(early)].T, early), d[len(early) :].T
+    return torch.addmm(one, other, late) if isinstance(other, Tensor) else one + other @ late
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

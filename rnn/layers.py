@@ -14,7 +14,7 @@ from .kernels.plan import Plan
 from .ops import recurrence
 
 _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
-_REVERSE = (False,), (False, True)
+_REVERSE = (0,), (0, 1)
 
 
 class _Stack(nn.RNNBase):
@@ -37,7 +37,8 @@ class _Stack(nn.RNNBase):
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other; with
         projections w_hr too."""
         own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
-        weights = [[own[name] if name in own else getattr(self, name) for name in names] for names in self._all_weights]
+        weights: Any = [[own[name] if name in own else getattr(self, name) for name in names]
+                        for names in self._all_weights]
         if self.bidirectional:
             weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
         return weights if self.bias else [[*some[:2], None, None, *some[2:]] for some in weights]
@@ -74,6 +75,11 @@ class _Stack(nn.RNNBase):
         `return_states` also the states of all layers after every step, stacked: [L, T, B, D*H] in the layout of
         `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
+        return self._run(recurrence, input, hx, lengths, resets, return_states)
+
+    def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Tensor | None = None,
+             resets: Tensor | None = None, return_states: bool = False) -> Any:
+        """`forward` by an operator like `recurrence`."""
         batch_sizes = order = restore = None
         pair, batch_dim = self.mode == "LSTM", 0 if self.batch_first else 1
         x, one, states = input, False, hx if hx is None or pair else (hx,)
@@ -112,7 +118,7 @@ class _Stack(nn.RNNBase):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             first = given if given is None or alone else [s[i * D : (i + 1) * D] for s in given]
-            steps, ends = self._layer(x, weights, first, (lengths, batch_sizes, resets), int(return_states))
+            steps, ends = self._layer(operator, x, weights, first, (lengths, batch_sizes, resets), int(return_states))
             x = steps[0]
             every.append(steps)
             last.append(ends)
@@ -133,8 +139,8 @@ class _Stack(nn.RNNBase):
         columns = [layout(torch.stack(column)) for column in zip(*every)]
         return *result, tuple(columns) if pair else columns[0]
 
-    def _layer(self, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None, masks: Sequence[Any],
-               keep: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None,
+               masks: Sequence[Any], keep: int) -> tuple[list[Tensor], list[Tensor]]:
         """The states after every step, like x but for their width, h first and with `keep` the others; and the last
         states [D, B, H]. `first` is like these, zeros if None.
 
@@ -153,20 +159,20 @@ class _Stack(nn.RNNBase):
         else:
             h0 = torch.zeros_like(first[1]) if projection else first[0]
             s0 = h0 if S == 1 else torch.stack((h0, *first[1:]), 1).flatten(0, 1)
-        y, others, last = recurrence(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
-                                     self.plan, self.recompute)
+        y, others, last = operator(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
+                                   self.plan, self.recompute)
         steps = [y] if others is None else [y, *others.view(S - 1, *y.shape)]
         ends = [last] if S == 1 else [last[k::S] for k in range(S)]
         if projection:
             steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)
             ends[0] = torch.stack([m @ w_hr.T for m, w_hr in zip(ends[0], down)])
             if lengths is not None:
-                h0 = 0 if first is None else first[0]
-                ends[0] = torch.where((lengths == 0).to(x.device)[:, None], h0, ends[0])
+                none = (lengths == 0).to(x.device)[:, None]
+                ends[0] = torch.where(none, 0 if first is None else first[0], ends[0])
         return steps, ends
 
 
-def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[bool]) -> Tensor:
+def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
     """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with, and else 0."""
     (lengths, batch_sizes, resets), (N, B, P) = masks, h0.shape
     T, b = x.shape[0] if batch_sizes is None else batch_sizes.shape[0], torch.arange(B, device=x.device)

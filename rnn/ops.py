@@ -25,6 +25,8 @@ from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 
+_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 def _traced(*tensors: Tensor) -> bool:
     for t in tensors:
@@ -42,13 +44,10 @@ def _transformed() -> Any:
     return depth and (depth if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack().key())
 
 
-def _batched(t: Tensor | None) -> bool:
-    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
-
-
 def _run(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> compute.Run:
     """From what the custom operators take, names and JSON."""
-    return compute.Run(getattr(cells, cell), Plan(*json.loads(plan)) if plan else None, tensors[:6], tensors[6:9], reverse)
+    chosen = Plan(*json.loads(plan)) if plan else None
+    return compute.Run(getattr(cells, cell), chosen, tensors[:6], tensors[6:9], reverse)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -57,7 +56,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _save(ctx, inputs[4:], output)
 
 
-def _save(ctx: Any, tensors: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(ctx: Any, tensors: Sequence[Any], output: tuple[Any, ...]) -> None:
     y, states, _, saved = output
     ctx.save_for_backward(*tensors, y, states, saved)
     if saved is not None:
@@ -65,13 +64,10 @@ def _save(ctx: Any, tensors: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-_AS_IT_IS = nullcontext()
-
-
 def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
     tensors, others = ctx.saved_tensors, len(ctx.needs_input_grad) - 9  # once: hooks would unpack them once more
     autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
-    with torch.autocast(tensors[0].device.type, enabled=False) if autocast else _AS_IT_IS:
+    with torch.autocast(tensors[0].device.type, enabled=False) if autocast else nullcontext():
         grads = _gradients(ctx, tensors, ctx.needs_input_grad[others : others + 6], d)
     return *[None] * others, *grads, None, None, None
 
@@ -80,7 +76,7 @@ def _gradients(ctx: Any, tensors: Sequence[Any], needs: Sequence[bool], d: Seque
     given, masks, kept, dy, run = tensors[:6], tensors[6:9], tensors[9:], d[:3], getattr(ctx, "run", None)
     if run is None:  # the custom operators have tensors of one dimension for what is not there
         kept, dy = ([t if t is not None and t.dim() > 1 else None for t in some] for some in (kept, dy))
-    if torch.is_grad_enabled() or _transformed() or any(map(_batched, dy)):
+    if torch.is_grad_enabled() or _transformed() or any(t is not None and _batched(t) for t in dy):
         # Aliases, so that an input which was computed from another one counts for itself alone.
         with torch.enable_grad():
             alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
@@ -146,6 +142,13 @@ def _(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any
 _forward_op.register_autograd(_vjp, setup_context=_setup)
 
 
+def settle(x: Tensor, plan: Plan | None) -> tuple[str, torch.dtype, str]:
+    """What serves a call, as of `compute.served`; in which dtype; and why."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return "", torch.get_autocast_dtype(x.device.type), "autocast"
+    return ("", x.dtype, "") if plan else compute.served(x.device, x.dtype)
+
+
 def _side_by_side(cell: Cell, tensors: tuple[Any, ...], reverse: Sequence[int], keep: int, plan: Plan | None,
                   recompute: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Under vmap: on the CPU in one formula, else one after another in their kernels."""
@@ -191,12 +194,11 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
     given, masks = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets)
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    serves, dtype, why = settle(x, plan)
+    autocast = why == "autocast"
     if not autocast:
         _check(cell, given, masks, len(reverse))
-    serves, dtype, _ = compute.served(x.device, x.dtype) if plan is None else ("", x.dtype, "")
     if autocast or dtype != x.dtype:
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else dtype
         cast: Any = [t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
                      for t in given]
         again: Any = recurrence

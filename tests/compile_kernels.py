@@ -92,7 +92,7 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     kernels: Any = gpu.forward_kernel, gpu.backward_kernel
     recorders: Any = [Recorder(kernel) for kernel in kernels]
     gpu.forward_kernel, gpu.backward_kernel = recorders
-    gpu.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
+    gpu.forward(cell, plan, rows, x, w, b, s, 2, **fused)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
     gpu.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
     gpu.forward_kernel, gpu.backward_kernel = kernels
