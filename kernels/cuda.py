@@ -114,40 +114,22 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
     return launch
 
 
-def _launch(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[Tensor | None], like: Tensor, B: int,
-            H: int) -> None:
-    grid, steps = (plan.blocks, -(-B // plan.sequences), len(rows.reverse)), rows.steps
-    words = plan.blocks * plan.units * (cell.gates if adjoint else 1) * like.element_size() // 4
+def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[Any], s0: Tensor) -> None:
+    """Run the forward or the backward kernel on what `device` gives it."""
+    _, B, H = s0.shape
+    if not adjoint:
+        x, _, w_hh, _, *rest = tensors
+        tensors = x, w_hh, *rest
+    grid = plan.blocks, -(-B // plan.sequences), len(rows.reverse)
     flags = None
     if plan.scope == "grid":
-        flags = like.new_zeros(2 * grid[1] * grid[2] * words * plan.sequences, dtype=torch.int64)
+        words = plan.blocks * plan.units * (cell.gates if adjoint else 1) * s0.element_size() // 4
+        flags = s0.new_zeros(2 * grid[1] * grid[2] * words * plan.sequences, dtype=torch.int64)
     lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
-    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, lengths, rows.offsets, rows.resets, flags)]
-    numbers = steps, B, len(like), H, sum(r << n for n, r in enumerate(rows.reverse))
-    masks, aligned = any(addresses[-4:-1]), all(address % (2 * like.element_size()) == 0 for address in addresses[:-4])
+    masks = lengths, rows.offsets, rows.resets
+    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *masks, flags)]
+    even = H % 2 == 0 and all(address % (2 * s0.element_size()) == 0 for address in addresses[: len(tensors)])
+    R, reverses = len(tensors[2] if adjoint else tensors[0]), sum(r << n for n, r in enumerate(rows.reverse))
     if B and H:
-        load(cell, plan, like.dtype, adjoint, masks, H % 2 == 0 and aligned, like.device)(grid, (*addresses, *numbers))
-
-
-def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor,
-            keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """As `cpu.forward`, on contiguous tensors of one device."""
-    N, S, A, R, (_, B, H) = len(rows.reverse), cell.states, cell.saved, len(x), s0.shape
-    new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
-    state, y = s0.to(torch.float32, copy=True), new(R, N * H)
-    states, saved = new(S - 1, R, N * H) if S > 1 and keep else None, new(A, R, N * H) if A and keep > 1 else None
-    _launch(cell, plan, rows, False, (x, w_hh, b_hh, state, y, states, saved), x, B, H)
-    return y, states, state.to(x.dtype), saved
-
-
-def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor | None,
-             saved: Tensor | None, dy: Tensor, dstates: Tensor | None,
-             dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `cpu.backward`."""
-    new = y.new_empty if rows.lengths is None or rows.offsets is not None else y.new_zeros
-    dr = new(len(y), len(w_hh))
-    ds = torch.zeros_like(s0, dtype=torch.float32) if dlast is None else dlast.to(torch.float32, copy=True)
-    dx = new(dr.shape) if cell.split else None
-    came = None if rows.lengths is None and rows.resets is None else new(y.shape)
-    _launch(cell, plan, rows, True, (w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came), y, *s0.shape[1:])
-    return dr if dx is None else dx, dr, ds.to(y.dtype), came
+        launch = load(cell, plan, s0.dtype, adjoint, any(t is not None for t in masks), even, s0.device)
+        launch(grid, (*addresses, rows.steps, B, R, H, reverses))

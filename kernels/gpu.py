@@ -371,31 +371,14 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
                 launch(None, u, at_once)
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,
-            w_ih: Tensor | None = None,
-            b_ih: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """As `cpu.forward`, on contiguous tensors of one device. With w_ih [N*G*H, I] and b_ih, x is the input [R, I]."""
-    N, S, A, (R, I), (_, B, H) = len(rows.reverse), cell.states, cell.saved, x.shape, s0.shape
-    new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
-    state, y, hidden = s0.to(torch.float32, copy=True), new(R, N * H), None
-    states, saved = new(S - 1, R, N * H) if S > 1 and keep else None, new(A, R, N * H) if A and keep > 1 else None
-    if plan.scope != "block":
-        hidden = torch.stack((s0[::S], s0[::S]))
-    tensors = x, w_ih, w_hh, b_ih, b_hh, state, hidden, y, states, saved
-    _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, tensors, B, H, R, I,
-            BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1, SPLIT=cell.split)
-    return y, states, state.to(x.dtype), saved
-
-
-def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Tensor, s0: Tensor, y: Tensor, states: Tensor | None,
-             saved: Tensor | None, dy: Tensor, dstates: Tensor | None,
-             dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `cpu.backward`."""
-    new = y.new_empty if rows.lengths is None or rows.offsets is not None else y.new_zeros
-    dr = new(len(y), len(w_hh))
-    ds = torch.zeros_like(s0, dtype=torch.float32) if dlast is None else dlast.to(torch.float32, copy=True)
-    dx = new(dr.shape) if cell.split else None
-    came = None if rows.lengths is None and rows.resets is None else new(y.shape)
-    tensors = w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came
-    _launch(backward_kernel, functions(cell)[1], cell, plan, rows, rows.steps + 1, tensors, *s0.shape[1:], len(y))
-    return dr if dx is None else dx, dr, ds.to(y.dtype), came
+def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[Any], s0: Tensor) -> None:
+    """Run the forward or the backward kernel on what `device` gives it."""
+    (_, B, H), S = s0.shape, cell.states
+    if adjoint:
+        _launch(backward_kernel, functions(cell)[1], cell, plan, rows, rows.steps + 1, tensors, B, H, len(tensors[2]))
+        return
+    x, w_ih, I = *tensors[:2], tensors[0].shape[1]
+    hidden = None if plan.scope == "block" else torch.stack((s0[::S], s0[::S]))
+    _launch(forward_kernel, functions(cell)[0], cell, plan, rows, rows.steps, (*tensors[:6], hidden, *tensors[6:]), B,
+            H, len(x), I, BI=16 if w_ih is None else power_of_2(I, 16), XN=cell.gates if w_ih is None else 1,
+            SPLIT=cell.split)

@@ -416,7 +416,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   };
 #pragma unroll
   for (int g = 0; g < GATES; ++g)
-    if (SPLIT && b_hh && me.unit < H) {
+    if (b_hh && me.unit < H) {
       const Pair b = me.load(b_hh + (me.n * GATES + g) * H + me.unit);
       bias[g][0] = half_of(b, 0), bias[g][1] = half_of(b, 1);
     }

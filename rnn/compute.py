@@ -2,8 +2,10 @@
 the formula, in differentiable torch operations: slow, and right wherever torch is.
 Shapes are those of `ops.recurrence`; `given` is its x to s0, `masks` its lengths, batch_sizes and resets."""
 
+import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -13,161 +15,250 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import cpu
 from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
-TRITON = find_spec("triton") is not None  # asked once: it searches the disk
+# Of a plan's backend: the module with its `forward` and `backward`, imported late: Triton takes a while.
+_MODULES = {"numpy": "cpu", "torch": "cpu", "cupy": "cpu", "triton": "device", "cuda": "device"}
+_FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
+_ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
+SMALL_COPY = 2**16  # numbers that are copied sooner than a product is made in two parts
+_SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
 
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether some plan runs here; the formula does everywhere."""
-    if device.type == "cpu":
-        return dtype in (torch.float64, torch.float32)
-    return (device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-            and dtype in (torch.float32, torch.float16, torch.bfloat16) and TRITON)
+def _usable(library: str) -> bool:
+    """Whether it can be imported. One that is there, and cannot, is reported once."""
+    if _FOUND[library] and not torch.compiler.is_compiling():
+        try:
+            found = import_module(library)
+            if library == "cupy":
+                found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
+        except Exception as error:
+            _FOUND[library] = False
+            warnings.warn(f"rnn does without {library}, which is installed and fails: {error!r}", stacklevel=2)
+    return _FOUND[library]
 
 
-@lru_cache
+def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+    serves, why, half = "host", "", dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "", dtype, "kernels need a GPU of compute capability 8.0, this one has {}.{}".format(*capability)
+        serves = "triton" if _usable("triton") else "cupy" if _usable("cupy") else ""
+        why = {"triton": "", "cupy": "Triton is missing", "": "neither Triton nor CuPy can be imported"}[serves]
+    elif device.type != "cpu":
+        serves, why = "", f"no kernel for {device.type}"
+    if half and serves in ("host", "cupy"):
+        return serves, torch.float32, why  # NumPy and CuPy have no bfloat16
+    if serves and not (half or dtype == torch.float32 or (dtype == torch.float64 and serves != "triton")):
+        serves, why = "", f"no kernel for {dtype} on {device.type}"
+    return serves, dtype, why
+
+
+_served_once = lru_cache(_served)
+
+
+def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+    """By what layers are computed there, "host", "triton", "cupy", or "" where only the formula is right; the dtype it
+    is done in; and a reason."""
+    return (_served if torch.compiler.is_compiling() else _served_once)(device, dtype)
+
+
+@lru_cache(4096)
 def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, tf32: bool) -> Plan:
-    gpu = None
+    gpu, serves = None, served(device, dtype)[0]
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
-        gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, shared)
-    return make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
+        gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, shared, _usable("cupy"))
+    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
+    return Plan("cupy") if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64) else plan
+
+
+def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int]) -> Plan:
+    """The plan of a call, where it is served. float32 follows torch's own switch, as it is now."""
+    tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
+    return _plan(cell, (s0.shape[1], x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
 
 
 class _Borrowed:
-    """A tensor for NumPy to read. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+    """A tensor for an array library. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+
+    __slots__ = ("tensor",)
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.resolve_neg()
+        self.tensor = tensor.resolve_neg() if tensor.is_neg() else tensor
 
     def __dlpack__(self, **_: Any) -> Any:
         return torch._C._to_dlpack(self.tensor)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
+        return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
 
 
-def _arrays(numpy: bool, *tensors: Any) -> Sequence[Any]:
-    return [np.from_dlpack(_Borrowed(t)) if isinstance(t, Tensor) else t for t in tensors] if numpy else tensors
+def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
+    """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and torch's memory."""
+    if backend == "numpy" or not x.is_cuda:
+        return _QUIET() if backend == "numpy" else _HERE
+    index = x.get_device()
+    if backend != "cupy":
+        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+    place, cuda = ExitStack(), import_module("cupy.cuda")
+
+    def memory(size: int) -> Any:
+        block = torch.empty(size, dtype=torch.uint8, device=x.device)
+        return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
+
+    place.enter_context(torch.cuda.device(index))
+    place.enter_context(cuda.Stream.from_external(torch.cuda.current_stream()))
+    place.enter_context(cuda.using_allocator(memory))
+    return place
 
 
-def _tensors(*arrays: Any) -> list[Any]:
-    return [t if t is None or isinstance(t, Tensor) else torch.from_numpy(t) for t in arrays]
+@lru_cache
+def _module(backend: str) -> Any:
+    return import_module(f".kernels.{_MODULES[backend]}", __package__)
 
 
-class _Run:
-    """One call: plan, backend, and the rows that the kernels see. On the host, those past an end are left out."""
+class Run:
+    """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
+    end."""
 
     def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
                  reverse: Sequence[int]) -> None:
-        (x, *_, s0), B = given, given[5].shape[1]
+        x, s0 = given[0], given[5]
         lengths, batch_sizes, resets = (t if t is None else t.contiguous() for t in masks)
-        tf32 = x.is_cuda and getattr(torch.backends.cudnn.rnn, "fp32_precision", "") == "tf32"
-        self.plan = plan or _plan(cell, (B, x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
-        # Imported late: Triton may be missing, and takes a while.
-        module = dict(triton="gpu", cuda="cuda").get(self.plan.backend, "cpu")
-        self.backend = import_module(f".kernels.{module}", __package__)
-        self.numpy, T = self.plan.backend == "numpy", x.shape[0]
-        self.total, self.index, self.order = x.shape[:-1].numel(), None, None
-        if lengths is not None and self.backend is cpu:
-            ends, self.order = lengths.cpu().sort(descending=True, stable=True)
-            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
+        self.cell, self.plan, self.reverse = cell, plan or choose(cell, x, s0, reverse), reverse
+        shape, B, self.index, self.order = x.shape, s0.shape[1], None, None
+        self.padded = lengths is not None and self.plan.scope != "host"
+        self.total = shape[0] * B if batch_sizes is None else shape[0]
+        if lengths is not None and not self.padded:
+            ends, order = lengths.cpu().sort(descending=True, stable=True)
+            steps = torch.arange(shape[0], device="cpu")[:, None]  # whatever the default device is
             runs = steps < ends
-            self.index = (steps * B + self.order)[runs]
+            self.index, self.order = (steps * B + order)[runs].to(x.device), order.to(x.device)
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
             resets = resets if resets is None else resets[:, self.order]
-        (resets,) = _arrays(self.numpy, resets)
         if batch_sizes is None:
-            self.rows = Rows(T, reverse, [B] * T, lengths if lengths is None else lengths.to(x.device), None, resets)
+            ends = lengths if lengths is None else lengths.to(x.device)
+            self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
         else:
             starts = batch_sizes.cumsum(0) - batch_sizes
             ends = (batch_sizes > torch.arange(B, device="cpu")[:, None]).sum(1)
             self.rows = Rows(len(batch_sizes), reverse, batch_sizes.tolist(), ends.to(x.device), starts.to(x.device),
                              resets)
 
+    def kernel(self, name: str, *given: Any, arrays: bool = False, **fused: Any) -> Sequence[Any]:
+        """The backend's `forward` or `backward`, of tensors (or its arrays) and to tensors, or its `arrays`."""
+        backend, rows = self.plan.backend, self.rows
+        function = getattr(_module(backend), name)
+        with _place(backend, given[0]):
+            if backend not in _ARRAYS:
+                return function(self.cell, self.plan, rows, *given, **fused)
+            take, back = import_module(backend).from_dlpack, _ARRAYS[backend]
+            resets, *taken = (take(_Borrowed(t)) if isinstance(t, Tensor) else t for t in (rows.resets, *given))
+            found = function(self.cell, self.plan, rows._replace(resets=resets), *taken)
+            return found if arrays else [t if t is None else back(t) for t in found]
+
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
         return t if t is None or self.index is None else t.index_select(-2, self.index)
 
+    def rows_of(self, t: Tensor, width: int) -> Tensor:
+        """[T, B, width] or [R, width] to the rows that the kernels see, [R, width]."""
+        t = t.reshape(self.total, width).contiguous()
+        return t if self.index is None else t.index_select(0, self.index)
+
     def spread(self, t: Any) -> Any:
         """The inverse, with 0 in the rows left out."""
-        out = None if t is None or self.index is None else t.new_zeros(*t.shape[:-2], self.total, t.shape[-1])
-        return t if out is None else out.index_copy_(-2, self.index, t)
+        if t is None or self.index is None:
+            return t
+        return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
 
     def sort(self, t: Any, back: bool = False) -> Any:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
-        order = self.order.argsort() if back and self.order is not None else self.order
-        return t if t is None else t.contiguous() if order is None else t[:, order]
+        if t is None or self.order is None:
+            return t if t is None else t.contiguous()
+        return t[:, self.order.argsort() if back else self.order]
 
 
-@np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
-def forward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-            reverse: Sequence[int], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
-    (x, w_ih, w_hh, b_ih, b_hh, s0), run = given, _Run(cell, plan, given, masks, reverse)
-    small, shape = run.numpy and run.total * w_ih.numel() <= NUMPY_PRODUCT, x.shape[:-1]
-    b_ih, b_hh = (b if b is None else b.contiguous() for b in (b_ih, b_hh))
-    x, w_ih, b_ih, b_hh = _arrays(small, run.pick(x.reshape(run.total, x.shape[-1])), w_ih, b_ih, b_hh)
-    if b_hh is not None and not cell.split:
+    x, w_ih, w_hh, b_ih, b_hh, s0 = given
+    (*leading, width), fused = x.shape, {}
+    x = run.rows_of(x, width)
+    if b_hh is not None and not run.cell.split and run.plan.scope == "host":
         b_ih, b_hh = b_ih + b_hh, None
-    fused: dict[str, Any] = {}
     if run.plan.fused:
-        x, fused = x.contiguous(), dict(w_ih=w_ih.contiguous(), b_ih=b_ih)
-    elif small:
-        x = x @ w_ih.T if b_ih is None else x @ w_ih.T + b_ih
+        fused = dict(w_ih=w_ih.contiguous(), b_ih=b_ih)
     else:
         x = F.linear(x, w_ih, b_ih)
-    x = x.numpy() if run.numpy and not small else x  # our own by now, to be overwritten
-    arrays = _arrays(run.numpy, w_hh.contiguous(), b_hh, run.sort(s0))
-    y, states, last, saved = _tensors(*run.backend.forward(cell, run.plan, run.rows, x, *arrays, keep, **fused))
-    y = run.spread(y).resize_(*shape, y.shape[-1])  # in place, so that it is no view
-    return y, run.spread(states), run.sort(last, back=True), run.spread(saved)
+    x = x.numpy() if run.plan.backend == "numpy" else x  # our own by now, to be overwritten
+    y, states, last, saved = run.kernel("forward", x, w_hh.contiguous(), b_hh, run.sort(s0), keep, **fused)
+    if run.index is not None:
+        y, states, last, saved = run.spread(y), run.spread(states), run.sort(last, back=True), run.spread(saved)
+    return y.resize_(*leading, y.shape[-1]), states, last, saved  # in place, so that it is no view
 
 
-@np.errstate(all="ignore")  # a NaN goes its way quietly, as in torch
-def backward(cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Tensor | None],
-             reverse: Sequence[int], kept: Sequence[Any], d: Sequence[Tensor | None],
+def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
-    if cell.saved and kept[2] is None:
-        kept = *kept[:2], forward(cell, plan, given, masks, reverse, 2)[3]
-    (x, w_ih, w_hh, _, _, s0), run = given, _Run(cell, plan, given, masks, reverse)
-    small, shape = run.numpy and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT, x.shape
-    x, y, dy = (run.pick(t.reshape(run.total, t.shape[-1]).contiguous())
-                for t in (x, kept[0], torch.zeros_like(kept[0]) if d[0] is None else d[0]))
-    s0, dlast, dstates = run.sort(s0), run.sort(d[2]), None if d[1] is None else run.pick(d[1].contiguous())
-    arrays = _arrays(run.numpy, w_hh.contiguous(), s0, y, run.pick(kept[1]), run.pick(kept[2]), dy, dstates, dlast)
-    dx, dr, ds, came = run.backend.backward(cell, run.plan, run.rows, *arrays)
-    # From here on either NumPy's arrays or torch's tensors: the same words serve.
-    x, w_ih = _arrays(small, x, w_ih)
-    dx, dr, came, s0, y = (dx, dr, came, *arrays[1:3]) if small else _tensors(dx, dr, came, s0, y)
-    if masks[0] is not None and run.index is None:  # 0 times a NaN in the padding is NaN
+    (x, w_ih, w_hh, _, _, s0), (y, states, saved), N = given, kept, len(run.reverse)
+    if run.cell.saved and saved is None:
+        saved = forward(run, given, 2)[3]
+    shape, width = x.shape, y.shape[-1]
+    x, y, s0 = run.rows_of(x, shape[-1]), run.rows_of(y, width), run.sort(s0)
+    dy = torch.zeros_like(y) if d[0] is None else run.rows_of(d[0], width)
+    dstates = None if d[1] is None else run.pick(d[1].contiguous())
+    small = run.plan.backend == "numpy" and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT
+    if small:
+        x, w_ih, y, s0 = (np.from_dlpack(_Borrowed(t)) for t in (x, w_ih, y, s0))
+    dx, dr, ds, came = run.kernel("backward", w_hh.contiguous(), s0, y, run.pick(states), run.pick(saved), dy, dstates,
+                                  run.sort(d[2]), arrays=small)
+    if run.padded:  # 0 times a NaN in the padding is NaN
         x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
-    (GH, H), N, h = (len(w_hh) // len(reverse), w_hh.shape[1]), len(reverse), y if came is None else came
+    grads: list[Any] = [None] * 6
+    with _QUIET() if small else _HERE:
+        if needs[0]:
+            grads[0] = _times(dx, w_ih)
+        if needs[1]:
+            grads[1] = _product(dx, x)
+        if needs[2]:
+            (NGH, H), h = w_hh.shape, y if came is None else came
+            parts = [(dr, h)] if N == 1 else [(dr[:, n * NGH // N : (n + 1) * NGH // N], h[:, n * H : (n + 1) * H])
+                                              for n in range(N)]
+            found = [_product(d, h, s0[n * run.cell.states] if came is None else None, run.reverse[n])
+                     for n, (d, h) in enumerate(parts)]
+            grads[2] = found[0] if N == 1 else (np.concatenate if small else torch.cat)(found)
+        if needs[3]:
+            grads[3] = dx.sum(0)
+        if needs[4]:
+            shared = needs[3] and not run.cell.split
+            grads[4] = (grads[3].copy() if small else grads[3].clone()) if shared else dr.sum(0)
+        grads[5] = ds if needs[5] else None
+    if small:
+        grads = [t if t is None or isinstance(t, Tensor) else torch.from_numpy(t) for t in grads]
+    grads[0] = grads[0] if grads[0] is None else run.spread(grads[0]).view(shape)
+    grads[5] = run.sort(grads[5], back=True)
+    return grads
 
-    def recurrent(n: int) -> Any:
-        first = s0[n * cell.states] if came is None else None
-        return _product(dr[:, n * GH : (n + 1) * GH].T, h[:, n * H : (n + 1) * H], first, reverse[n])
 
-    db: Any = dx.sum(0) if needs[3] or needs[4] else None
-    grads = (lambda: run.spread(_tensors(dx @ w_ih)[0]).view(shape), lambda: dx.T @ x,
-             lambda: recurrent(0) if N == 1 else torch.cat(_tensors(*map(recurrent, range(N)))), lambda: db,
-             lambda: dr.sum(0) if cell.split else db + 0, lambda: run.sort(_tensors(ds)[0], back=True))
-    return _tensors(*(grad() if need else None for grad, need in zip(grads, needs)))
+def _times(a: Any, b: Any) -> Any:
+    return torch.mm(a, b) if isinstance(a, Tensor) else a @ b  # which takes a tensor twice as long
 
 
-def _product(d: Any, h: Any, first: Any, reverse: int) -> Any:
-    """The sum over rows of d_t h_{t-1}^T, d [K, R]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
-    if first is None or len(h) == len(first):
-        return d @ (h if first is None else first)
-    early, late = slice(-len(first)), slice(len(first), None)
-    if reverse:
-        return d[:, early] @ h[late] + d[:, -len(first) :] @ first
-    return d[:, late] @ h[early] + d[:, : len(first)] @ first
+def _product(d: Any, h: Any, first: Any = None, reverse: int = 0) -> Any:
+    """The sum over rows of d_t h_{t-1}^T, d [R, K]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
+    edge = 0 if first is None else len(first)
+    if first is None or len(h) == edge:
+        return _times(d.T, h if first is None else first)
+    early, late = (h[edge:], first) if reverse else (first, h[:-edge])
+    if isinstance(h, Tensor) and h.numel() <= SMALL_COPY:
+        return torch.mm(d.T, torch.cat((early, late)))
+    one, other = _times(d[: len(early)].T, early), d[len(early) :].T
+    return torch.addmm(one, other, late) if isinstance(other, Tensor) else one + other @ late
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

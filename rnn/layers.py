@@ -14,6 +14,7 @@ from .kernels.plan import Plan
 from .ops import recurrence
 
 _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
+_REVERSE = (0,), (0, 1)
 
 
 class _Stack(nn.RNNBase):
@@ -35,7 +36,9 @@ class _Stack(nn.RNNBase):
     def _layers(self) -> list[list[Any]]:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other; with
         projections w_hr too."""
-        weights = [[getattr(self, name) for name in names] for names in self._all_weights]
+        own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
+        weights: Any = [[own[name] if name in own else getattr(self, name) for name in names]
+                        for names in self._all_weights]
         if self.bidirectional:
             weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
         return weights if self.bias else [[*some[:2], None, None, *some[2:]] for some in weights]
@@ -47,8 +50,6 @@ class _Stack(nn.RNNBase):
         if self.mode == "LSTM":
             expected.append((*expected[0][:2], self.hidden_size))
             names = ["hidden[0]", "hidden[1]"]
-        if hx is None:
-            return [x.new_zeros(shape) for shape in expected]
         if len(hx) != len(expected):
             raise RuntimeError("lstm expects two hidden states")
         hx = [state if order is None else state.index_select(1, order) for state in hx]
@@ -74,14 +75,20 @@ class _Stack(nn.RNNBase):
         `return_states` also the states of all layers after every step, stacked: [L, T, B, D*H] in the layout of
         `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
+        return self._run(recurrence, input, hx, lengths, resets, return_states)
+
+    def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Tensor | None = None,
+             resets: Tensor | None = None, return_states: bool = False) -> Any:
+        """`forward` by an operator like `recurrence`."""
         batch_sizes = order = restore = None
-        name, pair = self.mode.partition("_")[0], self.mode == "LSTM"
-        x, one, batch_dim, states = input, False, 0 if self.batch_first else 1, hx if hx is None or pair else (hx,)
+        pair, batch_dim = self.mode == "LSTM", 0 if self.batch_first else 1
+        x, one, states = input, False, hx if hx is None or pair else (hx,)
         if isinstance(input, PackedSequence):
             x, batch_sizes, order, restore = input
         else:
             one = x.dim() == 2
             if x.dim() not in (2, 3):
+                name = self.mode.partition("_")[0]
                 tensor = "D tensor" if name == "RNN" else "D"
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{tensor} instead")
             if states is not None and any(s.dim() != x.dim() for s in states):
@@ -98,7 +105,7 @@ class _Stack(nn.RNNBase):
         if x.shape[-1] != self.input_size:
             sizes = f"{self.input_size}, got {x.shape[-1]}"
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {sizes}")
-        given = self._initial(x, states, batch_sizes, order)
+        given = None if states is None else self._initial(x, states, batch_sizes, order)
         if self.batch_first:
             x, resets = x if batch_sizes is not None else x.transpose(0, 1), resets if resets is None else resets.T
         if resets is not None and order is not None and batch_sizes is not None:
@@ -106,13 +113,12 @@ class _Stack(nn.RNNBase):
                 raise RuntimeError(f"Expected resets of shape {[batch_sizes.shape[0], order.shape[0]]}, got "
                                    f"{list(resets.shape)}")
             resets = resets.index_select(1, order)
-        masks = lengths, batch_sizes, resets
-        D, last, every = 1 + self.bidirectional, [], []
+        D, last, every, alone = 1 + self.bidirectional, [], [], len(layers) == 1
         for i, weights in enumerate(layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            first = [s if len(layers) == 1 else s[i * D : (i + 1) * D] for s in given]
-            steps, ends = self._layer(x, weights, first, hx is None, masks, int(return_states))
+            first = given if given is None or alone else [s[i * D : (i + 1) * D] for s in given]
+            steps, ends = self._layer(operator, x, weights, first, (lengths, batch_sizes, resets), int(return_states))
             x = steps[0]
             every.append(steps)
             last.append(ends)
@@ -122,8 +128,9 @@ class _Stack(nn.RNNBase):
             t = t.transpose(-3, -2) if self.batch_first and batch_sizes is None else t
             return t.squeeze(batch_dim - 3) if one else t
 
-        h_n = [ends[0] if len(last) == 1 else torch.cat(ends) for ends in zip(*last)]
-        h_n = [h if restore is None else h.index_select(1, restore) for h in h_n]
+        h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
+        if restore is not None:
+            h_n = [h.index_select(1, restore) for h in h_n]
         h_n = [h.squeeze(1) for h in h_n] if one else h_n
         output: Any = layout(x) if batch_sizes is None else PackedSequence(x, batch_sizes, order, restore)
         result = output, tuple(h_n) if pair else h_n[0]
@@ -132,37 +139,40 @@ class _Stack(nn.RNNBase):
         columns = [layout(torch.stack(column)) for column in zip(*every)]
         return *result, tuple(columns) if pair else columns[0]
 
-    def _layer(self, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor], zeros: bool, masks: Sequence[Any],
-               keep: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None,
+               masks: Sequence[Any], keep: int) -> tuple[list[Tensor], list[Tensor]]:
         """The states after every step, like x but for their width, h first and with `keep` the others; and the last
-        states [D, B, H]. `first` is like these, and 0 if `zeros`.
+        states [D, B, H]. `first` is like these, zeros if None.
 
         A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m. Only the first h is
         of no m: it comes in as further input of the first step."""
-        cell, reverse = _CELLS[self.mode], (False, True)[: 1 + self.bidirectional]
+        cell, reverse, (lengths, batch_sizes, resets) = _CELLS[self.mode], _REVERSE[self.bidirectional], masks
         (w_ih, w_hh, b_ih, b_hh, *projection), S, N = weights, cell.states, len(reverse)
         if projection:
             down, inner = projection[0].chunk(N), w_hh.chunk(N)
             w_hh = torch.cat([w @ w_hr for w, w_hr in zip(inner, down)])
-            if not zeros:
+            if first is not None:
                 x = torch.cat((x, _first_steps(x, first[0], masks, reverse)), -1)
                 w_ih = torch.cat((w_ih, torch.block_diag(*inner)), 1)
-        h0 = torch.zeros_like(first[1]) if projection else first[0]
-        s0 = h0 if S == 1 else torch.stack((h0, *first[1:]), 1).flatten(0, 1)
-        lengths, batch_sizes, resets = masks
-        y, others, last = recurrence(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
-                                     self.plan, self.recompute)
-        steps = [y, *([] if others is None else others.view(S - 1, *y.shape))]
-        ends = [last[k::S] for k in range(S)]
+        if first is None:
+            s0 = x.new_zeros((N * S, x.shape[1] if batch_sizes is None else int(batch_sizes[0]), self.hidden_size))
+        else:
+            h0 = torch.zeros_like(first[1]) if projection else first[0]
+            s0 = h0 if S == 1 else torch.stack((h0, *first[1:]), 1).flatten(0, 1)
+        y, others, last = operator(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
+                                   self.plan, self.recompute)
+        steps = [y] if others is None else [y, *others.view(S - 1, *y.shape)]
+        ends = [last] if S == 1 else [last[k::S] for k in range(S)]
         if projection:
             steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)
             ends[0] = torch.stack([m @ w_hr.T for m, w_hr in zip(ends[0], down)])
             if lengths is not None:
-                ends[0] = torch.where((lengths == 0).to(x.device)[:, None], first[0], ends[0])
+                none = (lengths == 0).to(x.device)[:, None]
+                ends[0] = torch.where(none, 0 if first is None else first[0], ends[0])
         return steps, ends
 
 
-def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[bool]) -> Tensor:
+def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
     """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with, and else 0."""
     (lengths, batch_sizes, resets), (N, B, P) = masks, h0.shape
     T, b = x.shape[0] if batch_sizes is None else batch_sizes.shape[0], torch.arange(B, device=x.device)

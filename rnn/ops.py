@@ -25,10 +25,14 @@ from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 
+_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 def _traced(*tensors: Tensor) -> bool:
-    plain = all(type(t) in (Tensor, Parameter) for t in tensors)
-    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or not plain
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return True
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._get_tracing_state() is not None)
 
 
@@ -40,57 +44,67 @@ def _transformed() -> Any:
     return depth and (depth if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack().key())
 
 
-def _objects(cell: Any, plan: Any) -> tuple[Cell, Plan | None]:
+def _run(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> compute.Run:
     """From what the custom operators take, names and JSON."""
-    return (getattr(cells, cell), Plan(*json.loads(plan)) if plan else None) if isinstance(cell, str) else (cell, plan)
+    chosen = Plan(*json.loads(plan)) if plan else None
+    return compute.Run(getattr(cells, cell), chosen, tensors[:6], tensors[6:9], reverse)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    (*ctx.choices, _), (y, states, _, saved) = inputs[:4], output
-    ctx.save_for_backward(*inputs[4:], y, states, saved)
-    ctx.mark_non_differentiable(*([] if saved is None else [saved]))
+    """Of the custom operator, from its schema below."""
+    ctx.cell, ctx.plan, ctx.reverse, _ = inputs[:4]
+    _save(ctx, inputs[4:], output)
+
+
+def _save(ctx: Any, tensors: Sequence[Any], output: tuple[Any, ...]) -> None:
+    y, states, _, saved = output
+    ctx.save_for_backward(*tensors, y, states, saved)
+    if saved is not None:
+        ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
-    (*tensors,), (cell, plan, reverse) = ctx.saved_tensors, ctx.choices  # once: hooks would unpack them once more
+    tensors, others = ctx.saved_tensors, len(ctx.needs_input_grad) - 9  # once: hooks would unpack them once more
     autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
     with torch.autocast(tensors[0].device.type, enabled=False) if autocast else nullcontext():
-        grads = _gradients(tensors, cell, plan, reverse, ctx.needs_input_grad[4:10], d)
-    return None, None, None, None, *grads, None, None, None
+        grads = _gradients(ctx, tensors, ctx.needs_input_grad[others : others + 6], d)
+    return *[None] * others, *grads, None, None, None
 
 
-def _gradients(tensors: Sequence[Any], cell: Any, plan: Any, reverse: Sequence[int], needs: Sequence[bool],
-               d: Sequence[Any]) -> list[Tensor | None]:
-    given, masks = tensors[:6], tensors[6:9]
-    there: list[Any] = [t if t is not None and t.dim() > 1 else None for t in (*tensors[9:], *d[:3])]
-    kept, dy = there[:3], there[3:]
-    batched = any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in dy)
-    if torch.is_grad_enabled() or batched or _transformed():
+def _gradients(ctx: Any, tensors: Sequence[Any], needs: Sequence[bool], d: Sequence[Any]) -> list[Tensor | None]:
+    given, masks, kept, dy, run = tensors[:6], tensors[6:9], tensors[9:], d[:3], getattr(ctx, "run", None)
+    if run is None:  # the custom operators have tensors of one dimension for what is not there
+        kept, dy = ([t if t is not None and t.dim() > 1 else None for t in some] for some in (kept, dy))
+    if torch.is_grad_enabled() or _transformed() or any(t is not None and _batched(t) for t in dy):
         # Aliases, so that an input which was computed from another one counts for itself alone.
         with torch.enable_grad():
             alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
-            out: Any = compute.formula(_objects(cell, plan)[0], alias, masks, reverse, 1)
+            cell, reverse = (getattr(cells, ctx.cell), ctx.reverse) if run is None else (run.cell, run.reverse)
+            out: Any = compute.formula(cell, alias, masks, reverse, 1)
         used, wanted = [k for k in range(3) if dy[k] is not None], [alias[k] for k in range(6) if needs[k]]
         found: Any = torch.autograd.grad([out[k] for k in used], wanted, [dy[k] for k in used], create_graph=True,
                                          allow_unused=True)
         return [next(rest) if need else None for rest in (iter(found),) for need in needs]
-    if isinstance(cell, str) and _traced(kept[0]):
-        found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
+    if run is None and _traced(kept[0]):
+        found = _backward_op(ctx.cell, ctx.plan, ctx.reverse, needs, *given, *masks, *kept, *dy)
         return [g if need else None for g, need in zip(found, needs)]
-    return compute.backward(*_objects(cell, plan), given, masks, reverse, kept, dy, needs)
+    return compute.backward(run or _run(ctx.cell, ctx.plan, ctx.reverse, tensors), given, kept, dy, needs)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:  # a separate setup_context would cost 60 us more
-        cell, plan, reverse, keep, *tensors = inputs
-        output = compute.forward(cell, plan, tensors[:6], tensors[6:], reverse, keep)
-        _setup(ctx, inputs, output)
+        ctx.run, keep, *tensors = inputs
+        output = compute.forward(ctx.run, tensors[:6], keep)
+        _save(ctx, tensors, output)
         return output
 
     backward = staticmethod(_vjp)
 
+
+# Function.apply without its preparations for transforms, of which there is none here: they would cost 6 us.
+_apply: Any = super(torch.autograd.Function, _Layer).apply
 
 _GIVEN = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
 _MASKS = "Tensor? lengths, Tensor? batch_sizes, Tensor? resets"
@@ -100,15 +114,15 @@ _KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, T
 @torch.library.custom_op("fused_rnn::forward", mutates_args=(), schema=(
     f"(str cell, str plan, int[] reverse, int keep, {_GIVEN}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)"))
 def _forward_op(cell: str, plan: str, reverse: list[int], keep: int, *tensors: Any) -> tuple[Tensor, ...]:
-    out = compute.forward(*_objects(cell, plan), tensors[:6], tensors[6:], reverse, keep)
+    out = compute.forward(_run(cell, plan, reverse, tensors), tensors[:6], keep)
     return tuple(tensors[0].new_empty(0) if t is None else t for t in out)
 
 
 @torch.library.custom_op("fused_rnn::backward", mutates_args=(), schema=(
     f"(str cell, str plan, int[] reverse, bool[] needs, {_GIVEN}, {_MASKS}, {_KEPT}) -> Tensor[]"))
 def _backward_op(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any) -> list[Tensor]:
-    given, masks, kept, d = tensors[:6], tensors[6:9], tensors[9:12], tensors[12:]
-    grads = compute.backward(*_objects(cell, plan), given, masks, reverse, kept, d, needs)
+    given, kept, d = tensors[:6], tensors[9:12], tensors[12:]
+    grads = compute.backward(_run(cell, plan, reverse, tensors), given, kept, d, needs)
     return [given[0].new_empty(0) if g is None else g for g in grads]
 
 
@@ -126,6 +140,13 @@ def _(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any
 
 
 _forward_op.register_autograd(_vjp, setup_context=_setup)
+
+
+def settle(x: Tensor, plan: Plan | None) -> tuple[str, torch.dtype, str]:
+    """What serves a call, as of `compute.served`; in which dtype; and why."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return "", torch.get_autocast_dtype(x.device.type), "autocast"
+    return ("", x.dtype, "") if plan else compute.served(x.device, x.dtype)
 
 
 def _side_by_side(cell: Cell, tensors: tuple[Any, ...], reverse: Sequence[int], keep: int, plan: Plan | None,
@@ -172,62 +193,75 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
 
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
-    given, masks, kind = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), x.device.type
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
+    given, masks = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets)
+    serves, dtype, why = settle(x, plan)
+    autocast = why == "autocast"
     if not autocast:
         _check(cell, given, masks, len(reverse))
-    if autocast or (kind == "cpu" and plan is None and x.dtype in (torch.float16, torch.bfloat16)):
-        dtype = torch.get_autocast_dtype(kind) if autocast else torch.float32  # NumPy has no bfloat16
+    if autocast or dtype != x.dtype:
         cast: Any = [t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
                      for t in given]
         again: Any = recurrence
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             y, states, last = again(cell, *cast, *masks, reverse, keep, plan, recompute)
         back = y.dtype if autocast else x.dtype
         return y.to(back), states if states is None else states.to(back), last.to(back)
-    if not torch.compiler.is_compiling() and _transformed() == TransformType.Vmap:
+    transform = _transformed()
+    if transform == TransformType.Vmap and not torch.compiler.is_compiling():
         return _side_by_side(cell, (*given, *masks), reverse, keep, plan, recompute)
-    traced, reverse = _traced(x, w_hh), list(map(int, reverse))
+    traced, reverse = _traced(x, w_hh), [*map(int, reverse)]
     exporting = traced and torch.onnx.is_in_onnx_export()
     if exporting and onnx.has_node(cell.name, masks, reverse, keep):
         return onnx.recurrence(cell.name, given, lengths, reverse)
     unknown = exporting or (traced and getattr(cells, cell.name, None) is not cell)
-    if _transformed() or unknown or (plan is None and not compute.has_kernel(x.device, x.dtype)):
+    if transform or unknown or (plan is None and not serves):
         return compute.formula(cell, given, masks, reverse, keep)
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    train |= torch._C._get_tracing_state() is not None  # one graph, whoever traces
+    train = torch.is_grad_enabled() and (
+        w_hh.requires_grad or w_ih.requires_grad or x.requires_grad or s0.requires_grad
+        or (b_ih is not None and b_hh is not None and (b_ih.requires_grad or b_hh.requires_grad)))
+    train |= traced and torch._C._get_tracing_state() is not None  # one graph, whoever traces
     keep = keep if not train else 1 if recompute else 2
     if traced:
         y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, keep, *given, *masks)
         return y, states if states.dim() > 1 else None, last
+    run = compute.Run(cell, plan, given, masks, reverse)
     if train:
-        return _Layer.apply(cell, plan, reverse, keep, *given, *masks)[:3]
-    return compute.forward(cell, plan, given, masks, reverse, keep)[:3]
+        return _apply(run, keep, *given, *masks)[:3]
+    return compute.forward(run, given, keep)[:3]
+
+
+def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
+            device: torch.device | None) -> None:
+    if t is not None and (t.shape != shape or t.dtype not in dtypes or not (device is None or t.device == device)):
+        raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, dtypes))} and on "
+                           f"{device or 'any device'}, got {list(t.shape)}, {t.dtype} and on {t.device}")
 
 
 def _check(cell: Cell, given: Sequence[Any], masks: Sequence[Tensor | None], N: int) -> None:
-    (x, _, _, b_ih, b_hh, s0), (lengths, batch_sizes, _) = given, masks
-    if x.dim() != (3 if batch_sizes is None else 2) or s0.dim() != 3 or (b_ih is None) != (b_hh is None):
+    (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
+    size, hidden, device = x.shape, s0.shape, x.device
+    if len(size) != (3 if batch_sizes is None else 2) or len(hidden) != 3 or (b_ih is None) != (b_hh is None):
         raise RuntimeError("Expected input of 3 dimensions (2 with batch_sizes), hidden of 3, both biases or none")
-    _, B, H = s0.shape
-    R, I, GH, T = x.shape[0], x.shape[-1], N * cell.gates * H, (x if batch_sizes is None else batch_sizes).shape[0]
-    shapes = dict(input=(T, B, I) if batch_sizes is None else (R, I), weight_ih=(GH, I), weight_hh=(GH, H),
-                  bias_ih=(GH,), bias_hh=(GH,), hidden=(N * cell.states, B, H), lengths=(B,), batch_sizes=(T,),
-                  resets=(T, B))
-    floats, int64 = (x.dtype,) if x.dtype.is_floating_point or x.dtype.is_complex else (), torch.int64
-    dtypes = *[floats] * 6, (int64, torch.int32), (int64,), (torch.bool,)
-    for (name, shape), allowed, t in zip(shapes.items(), dtypes, (*given, *masks)):
-        anywhere = t is lengths or t is batch_sizes
-        if t is not None and (t.shape != shape or t.dtype not in allowed or not (anywhere or t.device == x.device)):
-            raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, allowed))} and on "
-                               f"{x.device}, got {list(t.shape)}, {t.dtype} and on {t.device}")
+    (_, B, H), (R, *_, I), T = hidden, size, (x if batch_sizes is None else batch_sizes).shape[0]
+    GH, floats = N * cell.gates * H, (x.dtype,) if x.dtype.is_floating_point or x.dtype.is_complex else ()
+    if not floats or (batch_sizes is None and size[1] != B):
+        _expect("input", x, (T, B, I) if batch_sizes is None else (R, I), floats, device)
+    _expect("weight_ih", w_ih, (GH, I), floats, device)
+    _expect("weight_hh", w_hh, (GH, H), floats, device)
+    _expect("bias_ih", b_ih, (GH,), floats, device)
+    _expect("bias_hh", b_hh, (GH,), floats, device)
+    _expect("hidden", s0, (N * cell.states, B, H), floats, device)
     if T == 0 or (lengths is not None and batch_sizes is not None):
         raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
                            "Expected sequence length to be larger than 0 in RNN")
+    if resets is not None:
+        _expect("resets", resets, (T, B), (torch.bool,), device)
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
+        _expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
         while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):
             lengths = torch._C._functorch.get_unwrapped(lengths)
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
     if batch_sizes is not None:
+        _expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
         fits = (batch_sizes.sum() == R) & (batch_sizes[0] == B) & (batch_sizes[-1] > 0) & (batch_sizes.diff() < 1).all()
         torch._assert_async(fits, "Expected batch_sizes that begin with B, never rise, and add up to input's rows")

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rnn.kernels import cells
+from rnn.kernels import cells, device
 from rnn.kernels import gpu as kernels
 from rnn.kernels.plan import Gpu, Rows, make_plan
 
@@ -99,9 +99,9 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
     recorders: Any = [Recorder(kernel) for kernel in real]
     kernels.forward_kernel, kernels.backward_kernel = recorders
-    kernels.forward(cell, plan, rows, x, w, b if cell.split else None, s, 2, **fused)
+    device.forward(cell, plan, rows, x, w, b, s, 2, **fused)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
-    kernels.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
+    device.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
     kernels.forward_kernel, kernels.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
 

@@ -16,7 +16,7 @@ from test_gpu import DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
 from torch import Tensor, nn
 
 import rnn
-from rnn.kernels import cells, gpu
+from rnn.kernels import cells, device
 from rnn.kernels.plan import Rows
 
 ROOT = Path(__file__).parent.parent
@@ -107,9 +107,9 @@ def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tenso
         return t
 
     x, w_hh, s0, plan = spread(4 * H), randn(4 * H, H) / 4, randn(2, 4, H), plan_for(scope, H, torch.float16)
-    y, states, last, saved = gpu.forward(cell, plan, rows, x, w_hh, None, s0, 2)
+    y, states, last, saved = device.forward(cell, plan, rows, x, w_hh, None, s0, 2)
     assert states is not None and saved is not None
-    dx, _, ds, came = gpu.backward(cell, plan, rows, w_hh, s0, y, states, saved, spread(H), None, None)
+    dx, _, ds, came = device.backward(cell, plan, rows, w_hh, s0, y, states, saved, spread(H), None, None)
     assert came is not None
     return [y[at], states[:, at], last, saved[:, at], dx[at], ds, came[at]]
 

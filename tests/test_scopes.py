@@ -9,7 +9,7 @@ import torch
 from cases import check_recurrence
 from test_gpu import plan_for
 
-from rnn.kernels import cells, gpu, replay
+from rnn.kernels import cells, device, gpu, replay
 from rnn.kernels.plan import Rows
 
 
@@ -117,9 +117,9 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     x, w, s = torch.randn(5 * 3, 18), torch.randn(18, 18) / 5, torch.zeros(1, 3, 18)
     plan, rows = plan_for("launch", 18), Rows(5, [0])
     odd = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    want = gpu.forward(cells.rnn_tanh, plan, rows, x, w, None, s, 0)[0]
+    want = device.forward(cells.rnn_tanh, plan, rows, x, w, None, s, 0)[0]
     assert len(machine.graphs) == 1 and machine.plain == 0
-    assert torch.equal(gpu.forward(cells.rnn_tanh, plan, rows, odd, w, None, s, 0)[0], want)
+    assert torch.equal(device.forward(cells.rnn_tanh, plan, rows, odd, w, None, s, 0)[0], want)
     assert machine.plain == 5
 
 
@@ -198,7 +198,7 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
             reverse: int = 0) -> None:
         x = torch.zeros(T * B * 18 + shift, dtype=dtype)[shift:].view(T * B, 18)
         w, s = torch.zeros(18, 18, dtype=dtype), torch.zeros(1, B, 18, dtype=dtype)
-        gpu.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, w, None, s, 0)
+        device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, w, None, s, 0)
 
     run(5, 3)
     run(1, 1)

@@ -1,0 +1,59 @@
+"""What a call will be computed by, in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compute, ops
+from .kernels.cells import Cell
+from .kernels.plan import NUMPY_PRODUCT, Plan
+from .layers import _Stack
+
+_WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step", "torch": "torch operations, step by step",
+          "block": "each block keeps all of W_hh for its sequences", "grid": "each block keeps a slice of W_hh",
+          "launch": "one launch a step, which reads W_hh"}
+
+
+def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan | None) -> str:
+    (serves, dtype, why), (_, B, H), G, whys = ops.settle(x, plan), s0.shape, cell.gates, ["plan="] if plan else []
+    if dtype != x.dtype:
+        whys.append(f"{x.dtype} is cast: {'autocast' if why == 'autocast' else 'no kernel for it'}")
+        x = x.new_empty((), dtype=dtype).expand(x.shape)
+        serves, _, why = ("", dtype, "") if plan else compute.served(x.device, dtype)
+    start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
+    if not plan and not serves:
+        return f"{start}the formula in torch operations, slow ({'; '.join([*whys, why])})"
+    found = plan or compute.choose(cell, x, s0, reverse)
+    if found.scope == "host":
+        if serves == "host":
+            why = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
+        return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [*whys, why]))})"
+    if dtype == torch.float32 and not plan:
+        whys.append(f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}")
+    return (f"{start}{found.backend}, scope {found.scope}, {_WORDS.get(found.scope, '')}; {found.units} units of {G} "
+            f"gates by {found.sequences} sequences a program, {found.depth} deep, {found.warps} warps; W_ih x "
+            f"{'in' if found.fused else 'before'} the steps; products in {found.precision} ({'; '.join(whys)})")
+
+
+def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
+    """What `layer(*args, **kwargs)` will be computed by and why, a line for each of its layers: backend, scope, tiles
+    and precision, as an ordinary call would decide now. Nothing is computed.
+
+    Raises what the call raises for bad input, and TypeError for what is none of our layers."""
+    if not isinstance(layer, _Stack):
+        raise TypeError(f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}")
+    lines: list[str] = []
+
+    def operator(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, s0: Tensor, lengths: Any,
+                 batch_sizes: Any, resets: Any, reverse: Sequence[int], keep: int, plan: Plan | None, _: bool) -> Any:
+        ops._check(cell, (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), len(reverse))
+        lines.append(f"layer {len(lines)}: {_words(cell, x, s0, reverse, plan)}")
+        y = x.new_zeros(()).expand(*x.shape[:-1], len(reverse) * s0.shape[2])
+        return y, y.reshape(1, -1, y.shape[-1]) if keep and cell.states > 1 else None, s0
+
+    devices = [p.device for p in layer.parameters() if p.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws
+        layer._run(operator, *args, **kwargs)
+    return "\n".join(lines)
