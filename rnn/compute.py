@@ -189,6 +189,7 @@ def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor |
     x, w_ih, w_hh, b_ih, b_hh, s0 = given
     (*leading, width), fused = x.shape, {}
     x = run.rows_of(x, width)
+    b_ih, b_hh = (b if b is None else b.contiguous() for b in (b_ih, b_hh))
     if b_hh is not None and not run.cell.split and run.plan.scope == "host":
         b_ih, b_hh = b_ih + b_hh, None
     if run.plan.fused:
