@@ -1,6 +1,7 @@
 // What CUDA C++ has no words for, as inline PTX. No headers, so that NVRTC needs none; the tests have a twin for the CPU.
 typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
 #define DEVICE __device__ __forceinline__
+#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }

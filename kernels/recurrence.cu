@@ -42,8 +42,7 @@ DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
   const u32 h0 = tf32(b0), h1 = tf32(b1);
 #if PRECISE
   u32 high[4], low[4];
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
+  EACH(e, 4) {
     keep(w[e]);  // in one piece: its parts would take twice the registers
     high[e] = tf32(w[e]);
     low[e] = tf32(__float_as_uint(__uint_as_float(w[e]) - __uint_as_float(high[e])));
@@ -85,18 +84,14 @@ struct Thread {
 #pragma unroll 1
     for (int k0 = 0; k0 < KS; k0 += FEW) {
       u32 words[FEW][ROWS][4];
-#pragma unroll
-      for (int e = 0; e < FEW * ROWS * 4; ++e)
+      EACH(e, FEW * ROWS * 4)
         words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
             weight(w_hh, e / 4 % ROWS, unit + e % 2, (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
-#pragma unroll
-      for (int k = 0; k < KS; ++k)
+      EACH(k, KS)
         if (k / FEW * FEW == k0)
-#pragma unroll
-          for (int e = 0; e < ROWS * 4; ++e) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
+          EACH(e, ROWS * 4) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
     }
-#pragma unroll
-    for (int p = 0; p < P; ++p)
+    EACH(p, P)
       end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
     for (int i = threadIdx.x; i < sizeof(shared.inbox) / 4; i += THREADS) words[i] = 0;
@@ -115,8 +110,7 @@ struct Thread {
   DEVICE u32 weight(const T* w_hh, u32 row, u32 unit, u32 k) const {
     const u32 size = H, j = min(unit, size - 1), g = ADJOINT ? min(k, (u32)WORDS - 1) * WORD / (C * U) : row;
     u32 word = 0;
-#pragma unroll
-    for (int e = 0; e < WORD; ++e) {
+    EACH(e, WORD) {
       const u32 from = (k * WORD + e) % (C * U), i = min(from, size - 1);
       const bool there = unit < size && from < size && k < WORDS;
       const T v = ADJOINT ? w_hh[(g * size + i) * size + j] : w_hh[(g * size + j) * size + i];
@@ -162,17 +156,14 @@ struct Thread {
   DEVICE void warm(const T* p, int u, int pitch) const {
     if (MASKS || u + AHEAD >= steps || lane >= 4) return;
     p += row(time(u + AHEAD, reverse != ADJOINT)) * pitch;
-#pragma unroll
-    for (int i = 0; i < P; ++i)
+    EACH(i, P)
       if (inside(i)) prefetch(p + at(i, pitch));
   }
 
   // Tells all blocks of the group these numbers for step c of their sums.
   DEVICE void tell(int c, const float (&values)[VECTORS][P][2]) {
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v)
-#pragma unroll
-      for (int p = 0; p < P; ++p) {
+    EACH(v, VECTORS)
+      EACH(p, P) {
         if (!owner()) continue;
         const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
         const int word = (v * C * U + unit) / WORD, b = sequence(p);
@@ -181,8 +172,7 @@ struct Thread {
 #elif SCOPE == CLUSTER
         *(Pair*)&shared.outbox[wm][v][b][unit % 16] = pair;
 #else
-#pragma unroll
-        for (int e = 0; e < 2 / WORD; ++e)
+        EACH(e, 2 / WORD)
           store_flagged(flags + (((c & 1) * (WORDS / 8) + (word + e) / 8) * NT + b / 8) * 64 +
                         ((word + e) / 4 % 2 * 8 + b % 8) * 4 + (word + e) % 4, ((const u32*)&pair)[e], c + 1);
 #endif
@@ -213,8 +203,7 @@ struct Thread {
     if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
 #endif
     float d[CHAINS][ROWS][NT][4] = {};
-#pragma unroll
-    for (int j = 0; j < NT; ++j) {
+    EACH(j, NT) {
 #if SCOPE == GRID
       const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + j * 64 + lane;
       constexpr int AT_ONCE = KS < 8 ? KS : 8;
@@ -224,10 +213,8 @@ struct Thread {
         u32 patience = 0;
         for (bool ready = false; !ready;) {
           ready = true;
-#pragma unroll
-          for (int k = 0; k < AT_ONCE; ++k)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
+          EACH(k, AT_ONCE)
+            EACH(half, 2) {
               const bool there = k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
               seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32) : (u64)(c + 1) << 32;
               ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
@@ -235,10 +222,8 @@ struct Thread {
           if (!ready) wait_more(patience);
         }
         __syncwarp();
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k)
-#pragma unroll
-          for (int row = 0; row < ROWS; ++row)
+        EACH(k, AT_ONCE)
+          EACH(row, ROWS)
             if (k0 + k < KS) product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
       }
 #else
@@ -247,8 +232,7 @@ struct Thread {
       for (int k = 0; k < KS; k += 2) {
         u32 words[4];
         load_matrices(words, from + k * 32);
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
+        EACH(row, ROWS) {
           product(d[0][row][j], w[row][k], words[0], words[1]);
           product(d[CHAINS - 1][row][j], w[row][k + 1], words[2], words[3]);
         }
@@ -256,10 +240,8 @@ struct Thread {
 #endif
     }
     auto& mine = shared.sums[SCOPE == GRID ? c & 1 : 0];
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-#pragma unroll
-      for (int i = 0; i < 4 * NT; ++i) {
+    EACH(row, ROWS) {
+      EACH(i, 4 * NT) {
         const float sum = d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
         if (WK > 1) mine[wm][wk][row][i][lane] = sum;
         else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
@@ -267,12 +249,9 @@ struct Thread {
     }
     if (WK == 1) return;
     group_sync(1 + wm, 32 * WK);
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row)
-#pragma unroll
-      for (int p = 0; p < P; ++p)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
+    EACH(row, ROWS)
+      EACH(p, P)
+        EACH(e, 2) {
           sums[row][p][e] = 0.f;
 #pragma unroll
           for (int q = 0; owner() && q < WK; ++q)
@@ -311,24 +290,19 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   float d[P][STATES][2] = {};
   auto fetch = [&](Given (&given)[P], int t) {
     const i64 row = me.row(t) * y_row;
-#pragma unroll
-    for (int p = 0; p < P; ++p) {
+    EACH(p, P) {
       given[p] = {};
       if (!me.runs(t, p)) continue;
-#pragma unroll
-      for (int k = 0; k < STATES; ++k) given[p].s[k] = me.load((k ? states + (k - 1) * plane : y) + row + me.at(p, y_row));
+      EACH(k, STATES) given[p].s[k] = me.load((k ? states + (k - 1) * plane : y) + row + me.at(p, y_row));
       given[p].d[0] = me.load(dy + row + me.at(p, y_row));
 #pragma unroll
       for (int k = 1; k < STATES; ++k)
         if (dstates) given[p].d[k] = me.load(dstates + (k - 1) * plane + row + me.at(p, y_row));
-#pragma unroll
-      for (int k = 0; k < SAVED; ++k) given[p].saved[k] = me.load(saved + k * plane + row + me.at(p, y_row));
+      EACH(k, SAVED) given[p].saved[k] = me.load(saved + k * plane + row + me.at(p, y_row));
     }
   };
-#pragma unroll
-  for (int p = 0; p < P; ++p)
-#pragma unroll
-    for (int k = 0; k < STATES; ++k)
+  EACH(p, P)
+    EACH(k, STATES)
       if (me.inside(p)) me.load(d[p][k], ds + k * layer + me.at(p, H));
   int t = me.time(0, !me.reverse);
   fetch(now, t);
@@ -339,42 +313,32 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     me.warm(dy, u, y_row);
 #pragma unroll
     for (int k = 1; k < STATES; ++k) me.warm(states + (k - 1) * plane, u, y_row);
-#pragma unroll
-    for (int k = 0; k < SAVED; ++k) me.warm(saved + k * plane, u, y_row);
+    EACH(k, SAVED) me.warm(saved + k * plane, u, y_row);
     if (u) {
       me.receive(u - 1, sums);
-#pragma unroll
-      for (int p = 0; p < P; ++p) d[p][0][0] += sums[0][p][0], d[p][0][1] += sums[0][p][1];
+      EACH(p, P) d[p][0][0] += sums[0][p][0], d[p][0][1] += sums[0][p][1];
     }
     if (u == me.steps) break;
     const i64 row = me.row(t);
-#pragma unroll
-    for (int p = 0; p < P; ++p) {
+    EACH(p, P) {
       const bool runs = me.runs(t, p), flows = runs && !me.cut(t, p), first = flows && !me.runs(before, p);
       float gx[2][GATES], gr[2][GATES], came[2][STATES];
-#pragma unroll
-      for (int k = 0; k < STATES; ++k) {
+      EACH(k, STATES) {
         const Pair s = first ? me.load(state + k * layer + me.at(p, H)) : later[p].s[k];
         came[0][k] = flows ? half_of(s, 0) : 0.f, came[1][k] = flows ? half_of(s, 1) : 0.f;
       }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
+      EACH(e, 2) {
         float s[STATES], given[STATES], a[SAVED + 1], passed[STATES];
-#pragma unroll
-        for (int k = 0; k < STATES; ++k) s[k] = half_of(now[p].s[k], e), given[k] = d[p][k][e] + half_of(now[p].d[k], e);
-#pragma unroll
-        for (int k = 0; k < SAVED; ++k) a[k] = half_of(now[p].saved[k], e);
+        EACH(k, STATES) s[k] = half_of(now[p].s[k], e), given[k] = d[p][k][e] + half_of(now[p].d[k], e);
+        EACH(k, SAVED) a[k] = half_of(now[p].saved[k], e);
         cell_backward(a, came[e], s, given, gx[e], gr[e], passed);
-#pragma unroll
-        for (int k = 0; k < STATES; ++k)
+        EACH(k, STATES)
           if (runs) d[p][k][e] = flows ? passed[k] : 0.f;
-#pragma unroll
-        for (int g = 0; g < GATES; ++g) news[g][p][e] = flows ? gr[e][g] : 0.f;
+        EACH(g, GATES) news[g][p][e] = flows ? gr[e][g] : 0.f;
       }
       now[p] = later[p];
       if (!runs) continue;
-#pragma unroll
-      for (int g = 0; g < GATES; ++g) {
+      EACH(g, GATES) {
         me.store(dr + row * x_row + (g * (int)H + me.at(p, x_row)), narrow(gr[0][g], gr[1][g]));
         if (SPLIT) me.store(dx + row * x_row + (g * (int)H + me.at(p, x_row)), narrow(gx[0][g], gx[1][g]));
       }
@@ -383,10 +347,8 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     me.tell(u, news);
     t = before;
   }
-#pragma unroll
-  for (int p = 0; p < P; ++p)
-#pragma unroll
-    for (int k = 0; k < STATES; ++k)
+  EACH(p, P)
+    EACH(k, STATES)
       if (me.inside(p)) me.store(ds + k * layer + me.at(p, H), d[p][k]);
 #else
   x += x0, state += s0, y += y0, states += states ? y0 : 0, saved += saved ? y0 : 0;
@@ -394,36 +356,28 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   Pair now[P][GATES], later[P][GATES];
   auto fetch = [&](Pair (&given)[P][GATES], int t) {
     const T* from = x + me.row(t) * x_row;
-#pragma unroll
-    for (int p = 0; p < P; ++p)
-#pragma unroll
-      for (int g = 0; g < GATES; ++g) {
+    EACH(p, P)
+      EACH(g, GATES) {
         given[p][g] = {};
         if (me.runs(t, p)) given[p][g] = me.load(from + (g * (int)H + me.at(p, x_row)));
       }
   };
   // The states that come into step t, and the h among them to be multiplied.
   auto enter = [&](int t) {
-#pragma unroll
-    for (int p = 0; p < P; ++p)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int k = 0; k < STATES; ++k)
+    EACH(p, P)
+      EACH(e, 2) {
+        EACH(k, STATES)
           if (me.cut(t, p)) s[p][k][e] = 0.f;
         news[0][p][e] = s[p][0][e];
       }
   };
-#pragma unroll
-  for (int g = 0; g < GATES; ++g)
+  EACH(g, GATES)
     if (b_hh && me.unit < H) {
       const Pair b = me.load(b_hh + (me.n * GATES + g) * H + me.unit);
       bias[g][0] = half_of(b, 0), bias[g][1] = half_of(b, 1);
     }
-#pragma unroll
-  for (int p = 0; p < P; ++p)
-#pragma unroll
-    for (int k = 0; k < STATES; ++k)
+  EACH(p, P)
+    EACH(k, STATES)
       if (me.inside(p)) me.load(s[p][k], state + k * layer + me.at(p, H));
   int t = me.time(0, me.reverse);
   fetch(now, t);
@@ -432,44 +386,34 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   for (int u = 0; u < me.steps; ++u) {
     const int next = me.time(u + 1, me.reverse);
     fetch(later, next);
-#pragma unroll
-    for (int g = 0; g < GATES; ++g) me.warm(x + g * H, u, x_row);
+    EACH(g, GATES) me.warm(x + g * H, u, x_row);
     me.receive(u, sums);
     const i64 row = me.row(t) * y_row;
-#pragma unroll
-    for (int p = 0; p < P; ++p) {
+    EACH(p, P) {
       float a[2][SAVED + 1];
       if (me.runs(t, p)) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
+        EACH(e, 2) {
           float gates[GATES], r[GATES], old[STATES], new_s[STATES];
-#pragma unroll
-          for (int g = 0; g < GATES; ++g) gates[g] = half_of(now[p][g], e), r[g] = sums[g][p][e] + bias[g][e];
-#pragma unroll
-          for (int k = 0; k < STATES; ++k) old[k] = s[p][k][e];
+          EACH(g, GATES) gates[g] = half_of(now[p][g], e), r[g] = sums[g][p][e] + bias[g][e];
+          EACH(k, STATES) old[k] = s[p][k][e];
           cell_forward(gates, r, old, new_s, a[e]);
-#pragma unroll
-          for (int k = 0; k < STATES; ++k) s[p][k][e] = new_s[k];
+          EACH(k, STATES) s[p][k][e] = new_s[k];
         }
         me.store(y + row + me.at(p, y_row), narrow(s[p][0][0], s[p][0][1]));
 #pragma unroll
         for (int k = 1; k < STATES; ++k)
           if (states) me.store(states + (k - 1) * plane + row + me.at(p, y_row), narrow(s[p][k][0], s[p][k][1]));
-#pragma unroll
-        for (int k = 0; k < SAVED; ++k)
+        EACH(k, SAVED)
           if (saved) me.store(saved + k * plane + row + me.at(p, y_row), narrow(a[0][k], a[1][k]));
       }
-#pragma unroll
-      for (int g = 0; g < GATES; ++g) now[p][g] = later[p][g];
+      EACH(g, GATES) now[p][g] = later[p][g];
     }
     enter(next);
     if (u + 1 < me.steps) me.tell(u + 1, news);
     t = next;
   }
-#pragma unroll
-  for (int p = 0; p < P; ++p)
-#pragma unroll
-    for (int k = 0; k < STATES; ++k)
+  EACH(p, P)
+    EACH(k, STATES)
       if (me.inside(p)) me.store(state + k * layer + me.at(p, H), s[p][k]);
 #endif
   me.leave();

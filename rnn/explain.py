@@ -20,8 +20,8 @@ def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan
     (serves, dtype, why), (_, B, H), G, whys = ops.settle(x, plan), s0.shape, cell.gates, ["plan="] if plan else []
     if dtype != x.dtype:
         whys.append(f"{x.dtype} is cast: {'autocast' if why == 'autocast' else 'no kernel for it'}")
+        serves, dtype, why = ("", dtype, "") if plan else compute.served(x.device, dtype)
         x = x.new_empty((), dtype=dtype).expand(x.shape)
-        serves, _, why = ("", dtype, "") if plan else compute.served(x.device, dtype)
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
     if not plan and not serves:
         return f"{start}the formula in torch operations, slow ({'; '.join([*whys, why])})"

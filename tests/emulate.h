@@ -5,6 +5,7 @@
 #define __launch_bounds__(...)
 #define CLUSTER_SIZE
 #define DEVICE inline
+#define EACH(i, count) for (int i = 0; i < (count); ++i)
 struct uint4 { u32 x, y, z, w; };
 
 inline struct { emulate::Index<+[] { return emulate::self->thread; }> x; } threadIdx;

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
-FLOORS = [["kernels.cells"], ["kernels.plan", "kernels.replay"], ["kernels.cpu", "kernels.gpu"], ["compute"], ["onnx"],
-          ["ops"], ["layers"], ["replace"]]
+FLOORS = [["kernels.cells"], ["kernels.plan", "kernels.replay", "kernels.trace"],
+          ["kernels.cpu", "kernels.gpu", "kernels.cuda"], ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"],
+          ["replace", "explain"]]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
@@ -62,9 +63,8 @@ def test_import_is_light() -> None:
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.compute", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.replace", "rnn.kernels", "rnn.kernels.cells",
-        "rnn.kernels.plan",
-        "rnn.kernels.cpu"}
+        "rnn", "rnn.compute", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.replace", "rnn.explain", "rnn.kernels",
+        "rnn.kernels.cells", "rnn.kernels.plan"}
 
 
 def test_without_triton() -> None:

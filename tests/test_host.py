@@ -1,0 +1,321 @@
+"""What the host does around the kernels: how long it takes, what it decides and says, and faults."""
+
+import ast
+import inspect
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import check_recurrence
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rnn
+from rnn import compute
+from rnn.kernels import cpu
+from rnn.kernels.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+BLOCK = Plan("triton", "block", 16, 8, 16, 1, False, "tf32x3")
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of ours but the kernels, at sizes at which arithmetic is nothing: 0.9 of torch.nn's time at most, with
+    backward all of it."""
+    T, B, I, H = 4, 1, 8, 8
+    ours, theirs = getattr(rnn, name)(I, H, plan=BLOCK), getattr(nn, name)(I, H)
+    x, dy, cell = torch.randn(T, B, I), torch.randn(T, B, H), rnn.layers._CELLS[ours.mode]
+    GH, S, A = cell.gates * H, cell.states, cell.saved
+
+    def forward() -> tuple[Any, ...]:
+        states, saved = torch.zeros(S - 1, T * B, H) if S > 1 else None, torch.zeros(A, T * B, H) if A else None
+        return torch.zeros(T * B, H), states, torch.zeros(S, B, H), saved
+
+    dx, ds = torch.zeros(T * B, GH), torch.zeros(S, B, H)
+    dr, ready = torch.zeros(T * B, GH) if cell.split else dx, list[Any]()
+    kernels = SimpleNamespace(forward=lambda *_, **__: ready.pop(), backward=lambda *_: (dx, dr, ds, None))
+    monkeypatch.setattr(compute, "_module", lambda backend: kernels)
+
+    def train(layer: Any) -> None:
+        layer(x)[0].backward(dy)
+
+    def ratio(call: Callable[[Any], Any]) -> float:
+        times: tuple[list[float], list[float]] = [], []
+        for _ in range(400):
+            ready[:] = [forward()]
+            for layer, column in zip((ours, theirs), times):
+                layer.zero_grad()
+                start = time.perf_counter()
+                call(layer)
+                column.append(time.perf_counter() - start)
+        return statistics.median(times[0]) / statistics.median(times[1])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            inference = min(ratio(lambda layer: layer(x)) for _ in range(3))  # of three: others use this machine too
+        training = min(ratio(train) for _ in range(3))
+    finally:
+        torch.set_num_threads(threads)
+    assert inference <= 0.9 and training <= 1, f"{inference:.2f} and {training:.2f} of torch.nn's time"
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No decision is remembered, before or after."""
+    caches: list[Any] = [compute._served_once, compute._plan, cpu._program]
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """As if there were a GPU, for decisions: tensors on it hold nothing."""
+    has = SimpleNamespace(capability=(9, 0), triton=True, cupy=True)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block=49152,
+                                 shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(nn.RNNBase, "reset_parameters", lambda layer: None)
+    monkeypatch.setattr(compute, "_usable", lambda library: getattr(has, library))
+    with FakeTensorMode():
+        yield has
+
+
+def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
+    return rnn.explain(rnn.GRU(8, H, dtype=dtype, device="cuda"), torch.empty(5, 3, 8, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize(("H", "dtype", "has", "texts"), [
+    (64, torch.bfloat16, {}, ["triton, scope block", "64 units of 3 gates by 8 sequences", "4 warps", "in ieee"]),
+    (512, torch.float32, {}, ["triton, scope launch", "in tf32 (torch.backends.cudnn.rnn.fp32_precision is 'tf32')"]),
+    (64, torch.float64, {}, ["the formula", "no kernel for torch.float64"]),
+    (64, torch.float32, {"capability": (7, 5)}, ["the formula", "8.0, this one has 7.5"]),
+    (64, torch.float32, {"triton": False}, ["float32 on cuda:0: CuPy", "Triton is missing"]),
+    (64, torch.bfloat16, {"triton": False}, ["float32 on cuda:0: CuPy", "bfloat16 is cast", "Triton is missing"]),
+    (64, torch.float32, {"triton": False, "cupy": False}, ["the formula", "neither Triton nor CuPy"]),
+])
+def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts: list[str], gpu: Any) -> None:
+    vars(gpu).update(has)
+    said = on_gpu(H, dtype)
+    assert all(text in said for text in texts), said
+
+
+@pytest.mark.parametrize(("layer", "B", "texts"), [
+    (rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"]),
+    (rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True), 2, ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"]),
+    (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "NumPy"]),
+    (rnn.GRU(3, 512), 2, ["torch operations, step by step (1572864 multiplications a step"]),
+    (rnn.GRU(3, 9, dtype=torch.bfloat16), 2, ["float32 on cpu: NumPy", "torch.bfloat16 is cast"]),
+    (rnn.RNN(3, 9, dtype=torch.complex64), 2, ["the formula"]),
+], ids=str)
+def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what then happens is that."""
+    x, ran, formula = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str](), compute.formula
+    state = torch.get_rng_state()
+    said = rnn.explain(layer, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(text in said for text in texts), said
+
+    class Spy(compute.Run):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            ran.append(self.plan.backend)
+
+    monkeypatch.setattr(compute, "Run", Spy)
+
+    def noted(*args: Any) -> Any:
+        ran.append("formula")
+        return formula(*args)
+
+    monkeypatch.setattr(compute, "formula", noted)
+    layer(x)
+    words = {"numpy": "NumPy, step", "torch": "torch operations, step", "triton": "triton", "formula": "the formula"}
+    assert len(ran) == len(said.splitlines()) == layer.num_layers
+    assert all(words[backend] in line for backend, line in zip(ran, said.splitlines()))
+
+
+def test_explain_refuses_what_the_call_does() -> None:
+    with pytest.raises(RuntimeError, match="Expected 3, got 4"):
+        rnn.explain(rnn.RNN(3, 8), torch.randn(5, 2, 4))
+    with pytest.raises(RuntimeError, match="Expected lengths of shape"):
+        rnn.explain(rnn.RNN(3, 8), torch.randn(5, 2, 3), lengths=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.RNN"):
+        rnn.explain(nn.RNN(3, 8), torch.randn(5, 2, 3))
+    with torch.autocast("cpu"):
+        said = rnn.explain(rnn.RNN(3, 8), torch.randn(5, 2, 3))
+    assert "float32 on cpu: NumPy" in said and "autocast" in said, said
+
+
+SWITCHES = {  # and whether cuDNN would then compute an RNN in TF32
+    "pass": True, "b.cudnn.allow_tf32 = False": False, "b.cudnn.allow_tf32 = True": True,
+    "b.cudnn.rnn.fp32_precision = 'ieee'": False, "b.cudnn.rnn.fp32_precision = 'tf32'": True,
+    "b.cudnn.rnn.fp32_precision = 'none'": False, "b.cudnn.fp32_precision = 'ieee'": False,
+    "b.cudnn.fp32_precision = 'tf32'": True, "b.fp32_precision = 'ieee'": False, "b.fp32_precision = 'tf32'": True,
+    "b.cudnn.allow_tf32 = False; b.cudnn.rnn.fp32_precision = 'tf32'": True,
+    "b.cudnn.rnn.fp32_precision = 'ieee'; b.cudnn.allow_tf32 = True": True,
+    "b.cudnn.rnn.fp32_precision = 'none'; b.fp32_precision = 'tf32'": True,
+    "flags = b.cudnn.flags(allow_tf32=False); flags.__enter__()": False,
+    "torch.set_float32_matmul_precision('highest')": True,
+    "torch.set_float32_matmul_precision('high')": True, "b.cuda.matmul.allow_tf32 = True": True,
+}
+
+
+def test_the_switch_for_tf32() -> None:
+    """Each way to set it, in a process of its own: torch does not forget the one that was used before. Reading it never
+    raises, as reading `allow_tf32` does after some."""
+    code = """if True:
+        import os, torch
+        from types import SimpleNamespace
+        from rnn import compute
+
+        x = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(5, 3, 8), device="cuda")
+        compute._plan = lambda cell, sizes, dtype, device, tf32: tf32
+        b = torch.backends
+        for way in {ways}:
+            if os.fork():
+                os.wait()
+            else:
+                exec(way)
+                print(compute.choose(None, x, x, (0,)), flush=True)
+                os._exit(0)
+    """.replace("{ways}", repr([*SWITCHES]))
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
+    assert dict(zip(SWITCHES, map(ast.literal_eval, done.stdout.split()))) == SWITCHES, done.stderr
+
+
+def test_compiled_code_reads_the_switch_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, choose = list[Plan](), compute.choose
+
+    def noted(*args: Any) -> Plan:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(compute, "choose", noted)
+    layer, x = torch.compile(rnn.RNN(3, 8), fullgraph=True, backend="aot_eager"), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        layer(x)
+        first = len(chosen)
+        layer(x)
+    assert (first, len(chosen)) == (1, 2)
+
+
+class Arrays(ModuleType):
+    """NumPy in CuPy's place. Notes which functions are used, and which of them with out=."""
+
+    used: dict[str, bool]
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(np, name)
+        if name == "from_dlpack":
+            return lambda tensor: found(tensor).copy()  # NumPy's would be read-only
+        self.used.setdefault(name, False)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.used[name] |= "out" in kwargs
+            return found(*args, **kwargs)
+
+        return noted
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # what CuPy would not say
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+def test_cupy(cell: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU's source asks of an array library, CuPy has; and the way there and back is right."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    arrays = Arrays("cupy")
+    arrays.used = {}
+    monkeypatch.setitem(sys.modules, "cupy", arrays)
+    for form in ("padded", "lengths", "packed"):
+        check_recurrence(cell, Plan("cupy"), (5, 6, 3, 9), (False, True), form, resets=form != "padded")
+    assert {"matmul", "add", "tanh", "empty", "concatenate"} <= arrays.used.keys()
+    for name, out in arrays.used.items():
+        function = getattr(cupy, name)
+        assert not out or isinstance(function, cupy.ufunc) or "out=" in function.__doc__ or (
+            "out" in inspect.signature(function).parameters), name
+
+
+def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, entered = pytest.importorskip("cupy", reason="CuPy is not installed"), list[Any]()
+
+    class Noted:
+        def __init__(self, *what: Any) -> None:
+            self.what = what
+
+        def __enter__(self) -> None:
+            entered.append(self.what)
+
+        def __exit__(self, *_: object) -> None:
+            entered.remove(self.what)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda index: Noted("device", index))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cupy.cuda.Stream, "from_external", lambda stream: Noted(stream), raising=False)
+    monkeypatch.setattr(cupy.cuda, "using_allocator", lambda allocate: Noted("memory", allocate))
+    x: Any = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device="cpu")
+    with compute._place("cupy", x):
+        assert [what[0] for what in entered] == ["device", "stream", "memory"]
+        pointer = entered[-1][1](64)
+        assert pointer.mem.size == 64 and pointer.device_id == 1
+    assert not entered
+    with compute._place("triton", x):
+        assert entered == [("device", 1)], "a tensor on another device than the current one"
+    x.get_device = lambda: 0
+    with compute._place("triton", x):
+        assert not entered
+
+
+def test_broken_library(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cupy.py").write_text("raise OSError('no libcuda')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(compute, "_FOUND", {"triton": False, "cupy": True})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(UserWarning, match="without cupy, which is installed and fails: OSError"):
+        serves, _, why = compute.served(torch.device("cuda", 0), torch.float32)
+    assert (serves, why) == ("", "neither Triton nor CuPy can be imported")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compute.served(torch.device("cuda", 0), torch.float16)[0] == "", "once is enough"
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_no_memory(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's exception comes through, and afterwards all is as before."""
+    layer, x = rnn.LSTM(3, 8, 2), torch.randn(5, 2, 3)
+    before = [p.detach().clone() for p in layer.parameters()]
+    want = torch.autograd.grad(layer(x)[0].sum(), [*layer.parameters()])
+    real, left = getattr(cpu, where), [1]
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cpu, where, short)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer(x)[0].sum().backward()
+    monkeypatch.setattr(cpu, where, real)
+    assert all(torch.equal(p, old) for p, old in zip(layer.parameters(), before))
+    layer.zero_grad()
+    layer(x)[0].sum().backward()
+    got: list[Tensor] = [p.grad for p in layer.parameters() if p.grad is not None]
+    torch.testing.assert_close(got, [*want], rtol=0, atol=0)
