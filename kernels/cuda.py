@@ -1,4 +1,4 @@
-"""The recurrence in CUDA C++: recurrence.cu, compiled by NVRTC for a cell and a plan, launched through CuPy.
+"""The recurrence in CUDA C++: forward.cu and backward.cu, compiled by NVRTC for a cell and a plan, launched by CuPy.
 It needs no nvcc; compiled kernels are kept on disk, among CuPy's own."""
 
 import hashlib
@@ -44,7 +44,7 @@ def _body(cell: Cell, adjoint: bool) -> str:
 
 @cache
 def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
-    """What stands before recurrence.cu (and before ptx.cuh): the choices that its text leaves open."""
+    """What stands before ptx.cuh: the choices that the texts leave open."""
     constants: dict[str, Any] = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2)
     constants |= dict(TYPE=_NAMES[dtype], SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates,
                       PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
@@ -59,11 +59,17 @@ def text(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
 
 
-def build(program: str, capability: int) -> tuple[bytes, str]:
+def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
+    """The text of a kernel; `helpers` is that of ptx.cuh."""
+    kernel = text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
+    return source(cell, plan, dtype, adjoint, masks, even) + helpers + kernel
+
+
+def build(code: str, capability: int) -> tuple[bytes, str]:
     """A cubin, made without a GPU, and what the compiler says of it: registers and spills."""
     from cupy.cuda import nvrtc
 
-    handle = nvrtc.createProgram(program, "recurrence.cu", [], [])
+    handle = nvrtc.createProgram(code, "recurrence.cu", [], [])
     try:
         nvrtc.compileProgram(handle, [f"--gpu-architecture=sm_{capability}", "--std=c++17",
                                        "--ptxas-options=--verbose"])
@@ -74,16 +80,16 @@ def build(program: str, capability: int) -> tuple[bytes, str]:
         nvrtc.destroyProgram(handle)
 
 
-def _cubin(program: str, capability: int) -> Path:
+def _cubin(code: str, capability: int) -> Path:
     """Where a compiled program lies on disk; compiled now if it does not yet."""
     from cupy.cuda import compiler, nvrtc
 
-    key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {program}".encode()).hexdigest()
+    key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
     path = Path(compiler.get_cache_dir()) / f"fused_rnn_{key}.cubin"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(build(program, capability)[0])
+            file.write(build(code, capability)[0])
         os.replace(file.name, path)  # at once, so that no other process reads half of it
     return path
 
@@ -95,9 +101,9 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
     import cupy
 
     major, minor = torch.cuda.get_device_capability(device)
-    program = source(cell, plan, dtype, adjoint, masks, even) + text("ptx.cuh") + text("recurrence.cu")
+    made = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
     with cupy.cuda.Device(device.index):
-        module = cupy.RawModule(path=str(_cubin(program, 10 * major + minor)),
+        module = cupy.RawModule(path=str(_cubin(made, 10 * major + minor)),
                                 enable_cooperative_groups=plan.scope == "grid")
         kernel, shared = module.get_function("recurrence"), shared_bytes(cell, plan, dtype.itemsize, adjoint)
         kernel.max_dynamic_shared_size_bytes = shared

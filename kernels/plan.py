@@ -72,13 +72,13 @@ def _splits(plan: Plan) -> int:
 
 
 def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
-    """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp of recurrence.cu multiplies with."""
+    """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp in CUDA C++ multiplies with."""
     row = plan.blocks * plan.units * size * (cell.gates if adjoint else 1)
     return -(-row // (64 * _splits(plan))) * 2
 
 
 def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
-    """Shared memory of a block of recurrence.cu, whose numbers have `size` bytes: struct Shared."""
+    """Shared memory of a block in CUDA C++, whose numbers have `size` bytes: struct Shared."""
     (rows, vectors), sequences = (1, cell.gates) if adjoint else (cell.gates, 1), plan.sequences
     inbox = sequences * 16
     if plan.scope != "grid":
@@ -90,7 +90,7 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
 
 
 def _spills_not(cell: Cell, plan: Plan, size: int) -> bool:
-    """Whether a thread of recurrence.cu has registers for its weights, sums and pairs; found by compiling."""
+    """Whether a thread in CUDA C++ has registers for its weights, sums and pairs; found by compiling."""
     words = max(4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True))
     one_tile, split = plan.sequences == 8, plan.precision == "tf32x3"
     if plan.warps > 8:
@@ -101,7 +101,7 @@ def _spills_not(cell: Cell, plan: Plan, size: int) -> bool:
 
 
 def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu) -> float:
-    """Microseconds of a step of recurrence.cu: a model whose constants nobody has measured yet."""
+    """Microseconds of a step in CUDA C++: a model whose constants nobody has measured yet."""
     (B, _, _, N), clock, tiles = sizes, 1.9e3, plan.sequences // 8
     products = plan.warps * cell.gates * _pieces(cell, plan, size, False) * tiles
     products *= 3 if plan.precision == "tf32x3" else 1
@@ -111,7 +111,7 @@ def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, in
 
 
 def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precision: str, gpu: Gpu) -> list[Plan]:
-    """The plans for recurrence.cu that fit, the fastest by prediction first."""
+    """The plans for CUDA C++ that fit, the fastest by prediction first."""
     (B, _, H, N), found = sizes, []
     scopes = [("block", 1), *(("cluster", 2**k) for k in range(1, 5) if gpu.capability >= 90), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):

@@ -1,4 +1,5 @@
-// What CUDA C++ has no words for, as inline PTX. No headers, so that NVRTC needs none; the tests have a twin for the CPU.
+// What CUDA C++ has no words for, as inline PTX, without headers, which NVRTC would have to find. (The tests have a twin of
+// this for the CPU.)
 typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
@@ -24,13 +25,14 @@ struct __align__(4) Pair { T a, b; };
 DEVICE Pair pair(u32 v) { return {(u16)v, (u16)(v >> 16)}; }
 #if TYPE == FLOAT16
 DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
-DEVICE Pair narrow(float a, float b) { u32 v; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(v) : "f"(a), "f"(b)); return pair(v); }
+#define NARROW "cvt.rn.f16x2.f32 %0, %2, %1;"
 #define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
 #else
 DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
-DEVICE Pair narrow(float a, float b) { u32 v; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(v) : "f"(a), "f"(b)); return pair(v); }
+#define NARROW "cvt.rn.bf16x2.f32 %0, %2, %1;"
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
 #endif
+DEVICE Pair narrow(float a, float b) { u32 v; asm(NARROW : "=r"(v) : "f"(a), "f"(b)); return pair(v); }
 #endif
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.442695041f * x)); }
@@ -42,8 +44,8 @@ DEVICE float tanh(float x) {
 #if TYPE == FLOAT16
   return far;
 #else
-  const float near = x * (1.f + square * (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835))));
-  return square < 0.06f ? near : far;  // the difference cancels near 0
+  const float series = -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
+  return square < 0.06f ? x * (1.f + square * series) : far;  // the difference cancels near 0
 #endif
 #endif
 }
@@ -87,7 +89,8 @@ DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 DEVICE void barrier_init(u32 barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(barrier) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(barrier)
+               : "memory");
 }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");

@@ -1,4 +1,4 @@
-"""Runs recurrence.cu on the CPU: g++ compiles it after fibers.h and emulate.h, in place of ptx.cuh."""
+"""Runs forward.cu and backward.cu on the CPU: g++ compiles them after fibers.h and emulate.h, in place of ptx.cuh."""
 
 import ctypes
 import hashlib
@@ -37,14 +37,13 @@ def _compile(*arguments: str | Path) -> None:
 
 def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
     """The kernel as a shared library; `fault` replaces a piece of its text."""
-    recurrence = cuda.text("recurrence.cu")
-    assert fault[0] in recurrence
     header = folder / "fibers.h"
     if not header.exists():  # compiled once
         shutil.copy(Path(__file__).parent / "fibers.h", header)
         _compile("-x", "c++-header", header)
-    program = '#include "fibers.h"\n' + cuda.source(*choices) + (Path(__file__).parent / "emulate.h").read_text()
-    program += recurrence.replace(*fault) + ENTRY
+    program = cuda.program((Path(__file__).parent / "emulate.h").read_text(), *choices)
+    assert fault[0] in program
+    program = '#include "fibers.h"\n' + program.replace(*fault) + ENTRY
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()}.so"
     if not path.exists():
         path.with_suffix(".cpp").write_text(program)

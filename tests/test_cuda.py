@@ -137,8 +137,7 @@ def check_kernels(capability: int, chosen: list[Kernel]) -> None:
     pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
 
     def usage(kernel: Kernel) -> str:
-        program = cuda.source(*kernel) + cuda.text("ptx.cuh") + cuda.text("recurrence.cu")
-        return cuda.build(program, capability)[1]
+        return cuda.build(cuda.program(cuda.text("ptx.cuh"), *kernel), capability)[1]
 
     with ThreadPoolExecutor(2) as pool:
         for kernel, log in zip(chosen, pool.map(usage, chosen)):

@@ -1,8 +1,8 @@
-// The recurrence on matrix units: one forward and one backward kernel for every cell and every scope of the step barrier.
-// Defined before this text: TYPE, SCOPE, ADJOINT, PRECISE (float32 products in three parts), GATES, STATES, SAVED,
-// SPLIT (dx is not dr), UNITS (of every gate, to a block), BLOCKS (that share one sequence's units), SEQUENCES (to a
-// block), SPLITS (warps that share a sum), MASKS (there are lengths, offsets or resets), EVEN (H is, and pairs of numbers
-// are aligned) and CELL, the statements of cell_forward or cell_backward.
+// A thread of the recurrence on matrix units, for every cell and every scope of the step barrier; forward.cu and
+// backward.cu take it through time. Defined before this text: TYPE, SCOPE, ADJOINT, PRECISE (float32 products in three
+// parts), GATES, STATES, SAVED, SPLIT (dx is not dr), UNITS (of every gate, to a block), BLOCKS (that share one
+// sequence's units), SEQUENCES (to a block), SPLITS (warps that share a sum), MASKS (there are lengths, offsets or
+// resets), EVEN (H is, and pairs of numbers are aligned) and CELL, the statements of cell_forward or cell_backward.
 //
 // In each step a block multiplies its rows of W_hh (W_hh^T in the adjoint), which its warps hold in registers, with all
 // of h (all gates' gradients), which the blocks tell each other: in scope BLOCK through shared memory and one barrier,
@@ -12,7 +12,7 @@
 constexpr int WORD = 4 / sizeof(T), CHUNK = 4 * WORD;             // numbers in 4 and in 16 bytes
 constexpr int U = UNITS, C = BLOCKS, NB = SEQUENCES, NT = NB / 8;
 constexpr int WM = U / 16, WK = SPLITS, THREADS = 32 * WM * WK;   // a warp: 16 units of all gates, 1 / WK of the sum
-constexpr int ROWS = ADJOINT ? 1 : GATES, VECTORS = ADJOINT ? GATES : 1;  // tiles of a warp; what is told, in units of H
+constexpr int ROWS = ADJOINT ? 1 : GATES, VECTORS = ADJOINT ? GATES : 1;  // tiles of a warp; what is told, by H
 constexpr int WORDS = VECTORS * C * U / WORD, KS = ((WORDS / 8 + WK - 1) / WK + 1) / 2 * 2;  // of 8 words, to a warp
 constexpr int PITCH = 8 * KS * WK + 4;                            // an odd number of 16 bytes: no two rows in one bank
 constexpr int P = 2 * NT > WK ? 2 * NT / WK : 1;                  // pairs of each gate that a thread owns
@@ -27,6 +27,7 @@ struct __align__(128) Shared {
   u64 barrier[2];
 };
 
+DEVICE float half_of(Pair pair, int e) { return widen(e ? pair.b : pair.a); }
 DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }          // NaN stays
 DEVICE float relu_grad(float d, float y) { return y <= 0.f ? 0.f : d; }
 #if ADJOINT
@@ -66,18 +67,22 @@ struct Thread {
   const i64 *lengths, *offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
-  const i64 b0;
+  // Pitches of rows of [R, N, G, H] and [R, N, H], of the latter as a plane, of [N, S, B, H] by states; and where the
+  // block's first sequence begins in them.
+  const int x_row, y_row;
+  const i64 b0, plane, layer, x0, y0, s0;
   const bool two;                 // of its two units, `unit` and the next, the second is inside, too
   u32 w[ROWS][KS][4];
   int end[P];                     // steps of the sequences of its pairs, 0 for those outside
 
   DEVICE Thread(Shared& shared, const T* w_hh, const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
-                int steps, int B, int H, int reverses)
+                i64 steps, i64 B, i64 R, i64 H, i64 reverses)
       : shared(shared), flags(flags + (i64)(blockIdx.z * gridDim.y + blockIdx.y) * 2 * (WORDS / 8) * NT * 64),
         lengths(lengths), offsets(offsets), resets(resets), steps(steps), B(B), H(H), n(blockIdx.z), rank(blockIdx.x),
         reverse(reverses >> blockIdx.z & 1), lane(threadIdx.x % 32), wm(threadIdx.x / 32 % WM),
-        wk(threadIdx.x / 32 / WM), unit(rank * U + wm * 16 + lane / 4 * 2), b0((i64)blockIdx.y * NB),
-        two(EVEN || unit + 1 < H) {
+        wk(threadIdx.x / 32 / WM), unit(rank * U + wm * 16 + lane / 4 * 2), x_row(gridDim.z * GATES * H),
+        y_row(gridDim.z * H), b0((i64)blockIdx.y * NB), plane(R * y_row), layer(B * H), x0(b0 * x_row + n * GATES * H),
+        y0(b0 * y_row + n * H), s0((n * STATES * B + b0) * H), two(EVEN || unit + 1 < H) {
     w_hh += (i64)n * GATES * H * H;
     // A few at a time: unrolled, all their addresses would be computed first, and spilled.
     constexpr int FEW = ROWS == 1 ? 4 : 1;
@@ -146,7 +151,7 @@ struct Thread {
   }
 
   // The step with number u of a sweep, and the row that it begins at.
-  DEVICE int time(int u, bool descending) const { return u < 0 || u >= steps ? 1 << 30 : descending ? steps - 1 - u : u; }
+  DEVICE int time(int u, bool descending) const { return u >= steps ? 1 << 30 : descending ? steps - 1 - u : u; }
   DEVICE i64 row(int t) const { return t >= steps ? 0 : MASKS && offsets ? offsets[t] : (i64)t * B; }
   DEVICE bool runs(int t, int p) const { return t < end[p]; }
   DEVICE bool cut(int t, int p) const {
@@ -265,156 +270,3 @@ struct Thread {
 #endif
   }
 };
-
-DEVICE float half_of(Pair pair, int e) { return widen(e ? pair.b : pair.a); }
-
-extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
-#if ADJOINT
-    const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy, const T* dstates, float* ds,
-    T* dx, T* dr, T* h_came,
-#else
-    const T* x, const T* w_hh, const T* b_hh, float* state, T* y, T* states, T* saved,
-#endif
-    const i64* lengths, const i64* offsets, const bool* resets, u64* flags, i64 steps, i64 B, i64 R, i64 H, i64 reverses) {
-  SHARED_MEMORY(memory);
-  Thread me(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags, (int)steps, (int)B, (int)H,
-            (int)reverses);
-  // Pitches of rows of [R, N, G, H] and [R, N, H]; arrays begin at the block's first sequence.
-  const int N = gridDim.z, x_row = N * GATES * (int)H, y_row = N * (int)H;
-  const i64 plane = R * y_row, x0 = (me.b0 * N + me.n) * GATES * H, y0 = (me.b0 * N + me.n) * H, layer = B * H;
-  const i64 s0 = (me.n * STATES * B + me.b0) * H;
-  float news[VECTORS][P][2], sums[ROWS][P][2];
-#if ADJOINT
-  state += s0, y += y0, states += y0, saved += y0, dy += y0, dstates += dstates ? y0 : 0, ds += s0, dr += x0, dx += x0;
-  struct Given { Pair s[STATES], d[STATES], saved[SAVED + 1]; } now[P], later[P];  // of the steps t and `before`
-  float d[P][STATES][2] = {};
-  auto fetch = [&](Given (&given)[P], int t) {
-    const i64 row = me.row(t) * y_row;
-    EACH(p, P) {
-      given[p] = {};
-      if (!me.runs(t, p)) continue;
-      EACH(k, STATES) given[p].s[k] = me.load((k ? states + (k - 1) * plane : y) + row + me.at(p, y_row));
-      given[p].d[0] = me.load(dy + row + me.at(p, y_row));
-#pragma unroll
-      for (int k = 1; k < STATES; ++k)
-        if (dstates) given[p].d[k] = me.load(dstates + (k - 1) * plane + row + me.at(p, y_row));
-      EACH(k, SAVED) given[p].saved[k] = me.load(saved + k * plane + row + me.at(p, y_row));
-    }
-  };
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.load(d[p][k], ds + k * layer + me.at(p, H));
-  int t = me.time(0, !me.reverse);
-  fetch(now, t);
-  for (int u = 0;; ++u) {
-    const int before = me.time(u + 1, !me.reverse);  // in time: what ran before it, and comes after it here
-    fetch(later, before);
-    me.warm(y, u, y_row);
-    me.warm(dy, u, y_row);
-#pragma unroll
-    for (int k = 1; k < STATES; ++k) me.warm(states + (k - 1) * plane, u, y_row);
-    EACH(k, SAVED) me.warm(saved + k * plane, u, y_row);
-    if (u) {
-      me.receive(u - 1, sums);
-      EACH(p, P) d[p][0][0] += sums[0][p][0], d[p][0][1] += sums[0][p][1];
-    }
-    if (u == me.steps) break;
-    const i64 row = me.row(t);
-    EACH(p, P) {
-      const bool runs = me.runs(t, p), flows = runs && !me.cut(t, p), first = flows && !me.runs(before, p);
-      float gx[2][GATES], gr[2][GATES], came[2][STATES];
-      EACH(k, STATES) {
-        const Pair s = first ? me.load(state + k * layer + me.at(p, H)) : later[p].s[k];
-        came[0][k] = flows ? half_of(s, 0) : 0.f, came[1][k] = flows ? half_of(s, 1) : 0.f;
-      }
-      EACH(e, 2) {
-        float s[STATES], given[STATES], a[SAVED + 1], passed[STATES];
-        EACH(k, STATES) s[k] = half_of(now[p].s[k], e), given[k] = d[p][k][e] + half_of(now[p].d[k], e);
-        EACH(k, SAVED) a[k] = half_of(now[p].saved[k], e);
-        cell_backward(a, came[e], s, given, gx[e], gr[e], passed);
-        EACH(k, STATES)
-          if (runs) d[p][k][e] = flows ? passed[k] : 0.f;
-        EACH(g, GATES) news[g][p][e] = flows ? gr[e][g] : 0.f;
-      }
-      now[p] = later[p];
-      if (!runs) continue;
-      EACH(g, GATES) {
-        me.store(dr + row * x_row + (g * (int)H + me.at(p, x_row)), narrow(gr[0][g], gr[1][g]));
-        if (SPLIT) me.store(dx + row * x_row + (g * (int)H + me.at(p, x_row)), narrow(gx[0][g], gx[1][g]));
-      }
-      if (MASKS && h_came) me.store(h_came + y0 + row * y_row + me.at(p, y_row), narrow(came[0][0], came[1][0]));
-    }
-    me.tell(u, news);
-    t = before;
-  }
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.store(ds + k * layer + me.at(p, H), d[p][k]);
-#else
-  x += x0, state += s0, y += y0, states += states ? y0 : 0, saved += saved ? y0 : 0;
-  float s[P][STATES][2] = {}, bias[GATES][2] = {};
-  Pair now[P][GATES], later[P][GATES];
-  auto fetch = [&](Pair (&given)[P][GATES], int t) {
-    const T* from = x + me.row(t) * x_row;
-    EACH(p, P)
-      EACH(g, GATES) {
-        given[p][g] = {};
-        if (me.runs(t, p)) given[p][g] = me.load(from + (g * (int)H + me.at(p, x_row)));
-      }
-  };
-  // The states that come into step t, and the h among them to be multiplied.
-  auto enter = [&](int t) {
-    EACH(p, P)
-      EACH(e, 2) {
-        EACH(k, STATES)
-          if (me.cut(t, p)) s[p][k][e] = 0.f;
-        news[0][p][e] = s[p][0][e];
-      }
-  };
-  EACH(g, GATES)
-    if (b_hh && me.unit < H) {
-      const Pair b = me.load(b_hh + (me.n * GATES + g) * H + me.unit);
-      bias[g][0] = half_of(b, 0), bias[g][1] = half_of(b, 1);
-    }
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.load(s[p][k], state + k * layer + me.at(p, H));
-  int t = me.time(0, me.reverse);
-  fetch(now, t);
-  enter(t);
-  me.tell(0, news);
-  for (int u = 0; u < me.steps; ++u) {
-    const int next = me.time(u + 1, me.reverse);
-    fetch(later, next);
-    EACH(g, GATES) me.warm(x + g * H, u, x_row);
-    me.receive(u, sums);
-    const i64 row = me.row(t) * y_row;
-    EACH(p, P) {
-      float a[2][SAVED + 1];
-      if (me.runs(t, p)) {
-        EACH(e, 2) {
-          float gates[GATES], r[GATES], old[STATES], new_s[STATES];
-          EACH(g, GATES) gates[g] = half_of(now[p][g], e), r[g] = sums[g][p][e] + bias[g][e];
-          EACH(k, STATES) old[k] = s[p][k][e];
-          cell_forward(gates, r, old, new_s, a[e]);
-          EACH(k, STATES) s[p][k][e] = new_s[k];
-        }
-        me.store(y + row + me.at(p, y_row), narrow(s[p][0][0], s[p][0][1]));
-#pragma unroll
-        for (int k = 1; k < STATES; ++k)
-          if (states) me.store(states + (k - 1) * plane + row + me.at(p, y_row), narrow(s[p][k][0], s[p][k][1]));
-        EACH(k, SAVED)
-          if (saved) me.store(saved + k * plane + row + me.at(p, y_row), narrow(a[0][k], a[1][k]));
-      }
-      EACH(g, GATES) now[p][g] = later[p][g];
-    }
-    enter(next);
-    if (u + 1 < me.steps) me.tell(u + 1, news);
-    t = next;
-  }
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.store(state + k * layer + me.at(p, H), s[p][k]);
-#endif
-  me.leave();
-}
