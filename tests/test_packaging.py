@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [["kernels.cells"], ["kernels.plan", "kernels.replay", "kernels.trace"],
-          ["kernels.cpu", "kernels.gpu", "kernels.cuda"], ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"],
-          ["replace", "explain"]]
+          ["kernels.cpu", "kernels.gpu", "kernels.cuda"], ["kernels.device"], ["compute"], ["onnx"], ["ops"],
+          ["layers"], ["replace", "explain"]]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
