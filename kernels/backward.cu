@@ -24,9 +24,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       EACH(k, SAVED) given[p].saved[k] = me.load(saved + k * me.plane + row + me.at(p, me.y_row));
     }
   };
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.load(d[p][k], ds + k * me.layer + me.at(p, H));
+  EACH(p, P) EACH(k, STATES) if (me.inside(p)) me.load(d[p][k], ds + k * me.layer + me.at(p, H));
   int t = me.time(0, !me.reverse);
   fetch(now, t);
   for (int u = 0;; ++u) {
@@ -34,8 +32,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     fetch(later, before);
     me.warm(y, u, me.y_row);
     me.warm(dy, u, me.y_row);
-    EACH(k, STATES)
-      if (k) me.warm(states + (k - 1) * me.plane, u, me.y_row);
+    EACH(k, STATES) if (k) me.warm(states + (k - 1) * me.plane, u, me.y_row);
     EACH(k, SAVED) me.warm(saved + k * me.plane, u, me.y_row);
     if (u) {
       me.receive(u - 1, sums);
@@ -55,8 +52,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         EACH(k, STATES) s[k] = half_of(now[p].s[k], e), given[k] = d[p][k][e] + half_of(now[p].d[k], e);
         EACH(k, SAVED) a[k] = half_of(now[p].saved[k], e);
         cell_backward(a, came[e], s, given, gx[e], gr[e], passed);
-        EACH(k, STATES)
-          if (runs) d[p][k][e] = flows ? passed[k] : 0.f;
+        EACH(k, STATES) if (runs) d[p][k][e] = flows ? passed[k] : 0.f;
         EACH(g, GATES) news[g][p][e] = flows ? gr[e][g] : 0.f;
       }
       now[p] = later[p];
@@ -71,8 +67,6 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     me.tell(u, news);
     t = before;
   }
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.store(ds + k * me.layer + me.at(p, H), d[p][k]);
+  EACH(p, P) EACH(k, STATES) if (me.inside(p)) me.store(ds + k * me.layer + me.at(p, H), d[p][k]);
   me.leave();
 }

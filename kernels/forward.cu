@@ -12,29 +12,23 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   Pair now[P][GATES], later[P][GATES];
   auto fetch = [&](Pair (&given)[P][GATES], int t) {
     const T* from = x + me.row(t) * me.x_row;
-    EACH(p, P)
-      EACH(g, GATES) {
+    EACH(p, P) EACH(g, GATES) {
         given[p][g] = {};
         if (me.runs(t, p)) given[p][g] = me.load(from + (g * me.H + me.at(p, me.x_row)));
       }
   };
   // The states that come into step t, and the h among them to be multiplied.
   auto enter = [&](int t) {
-    EACH(p, P)
-      EACH(e, 2) {
-        EACH(k, STATES)
-          if (me.cut(t, p)) s[p][k][e] = 0.f;
+    EACH(p, P) EACH(e, 2) {
+        EACH(k, STATES) if (me.cut(t, p)) s[p][k][e] = 0.f;
         news[0][p][e] = s[p][0][e];
       }
   };
-  EACH(g, GATES)
-    if (b_hh && me.unit < H) {
+  EACH(g, GATES) if (b_hh && me.unit < H) {
       const Pair b = me.load(b_hh + (me.n * GATES + g) * H + me.unit);
       bias[g][0] = half_of(b, 0), bias[g][1] = half_of(b, 1);
     }
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.load(s[p][k], state + k * me.layer + me.at(p, H));
+  EACH(p, P) EACH(k, STATES) if (me.inside(p)) me.load(s[p][k], state + k * me.layer + me.at(p, H));
   int t = me.time(0, me.reverse);
   fetch(now, t);
   enter(t);
@@ -56,11 +50,9 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
           EACH(k, STATES) s[p][k][e] = new_s[k];
         }
         me.store(y + row + me.at(p, me.y_row), narrow(s[p][0][0], s[p][0][1]));
-        EACH(k, STATES)
-          if (k && states)
+        EACH(k, STATES) if (k && states)
             me.store(states + (k - 1) * me.plane + row + me.at(p, me.y_row), narrow(s[p][k][0], s[p][k][1]));
-        EACH(k, SAVED)
-          if (saved) me.store(saved + k * me.plane + row + me.at(p, me.y_row), narrow(a[0][k], a[1][k]));
+        EACH(k, SAVED) if (saved) me.store(saved + k * me.plane + row + me.at(p, me.y_row), narrow(a[0][k], a[1][k]));
       }
       EACH(g, GATES) now[p][g] = later[p][g];
     }
@@ -68,8 +60,6 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (u + 1 < me.steps) me.tell(u + 1, news);
     t = next;
   }
-  EACH(p, P)
-    EACH(k, STATES)
-      if (me.inside(p)) me.store(state + k * me.layer + me.at(p, H), s[p][k]);
+  EACH(p, P) EACH(k, STATES) if (me.inside(p)) me.store(state + k * me.layer + me.at(p, H), s[p][k]);
   me.leave();
 }

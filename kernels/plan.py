@@ -147,7 +147,7 @@ def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu
     shared, shared_fused = (G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT))
     beside = size == 2 or G == 1 or (size == 4 and G * units < 256)
     fused = I <= FUSED_INPUT and beside and shared_fused <= gpu.shared_memory
-    if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory:
+    if units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory and B <= 8 * (2**16 - 1):
         return Plan("triton", "block", units, 8, units, min(8, units // (16 if G == 1 else 8)), fused, precision)
     blocks = -(-H // 64)
     if G * blocks * 64 * size <= GRID_ROW_BYTES and blocks * -(-B // 8) * N <= gpu.multiprocessors:

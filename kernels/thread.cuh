@@ -89,15 +89,12 @@ struct Thread {
 #pragma unroll 1
     for (int k0 = 0; k0 < KS; k0 += FEW) {
       u32 words[FEW][ROWS][4];
-      EACH(e, FEW * ROWS * 4)
-        words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
+      EACH(e, FEW * ROWS * 4) words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
             weight(w_hh, e / 4 % ROWS, unit + e % 2, (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
-      EACH(k, KS)
-        if (k / FEW * FEW == k0)
+      EACH(k, KS) if (k / FEW * FEW == k0)
           EACH(e, ROWS * 4) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
     }
-    EACH(p, P)
-      end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
+    EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
     for (int i = threadIdx.x; i < sizeof(shared.inbox) / 4; i += THREADS) words[i] = 0;
 #if SCOPE == CLUSTER
@@ -161,14 +158,12 @@ struct Thread {
   DEVICE void warm(const T* p, int u, int pitch) const {
     if (MASKS || u + AHEAD >= steps || lane >= 4) return;
     p += row(time(u + AHEAD, reverse != ADJOINT)) * pitch;
-    EACH(i, P)
-      if (inside(i)) prefetch(p + at(i, pitch));
+    EACH(i, P) if (inside(i)) prefetch(p + at(i, pitch));
   }
 
   // Tells all blocks of the group these numbers for step c of their sums.
   DEVICE void tell(int c, const float (&values)[VECTORS][P][2]) {
-    EACH(v, VECTORS)
-      EACH(p, P) {
+    EACH(v, VECTORS) EACH(p, P) {
         if (!owner()) continue;
         const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
         const int word = (v * C * U + unit) / WORD, b = sequence(p);
@@ -177,8 +172,7 @@ struct Thread {
 #elif SCOPE == CLUSTER
         *(Pair*)&shared.outbox[wm][v][b][unit % 16] = pair;
 #else
-        EACH(e, 2 / WORD)
-          store_flagged(flags + (((c & 1) * (WORDS / 8) + (word + e) / 8) * NT + b / 8) * 64 +
+        EACH(e, 2 / WORD) store_flagged(flags + (((c & 1) * (WORDS / 8) + (word + e) / 8) * NT + b / 8) * 64 +
                         ((word + e) / 4 % 2 * 8 + b % 8) * 4 + (word + e) % 4, ((const u32*)&pair)[e], c + 1);
 #endif
       }
@@ -218,8 +212,7 @@ struct Thread {
         u32 patience = 0;
         for (bool ready = false; !ready;) {
           ready = true;
-          EACH(k, AT_ONCE)
-            EACH(half, 2) {
+          EACH(k, AT_ONCE) EACH(half, 2) {
               const bool there = k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
               seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32) : (u64)(c + 1) << 32;
               ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
@@ -227,8 +220,7 @@ struct Thread {
           if (!ready) wait_more(patience);
         }
         __syncwarp();
-        EACH(k, AT_ONCE)
-          EACH(row, ROWS)
+        EACH(k, AT_ONCE) EACH(row, ROWS)
             if (k0 + k < KS) product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
       }
 #else
@@ -254,9 +246,7 @@ struct Thread {
     }
     if (WK == 1) return;
     group_sync(1 + wm, 32 * WK);
-    EACH(row, ROWS)
-      EACH(p, P)
-        EACH(e, 2) {
+    EACH(row, ROWS) EACH(p, P) EACH(e, 2) {
           sums[row][p][e] = 0.f;
 #pragma unroll
           for (int q = 0; owner() && q < WK; ++q)

@@ -122,6 +122,13 @@ def _module(backend: str) -> Any:
     return import_module(f".kernels.{_MODULES[backend]}", __package__)
 
 
+def _sent(t: Tensor | None, device: torch.device) -> Tensor | None:
+    """To this device, where that can be without waiting for it."""
+    if t is None or device.type != "cuda" or t.is_cuda or torch.cuda.is_current_stream_capturing():
+        return t if t is None else t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
+
+
 class Run:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
     end."""
@@ -142,13 +149,11 @@ class Run:
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
             resets = resets if resets is None else resets[:, self.order]
         if batch_sizes is None:
-            ends = lengths if lengths is None else lengths.to(x.device)
-            self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
+            self.rows = Rows(shape[0], reverse, [B] * shape[0], _sent(lengths, x.device), None, resets)
         else:
-            starts = batch_sizes.cumsum(0) - batch_sizes
-            ends = (batch_sizes > torch.arange(B, device="cpu")[:, None]).sum(1)
-            self.rows = Rows(len(batch_sizes), reverse, batch_sizes.tolist(), ends.to(x.device), starts.to(x.device),
-                             resets)
+            T, starts = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes
+            ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
+            self.rows = Rows(T, reverse, batch_sizes.tolist(), _sent(ends, x.device), _sent(starts, x.device), resets)
 
     def kernel(self, name: str, *given: Any, arrays: bool = False, **fused: Any) -> Sequence[Any]:
         """The backend's `forward` or `backward`, of tensors (or its arrays) and to tensors, or its `arrays`."""
@@ -156,7 +161,8 @@ class Run:
         function = getattr(_module(backend), name)
         with _place(backend, given[0]):
             if backend not in _ARRAYS:
-                return function(self.cell, self.plan, rows, *given, **fused)
+                read = (t.resolve_neg() if isinstance(t, Tensor) else t for t in given)
+                return function(self.cell, self.plan, rows, *read, **fused)
             take, back = import_module(backend).from_dlpack, _ARRAYS[backend]
             resets, *taken = (take(_Borrowed(t)) if isinstance(t, Tensor) else t for t in (rows.resets, *given))
             found = function(self.cell, self.plan, rows._replace(resets=resets), *taken)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_gpu
 import torch
 from cases import check_recurrence
 from emulator import COMPILER, library, loader
@@ -79,6 +80,16 @@ def test_every_scope(cell: str, form: str, resets: bool, scope: str) -> None:
 @pytest.mark.parametrize(("H", "blocks", "splits"), [(256, 16, 2), (512, 8, 2), (256, 2, 1)])
 def test_large_clusters(H: int, blocks: int, splits: int) -> None:
     check_recurrence("rnn_tanh", plan_for("cluster", H, BRAIN, blocks, splits), (4, 9, 2, H), dtype=BRAIN)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "form", "resets", "scope"), [
+    ("gru", "padded", True, "cuda block"), ("lstm", "lengths", True, "cuda cluster"),
+    ("rnn_relu", "packed", True, "cuda grid")])
+def test_what_numbers_depend_on(name: str, form: str, resets: bool, scope: str) -> None:
+    """Not by a bit on other sequences, nor on what lies around tensors in memory."""
+    test_gpu.test_a_sequence_depends_on_no_other(name, form, resets, scope)
+    test_gpu.test_surroundings_in_memory(name, form, resets, scope)
 
 
 FAULTS = {

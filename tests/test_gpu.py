@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from small import NAMES
 from torch import Tensor
 
 from rnn.kernels import cells
-from rnn.kernels.plan import Gpu, Plan, make_plan, power_of_2
+from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, power_of_2
 
 DEVICE = "cuda" if GPU else "cpu"
-# One for each kind of plan that `plan_for` can force: a backend in one of its scopes.
-SCOPES = ["block", "fused", "grid", "launch"]
+# One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without a GPU the latter run
+# in test_cuda.py.)
+CUDA = ["cuda block", "cuda cluster", "cuda grid"]
+SCOPES = ["block", "fused", "grid", "launch", *(CUDA if GPU and find_spec("cupy") else [])]
 HALF = (torch.float16, torch.bfloat16)
 MODES = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMS = [("padded", False), ("padded", True), ("lengths", True), ("packed", True)]
@@ -28,6 +31,10 @@ H200 = Gpu(90, 132, 232448)
 def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
     """Tiles so small that a layer needs several, but for a block's, and no more than the interpreter is quick with."""
     precision, tile = "ieee" if dtype in HALF else "tf32x3", 16 if H < 64 else 64
+    if scope in CUDA:
+        capability = 10 * torch.cuda.get_device_capability()[0] if GPU else 90
+        plans = cuda_plans(cells.lstm, (8, H, H, 2), dtype.itemsize, precision, H200._replace(capability=capability))
+        return next((plan for plan in plans if plan.scope == scope.removeprefix("cuda ")), plans[0])
     if scope in ("block", "fused") and H <= 128:
         units = power_of_2(H, 16)
         return Plan("triton", "block", units, 8, units, max(1, units // 16), scope == "fused", precision)
