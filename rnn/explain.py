@@ -12,8 +12,8 @@ from .kernels.plan import NUMPY_PRODUCT, Plan
 from .layers import _Stack
 
 _WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step", "torch": "torch operations, step by step",
-          "block": "each block keeps all of W_hh for its sequences", "grid": "each block keeps a slice of W_hh",
-          "launch": "one launch a step, which reads W_hh"}
+          "block": "each block keeps all of W_hh", "cluster": "the blocks of a cluster keep a slice of W_hh each",
+          "grid": "all blocks keep a slice of W_hh each", "launch": "one launch a step, which reads W_hh"}
 
 
 def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan | None) -> str:
@@ -32,9 +32,13 @@ def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan
         return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [*whys, why]))})"
     if dtype == torch.float32 and not plan:
         whys.append(f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}")
-    return (f"{start}{found.backend}, scope {found.scope}, {_WORDS.get(found.scope, '')}; {found.units} units of {G} "
-            f"gates by {found.sequences} sequences a program, {found.depth} deep, {found.warps} warps; W_ih x "
-            f"{'in' if found.fused else 'before'} the steps; products in {found.precision} ({'; '.join(whys)})")
+    if found.backend == "cuda" and not plan:
+        whys.append("the fastest that fits, by prediction")
+    kept = 0 if found.scope == "launch" else G * found.units * H * x.element_size() // (128 * found.warps)
+    return (f"{start}{found.backend}, scope {found.scope}, {_WORDS.get(found.scope, '')}, {kept} registers of a thread; "
+            f"{found.units} units of {G} gates by {found.sequences} sequences a block, {-(-H // found.units)} blocks to a "
+            f"sequence, {found.warps} warps; W_ih x {'in' if found.fused else 'before'} the steps; products in "
+            f"{found.precision} ({'; '.join(filter(None, [*whys, why]))})")
 
 
 def explain(layer: Any, *args: Any, **kwargs: Any) -> str:

@@ -103,12 +103,14 @@ def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
 
 
 @pytest.mark.parametrize(("H", "dtype", "has", "texts"), [
-    (64, torch.bfloat16, {}, ["triton, scope block", "64 units of 3 gates by 8 sequences", "4 warps", "in ieee"]),
-    (512, torch.float32, {}, ["triton, scope launch", "in tf32 (torch.backends.cudnn.rnn.fp32_precision is 'tf32')"]),
+    (64, torch.bfloat16, {}, ["cuda, scope block", "64 units of 3 gates by 8 sequences", "the fastest that fits"]),
+    (512, torch.bfloat16, {}, ["cuda, scope cluster", "32 units", "16 blocks to a sequence", "96 registers"]),
+    (64, torch.bfloat16, {"cupy": False}, ["triton, scope block", "64 units of 3 gates by 8 sequences", "in ieee"]),
+    (512, torch.float32, {"cupy": False}, ["triton, scope launch", "cudnn.rnn.fp32_precision is 'tf32')"]),
     (64, torch.float64, {}, ["the formula", "no kernel for torch.float64"]),
     (64, torch.float32, {"capability": (7, 5)}, ["the formula", "8.0, this one has 7.5"]),
-    (64, torch.float32, {"triton": False}, ["float32 on cuda:0: CuPy", "Triton is missing"]),
-    (64, torch.bfloat16, {"triton": False}, ["float32 on cuda:0: CuPy", "bfloat16 is cast", "Triton is missing"]),
+    (2048, torch.float32, {"triton": False}, ["float32 on cuda:0: CuPy", "Triton is missing"]),
+    (64, torch.bfloat16, {"triton": False}, ["float32 on cuda:0: cuda", "bfloat16 is cast", "Triton is missing"]),
     (64, torch.float32, {"triton": False, "cupy": False}, ["the formula", "neither Triton nor CuPy"]),
 ])
 def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts: list[str], gpu: Any) -> None:
