@@ -68,5 +68,5 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     t = before;
   }
   EACH(p, P) EACH(k, STATES) if (me.inside(p)) me.store(ds + k * me.layer + me.at(p, H), d[p][k]);
-  me.leave();
+  cluster_sync();  // nobody leaves while others may write into his memory
 }

@@ -42,9 +42,8 @@ def _body(cell: Cell, adjoint: bool) -> str:
     return " ".join(text)
 
 
-@cache
-def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
-    """What stands before ptx.cuh: the choices that the texts leave open."""
+def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
+    """The text of a kernel: the choices that the files leave open, `helpers`, that is ptx.cuh, and the other files."""
     constants: dict[str, Any] = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2)
     constants |= dict(TYPE=_NAMES[dtype], SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates,
                       PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
@@ -52,17 +51,12 @@ def source(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: boo
                       SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even), CELL=_body(cell, adjoint))
     if DEBUG:
         constants["DEBUG"] = 1
-    return "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    choices = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    return choices + helpers + text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
 
 
 def text(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
-
-
-def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
-    """The text of a kernel; `helpers` is that of ptx.cuh."""
-    kernel = text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
-    return source(cell, plan, dtype, adjoint, masks, even) + helpers + kernel
 
 
 def build(code: str, capability: int) -> tuple[bytes, str]:

@@ -61,5 +61,5 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     t = next;
   }
   EACH(p, P) EACH(k, STATES) if (me.inside(p)) me.store(state + k * me.layer + me.at(p, H), s[p][k]);
-  me.leave();
+  cluster_sync();  // nobody leaves while others may write into his memory
 }

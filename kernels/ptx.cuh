@@ -107,5 +107,6 @@ DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
 }
 #else
 #define CLUSTER_SIZE
+DEVICE void cluster_sync() {}
 #endif
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]

@@ -102,8 +102,8 @@ struct Thread {
       barrier_init(shared_address(&shared.barrier[threadIdx.x]));
       barrier_expect(shared_address(&shared.barrier[threadIdx.x]), 4 * NB * WORDS);
     }
-    cluster_sync();
 #endif
+    cluster_sync();
     __syncthreads();
   }
 
@@ -132,20 +132,13 @@ struct Thread {
   // Offset of a pair from that of the block's first sequence and unit 0, in rows of this pitch.
   DEVICE int at(int p, int pitch) const { return sequence(p) * pitch + unit; }
 
-  DEVICE Pair load(const T* p) const {
-    if (EVEN) return *(const Pair*)p;
-    return {p[0], two ? p[1] : T(0)};
-  }
+  DEVICE Pair load(const T* p) const { return EVEN ? *(const Pair*)p : Pair{p[0], two ? p[1] : T(0)}; }
   DEVICE void store(T* p, Pair v) const {
-    if (EVEN) { *(Pair*)p = v; return; }
-    p[0] = v.a;
-    if (two) p[1] = v.b;
+    if (EVEN) *(Pair*)p = v;
+    else p[0] = v.a, p[two] = two ? v.b : v.a;
   }
   DEVICE void load(float (&v)[2], const float* p) const { v[0] = p[0], v[1] = two ? p[1] : 0.f; }
-  DEVICE void store(float* p, const float (&v)[2]) const {
-    p[0] = v[0];
-    if (two) p[1] = v[1];
-  }
+  DEVICE void store(float* p, const float (&v)[2]) const { p[0] = v[0], p[two] = two ? v[1] : v[0]; }
 
   // The step with number u of a sweep, and the row that it begins at.
   DEVICE int time(int u, bool descending) const { return u >= steps ? 1 << 30 : descending ? steps - 1 - u : u; }
@@ -252,11 +245,5 @@ struct Thread {
           for (int q = 0; owner() && q < WK; ++q)
             sums[row][p][e] += mine[wm][q][row][(wk * P + p) / 2 * 4 + e * 2 + (wk * P + p) % 2][lane];
         }
-  }
-
-  DEVICE void leave() const {
-#if SCOPE == CLUSTER
-    cluster_sync();  // nobody leaves while others may write into his memory
-#endif
   }
 };

@@ -18,8 +18,6 @@ from torch import Tensor
 from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
-# Of a plan's backend: the module with its `forward` and `backward`, imported late: Triton takes a while.
-_MODULES = {"numpy": "cpu", "torch": "cpu", "cupy": "cpu", "triton": "device", "cuda": "device"}
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
 SMALL_COPY = 2**16  # numbers that are copied sooner than a product is made in two parts
@@ -40,6 +38,7 @@ def _usable(library: str) -> bool:
     return _FOUND[library]
 
 
+@lru_cache
 def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
     serves, why, half = "host", "", dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and torch.version.hip is None:
@@ -57,13 +56,10 @@ def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype,
     return serves, dtype, why
 
 
-_served_once = lru_cache(_served)
-
-
 def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
     """By what layers are computed there, "host", "triton", "cupy", or "" where only the formula is right; the dtype it
     is done in; and a reason."""
-    return (_served if torch.compiler.is_compiling() else _served_once)(device, dtype)
+    return (_served.__wrapped__ if torch.compiler.is_compiling() else _served)(device, dtype)
 
 
 @lru_cache(4096)
@@ -119,7 +115,7 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
 
 @lru_cache
 def _module(backend: str) -> Any:
-    return import_module(f".kernels.{_MODULES[backend]}", __package__)
+    return import_module(".kernels.device" if backend in ("triton", "cuda") else ".kernels.cpu", __package__)
 
 
 def _sent(t: Tensor | None, device: torch.device) -> Tensor | None:

@@ -35,9 +35,9 @@ def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan
     if found.backend == "cuda" and not plan:
         whys.append("the fastest that fits, by prediction")
     kept = 0 if found.scope == "launch" else G * found.units * H * x.element_size() // (128 * found.warps)
-    return (f"{start}{found.backend}, scope {found.scope}, {_WORDS.get(found.scope, '')}, {kept} registers of a thread; "
-            f"{found.units} units of {G} gates by {found.sequences} sequences a block, {-(-H // found.units)} blocks to a "
-            f"sequence, {found.warps} warps; W_ih x {'in' if found.fused else 'before'} the steps; products in "
+    return (f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, {kept} registers of a thread; "
+            f"{found.units} units of {G} gates by {found.sequences} sequences a block, {-(-H // found.units)} blocks "
+            f"to a sequence, {found.warps} warps; W_ih x {'in' if found.fused else 'before'} the steps; products in "
             f"{found.precision} ({'; '.join(filter(None, [*whys, why]))})")
 
 

@@ -77,7 +77,7 @@ DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
 DEVICE u64 load_flagged(const u64* p) { return *(const volatile u64*)p; }
 DEVICE void wait_more(u32&) { emulate::look_again(); }
 DEVICE u32 peer_address(u32 address, u32 rank) { return (address & 0xFFFFFF) | rank << 24; }
-DEVICE void cluster_sync() { emulate::cluster.wait(); }
+DEVICE void cluster_sync() { if (SCOPE == CLUSTER) emulate::cluster.wait(); }
 DEVICE void barrier_init(u32 barrier) { emulate::arrivals(barrier) = {}; }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   auto& a = emulate::arrivals(barrier);

@@ -18,8 +18,8 @@ from rnn.kernels import cells
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, power_of_2
 
 DEVICE = "cuda" if GPU else "cpu"
-# One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without a GPU the latter run
-# in test_cuda.py.)
+# One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without a GPU these run in
+# test_cuda.py.)
 CUDA = ["cuda block", "cuda cluster", "cuda grid"]
 SCOPES = ["block", "fused", "grid", "launch", *(CUDA if GPU and find_spec("cupy") else [])]
 HALF = (torch.float16, torch.bfloat16)

@@ -75,7 +75,7 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No decision is remembered, before or after."""
-    caches: list[Any] = [compute._served_once, compute._plan, cpu._program]
+    caches: list[Any] = [compute._served, compute._plan, cpu._program]
     for cache in caches:
         cache.cache_clear()
     yield
