@@ -168,10 +168,9 @@ class Run:
         """[..., total, K] to the rows that the kernels see."""
         return t if t is None or self.index is None else t.index_select(-2, self.index)
 
-    def rows_of(self, t: Tensor, width: int) -> Tensor:
-        """[T, B, width] or [R, width] to the rows that the kernels see, [R, width]."""
-        t = t.reshape(self.total, width).contiguous()
-        return t if self.index is None else t.index_select(0, self.index)
+    def flat(self, t: Tensor, width: int) -> Tensor:
+        """[..., width] to [R, width], the rows that the kernels see."""
+        return self.pick(t.reshape(self.total, width).contiguous())
 
     def spread(self, t: Any) -> Any:
         """The inverse, with 0 in the rows left out."""
@@ -190,7 +189,7 @@ def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor |
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
     x, w_ih, w_hh, b_ih, b_hh, s0 = given
     (*leading, width), fused = x.shape, {}
-    x = run.rows_of(x, width)
+    x = run.flat(x, width)
     b_ih, b_hh = (b if b is None else b.contiguous() for b in (b_ih, b_hh))
     if b_hh is not None and not run.cell.split and run.plan.scope == "host":
         b_ih, b_hh = b_ih + b_hh, None
@@ -212,8 +211,8 @@ def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Te
     if run.cell.saved and saved is None:
         saved = forward(run, given, 2)[3]
     shape, width = x.shape, y.shape[-1]
-    x, y, s0 = run.rows_of(x, shape[-1]), run.rows_of(y, width), run.sort(s0)
-    dy = torch.zeros_like(y) if d[0] is None else run.rows_of(d[0], width)
+    x, y, s0 = run.flat(x, shape[-1]), run.flat(y, width), run.sort(s0)
+    dy = torch.zeros_like(y) if d[0] is None else run.flat(d[0], width)
     dstates = None if d[1] is None else run.pick(d[1].contiguous())
     small = run.plan.backend == "numpy" and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT
     if small:

@@ -50,54 +50,49 @@ def _run(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -
     return compute.Run(getattr(cells, cell), chosen, tensors[:6], tensors[6:9], reverse)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    """Of the custom operator, from its schema below."""
-    ctx.cell, ctx.plan, ctx.reverse, _ = inputs[:4]
-    _save(ctx, inputs[4:], output)
-
-
-def _save(ctx: Any, tensors: Sequence[Any], output: tuple[Any, ...]) -> None:
-    y, states, _, saved = output
-    ctx.save_for_backward(*tensors, y, states, saved)
+def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
+    (*ctx.choices, _), (y, states, _, saved) = inputs[:4], output
+    ctx.save_for_backward(*inputs[4:], y, states, saved)
     if saved is not None:
         ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx: Any, *d: Any) -> tuple[Any, ...]:
-    tensors, others = ctx.saved_tensors, len(ctx.needs_input_grad) - 9  # once: hooks would unpack them once more
+    (*tensors,), (cell, plan, reverse) = ctx.saved_tensors, ctx.choices  # once: hooks would unpack them once more
     autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
     with torch.autocast(tensors[0].device.type, enabled=False) if autocast else nullcontext():
-        grads = _gradients(ctx, tensors, ctx.needs_input_grad[others : others + 6], d)
-    return *[None] * others, *grads, None, None, None
+        grads = _gradients(tensors, cell, plan, reverse, ctx.needs_input_grad[4:10], d)
+    return None, None, None, None, *grads, None, None, None
 
 
-def _gradients(ctx: Any, tensors: Sequence[Any], needs: Sequence[bool], d: Sequence[Any]) -> list[Tensor | None]:
-    given, masks, kept, dy, run = tensors[:6], tensors[6:9], tensors[9:], d[:3], getattr(ctx, "run", None)
-    if run is None:  # the custom operators have tensors of one dimension for what is not there
+def _gradients(tensors: Sequence[Any], cell: Any, plan: Any, reverse: Sequence[int], needs: Sequence[bool],
+               d: Sequence[Any]) -> list[Tensor | None]:
+    """`cell` and `plan` as custom operators take them, or the cell and the `compute.Run` of the call."""
+    given, masks, kept, dy, named = tensors[:6], tensors[6:9], tensors[9:], d[:3], isinstance(cell, str)
+    if named:  # the custom operators have tensors of one dimension for what is not there
         kept, dy = ([t if t is not None and t.dim() > 1 else None for t in some] for some in (kept, dy))
     if torch.is_grad_enabled() or _transformed() or any(t is not None and _batched(t) for t in dy):
         # Aliases, so that an input which was computed from another one counts for itself alone.
         with torch.enable_grad():
             alias: list[Any] = [t if t is None else t.view_as(t) for t in given]
-            cell, reverse = (getattr(cells, ctx.cell), ctx.reverse) if run is None else (run.cell, run.reverse)
-            out: Any = compute.formula(cell, alias, masks, reverse, 1)
+            out: Any = compute.formula(getattr(cells, cell) if named else cell, alias, masks, reverse, 1)
         used, wanted = [k for k in range(3) if dy[k] is not None], [alias[k] for k in range(6) if needs[k]]
         found: Any = torch.autograd.grad([out[k] for k in used], wanted, [dy[k] for k in used], create_graph=True,
                                          allow_unused=True)
         return [next(rest) if need else None for rest in (iter(found),) for need in needs]
-    if run is None and _traced(kept[0]):
-        found = _backward_op(ctx.cell, ctx.plan, ctx.reverse, needs, *given, *masks, *kept, *dy)
+    if named and _traced(kept[0]):
+        found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
         return [g if need else None for g, need in zip(found, needs)]
-    return compute.backward(run or _run(ctx.cell, ctx.plan, ctx.reverse, tensors), given, kept, dy, needs)
+    return compute.backward(_run(cell, plan, reverse, tensors) if named else plan, given, kept, dy, needs)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:  # a separate setup_context would cost 60 us more
-        ctx.run, keep, *tensors = inputs
-        output = compute.forward(ctx.run, tensors[:6], keep)
-        _save(ctx, tensors, output)
+        _, run, _, keep, *tensors = inputs
+        output = compute.forward(run, tensors[:6], keep)
+        _setup(ctx, inputs, output)
         return output
 
     backward = staticmethod(_vjp)
@@ -226,7 +221,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
         return y, states if states.dim() > 1 else None, last
     run = compute.Run(cell, plan, given, masks, reverse)
     if train:
-        return _apply(run, keep, *given, *masks)[:3]
+        return _apply(cell, run, reverse, keep, *given, *masks)[:3]
     return compute.forward(run, given, keep)[:3]
 
 

@@ -74,8 +74,9 @@ def test_without_triton() -> None:
 
 def test_size() -> None:
     """Small enough to be read in an afternoon."""
-    lines = {p: p.read_text().splitlines() for folder in ("kernels", "rnn") for p in (ROOT / folder).glob("*.py")}
-    assert sum(map(len, lines.values())) < 1700
+    lines = {p: p.read_text().splitlines() for folder in ("kernels", "rnn") for kind in ("py", "cu", "cuh")
+             for p in (ROOT / folder).glob(f"*.{kind}")}
+    assert sum(map(len, lines.values())) < 2500
     assert max(map(len, lines.values())) <= 400
     assert all(len(line) <= 120 for text in lines.values() for line in text)
 
