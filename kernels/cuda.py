@@ -16,7 +16,6 @@ from .cells import Cell
 from .plan import Plan, Rows, shared_bytes
 from .trace import Value, trace
 
-DEBUG = False  # set before the first call: a wait without end stops the kernel with an error
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 _INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
 
@@ -49,8 +48,6 @@ def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: b
                       PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
                       SPLIT=int(cell.split), UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences,
                       SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even), CELL=_body(cell, adjoint))
-    if DEBUG:
-        constants["DEBUG"] = 1
     choices = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return choices + helpers + text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
 

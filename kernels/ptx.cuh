@@ -73,12 +73,8 @@ DEVICE u64 load_flagged(const u64* p) {
   u64 v; asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v;
 }
 
-// Between two looks at what is not there yet; `patience` ends a wait without end, in debug builds.
-DEVICE void wait_more(u32& patience) {
-#ifdef DEBUG
-  if (++patience == 1u << 28) asm volatile("trap;");
-#endif
-}
+// Between two looks at what is not there yet. A minute of that is an error.
+DEVICE void wait_more(u32& patience) { if (++patience == 1u << 26) asm volatile("trap;"); }
 
 #if SCOPE == CLUSTER
 #define CLUSTER_SIZE __cluster_dims__(BLOCKS, 1, 1)

@@ -20,7 +20,6 @@ from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
-SMALL_COPY = 2**16  # numbers that are copied sooner than a product is made in two parts
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
 _HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
@@ -118,13 +117,6 @@ def _module(backend: str) -> Any:
     return import_module(".kernels.device" if backend in ("triton", "cuda") else ".kernels.cpu", __package__)
 
 
-def _sent(t: Tensor | None, device: torch.device) -> Tensor | None:
-    """To this device, where that can be without waiting for it."""
-    if t is None or device.type != "cuda" or t.is_cuda or torch.cuda.is_current_stream_capturing():
-        return t if t is None else t.to(device)
-    return t.pin_memory().to(device, non_blocking=True)
-
-
 class Run:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
     end."""
@@ -145,11 +137,13 @@ class Run:
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
             resets = resets if resets is None else resets[:, self.order]
         if batch_sizes is None:
-            self.rows = Rows(shape[0], reverse, [B] * shape[0], _sent(lengths, x.device), None, resets)
+            ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
+            self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
         else:
             T, starts = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes
             ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
-            self.rows = Rows(T, reverse, batch_sizes.tolist(), _sent(ends, x.device), _sent(starts, x.device), resets)
+            ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
+            self.rows = Rows(T, reverse, batch_sizes.tolist(), ends, starts, resets)
 
     def kernel(self, name: str, *given: Any, arrays: bool = False, **fused: Any) -> Sequence[Any]:
         """The backend's `forward` or `backward`, of tensors (or its arrays) and to tensors, or its `arrays`."""
@@ -257,8 +251,6 @@ def _product(d: Any, h: Any, first: Any = None, reverse: int = 0) -> Any:
     if first is None or len(h) == edge:
         return _times(d.T, h if first is None else first)
     early, late = (h[edge:], first) if reverse else (first, h[:-edge])
-    if isinstance(h, Tensor) and h.numel() <= SMALL_COPY:
-        return torch.mm(d.T, torch.cat((early, late)))
     one, other = _times(d[: len(early)].T, early), d[len(early) :].T
     return torch.addmm(one, other, late) if isinstance(other, Tensor) else one + other @ late
 

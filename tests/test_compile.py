@@ -66,7 +66,7 @@ def compiled(rows: list[Row], capability: int) -> list[dict[str, Any]]:
 
 def check(row: Row, used: dict[str, Any], capability: int) -> str:
     """What is wrong with a kernel, if anything."""
-    (name, _, _, _, H, _, options), (_, scope, units, sequences, depth, warps, fused, precision) = row, used["plan"]
+    (name, _, _, _, H, _, options), (_, scope, units, sequences, depth, warps, fused, precision, _) = row, used["plan"]
     G, S, A = getattr(cells, name).gates, getattr(cells, name).states, getattr(cells, name).saved
     forward, size = used["kernel"] == "forward_kernel", BYTES[precision]
     # A launch of one step may spill a few words, as may what comes before the loop; in the loop they would be read at

@@ -51,7 +51,8 @@ class Machine:
                 return lambda *arguments, **options: machine.launch(self.kernel[grid], arguments, options)
 
         for name, value in (("CUDAGraph", Graph), ("Stream", Stream), ("current_stream", Stream),
-                            ("stream", lambda stream: stream), ("is_current_stream_capturing", lambda: self.by_user)):
+                            ("stream", lambda stream: stream), ("current_device", lambda: -1),
+                            ("is_current_stream_capturing", lambda: self.by_user)):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(replay, "STEPS", 4)
