@@ -17,6 +17,8 @@ from suites import Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import rnn
+
 BATCH_SECONDS = 0.004  # of calls between two events on a GPU: beside it the events' own time is nothing
 
 
@@ -66,6 +68,13 @@ class Workload:
             y, hx = layer(step, hx)
             out.append(y)
         return torch.cat(out, int(self.case.batch_first))
+
+    def explain(self, layer: nn.Module) -> list[str]:
+        """What our layer does for that, and why."""
+        x: Any = self.leaf if self.rest is None else PackedSequence(self.leaf, *self.rest)
+        if not self.case.trains:
+            x = x.split(1, int(self.case.batch_first))[0]
+        return rnn.explain(layer, x, self.hx).splitlines()
 
     def forward(self, layer: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -174,7 +183,7 @@ def measure(case: Case, builders: Mapping[str, Builder], seconds: float, device:
     with "wall" and "host" (until all is done, until the host is free); "first" is the first call of all, compilation
     included; "memory" bytes at the peak of training (of forward, if it does not train); "error" and "gradient_error"
     relative to float64, of the output and of the input's gradient. On a GPU a layer is also timed as a CUDA graph, as
-    `NAME graph`. "failed" says why a layer has no figures."""
+    `NAME graph`. "plan" is what ours says of itself; "failed" says why a layer has no figures."""
     work = Workload(case, device)
     row: dict[str, Any] = dict(case._asdict(), I=case.inputs, steps=work.steps, flop=case.flop(work.steps))
     row |= {key: {} for key in ("first", "memory", "error", "gradient_error", "failed")}
@@ -192,6 +201,8 @@ def measure(case: Case, builders: Mapping[str, Builder], seconds: float, device:
             kinds[-1](layer)
             synchronize(device)
             row["first"][name] = time.perf_counter() - start
+            if name == "rnn":
+                row["plan"] = work.explain(layer)
             row["memory"][name] = peak(partial(kinds[-1], layer), device)
             for key, found, exact in zip(("error", "gradient_error"), work.results(layer), want or ()):
                 row[key][name] = _distance(found, exact)
