@@ -89,15 +89,15 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 
-def _spills_not(cell: Cell, plan: Plan, size: int) -> bool:
+def _spills_not(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     """Whether a thread in CUDA C++ has registers for its weights, sums and pairs; found by compiling."""
     words = max(4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True))
-    one_tile, split = plan.sequences == 8, plan.precision == "tf32x3"
+    one_tile, gated, split = plan.sequences == 8, cell.gates > 1, plan.precision == "tf32x3"
     if plan.warps > 8:
-        return words <= (64 if one_tile else 0 if split and cell.gates > 1 else 24)
-    if split and (plan.scope == "grid" or (cell.gates > 1 and plan.sequences > 16)):
-        return one_tile and words <= (128 if cell.gates == 1 else 96)
-    return words <= (128 if one_tile or cell.gates == 1 else 96)
+        return words <= ((48 if gpu.capability >= 100 else 64) if one_tile else 0 if split and gated else 24)
+    if plan.scope == "grid" and size == 4:
+        return one_tile and words <= (128 if not gated else 96 if gpu.capability >= 90 else 72)
+    return words <= (96 if gated and (split or not one_tile) else 128) and not (split and gated and plan.sequences > 16)
 
 
 def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu) -> float:
@@ -120,8 +120,8 @@ def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precisio
         plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
         shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
         waits = scope == "grid" and blocks * -(-B // sequences) * N > gpu.multiprocessors
-        if (warps <= 16 and sequences <= 8 * splits and _spills_not(cell, plan, size) and shared <= gpu.shared_memory
-                and -(-B // sequences) < 2**16 and not waits):
+        if (warps <= 16 and sequences <= 8 * splits and _spills_not(cell, plan, size, gpu) and not waits
+                and shared <= gpu.shared_memory and -(-B // sequences) < 2**16):
             found.append(plan)
     return sorted(found, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
 
