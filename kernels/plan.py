@@ -92,12 +92,13 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
 def _spills_not(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     """Whether a thread in CUDA C++ has registers for its weights, sums and pairs; found by compiling."""
     words = max(4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True))
-    one_tile, gated, split = plan.sequences == 8, cell.gates > 1, plan.precision == "tf32x3"
+    one_tile, gated, wide = plan.sequences == 8, cell.gates > 1, size == 4
     if plan.warps > 8:
-        return words <= ((48 if gpu.capability >= 100 else 64) if one_tile else 0 if split and gated else 24)
-    if plan.scope == "grid" and size == 4:
+        most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
+        return words <= (most if one_tile else 0 if wide and gated else 24)
+    if plan.scope == "grid" and wide:
         return one_tile and words <= (128 if not gated else 96 if gpu.capability >= 90 else 72)
-    return words <= (96 if gated and (split or not one_tile) else 128) and not (split and gated and plan.sequences > 16)
+    return words <= (96 if gated and (wide or not one_tile) else 128) and not (wide and gated and plan.sequences > 16)
 
 
 def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu) -> float:
