@@ -321,7 +321,7 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
         if plan.scope == "launch" and can_replay(steps, given):
             replay(kind, B, torch.cuda.current_stream().cuda_stream).run(launch, steps, (rows.steps, R), device, given)
         else:
-            at_once = steps if plan.scope == "block" or barrier else 1
+            at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
             for u in range(0, steps, at_once):
                 launch(None, u, at_once)
 
