@@ -13,17 +13,12 @@ from torch import Tensor
 STEPS = 16  # of a graph: enough to hide what a replay costs the host, few enough to run past the end
 
 
-def _table(size: int, device: torch.device, stream: torch.cuda.Stream) -> Tensor:
-    with torch.cuda.stream(stream):
-        return torch.empty(size, dtype=torch.int64, device=device)
-
-
 class Replay:
     """`launch(table, k)` launches step k of a block of STEPS. The table [4 + tensors], int64: two slots, the step comes
     in slot k % 2 and goes on in the other; two sizes; pointers, 0 for None. A step past the end has to do nothing.
     A replay belongs to one stream; the lock is for threads that share that."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_kind: Any) -> None:
         self.lock, self.table = Lock(), torch.empty(0)
         self.graph: Any = None
 
@@ -41,31 +36,23 @@ class Replay:
 
     def run(self, launch: Callable[[Tensor, int], None], steps: int, sizes: tuple[int, int], device: torch.device,
             tensors: Sequence[Tensor | None]) -> None:
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-
-        def fill(step: int) -> None:
-            entries = torch.tensor([step, step, *sizes, *pointers], device="cpu")
-            self.table.copy_(entries, non_blocking=True)
-
+        entries, stream = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)], torch.cuda.current_stream()
         with self.lock:
             if self.graph is None:
                 # Inference mode and memory pools (torch.compile has some) are of a thread: this has to outlive them.
-                with ThreadPoolExecutor(1) as thread:
-                    self.table = thread.submit(_table, 4 + len(tensors), device, torch.cuda.current_stream()).result()
-                fill(2**30)  # past any end
+                with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(stream,)) as thread:
+                    past_any_end = [2**30, 2**30, *entries]
+                    self.table = thread.submit(lambda: torch.tensor(past_any_end).to(device, non_blocking=True)).result()
                 self.graph = self.capture(launch)
-            fill(0)
+            self.table.copy_(torch.tensor([0, 0, *entries], device="cpu"), non_blocking=True)
             for _ in range(0, steps, STEPS):
                 self.graph.replay()
-
-
-@lru_cache(maxsize=64)
-def replay(*_kind: Any) -> Replay:
-    """The one of this kind: of all that is not in the table, the device and the stream among it."""
-    return Replay()
 
 
 def can_replay(steps: int, tensors: Sequence[Tensor | None]) -> bool:
     """Not while somebody else captures, for a few steps, or where tensors begin anywhere."""
     return (steps >= STEPS and all(t is None or (t.is_cuda and t.data_ptr() % 16 == 0) for t in tensors)
             and not torch.cuda.is_current_stream_capturing())
+
+
+replay = lru_cache(maxsize=64)(Replay)  # the one of a kind: of all that is not in the table, device and stream as well

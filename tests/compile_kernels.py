@@ -28,8 +28,6 @@ from rnn.kernels.plan import Gpu, Rows, make_plan
 AMD = 942  # gfx942 in place of a compute capability
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448), AMD: Gpu(90, 304, 65536)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-         torch.int32: "*i32", torch.bool: "*i1"}
 
 
 class Recorder:
@@ -42,23 +40,11 @@ class Recorder:
         return lambda *arguments, **options: self.launches.append((arguments, options))
 
 
-def source(kernel: Any, arguments: Any, options: Any) -> ASTSource:
-    """The specialisation that Triton would compile for this launch."""
-    given = dict(zip(kernel.arg_names, arguments)) | {k: v for k, v in options.items() if k in kernel.arg_names}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, given[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if special and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+def source(kernel: Any, arguments: Any, options: Any, backend: Any) -> ASTSource:
+    """What Triton would compile for this launch."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given, kinds, _ = bind(*arguments, **options)
+    return ASTSource(kernel, *kernel._pack_args(backend, options, given, kinds, None)[1:])
 
 
 def loop(sass: str) -> list[str]:
@@ -136,7 +122,7 @@ def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: i
         target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
         if "debug" in options:
             chosen["debug"] = True
-        built = triton.compile(source(kernel, arguments, launch), target=target, options=chosen)
+        built = triton.compile(source(kernel, arguments, launch, make_backend(target)), target=target, options=chosen)
         used = read_amdgcn(built.asm["amdgcn"]) if capability == AMD else read_cubin(built.asm["cubin"])
         used |= dict(plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"])
         print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
