@@ -20,10 +20,6 @@ _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "B
 _INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
 
 
-def _text(value: Any) -> str:
-    return str(value) if isinstance(value, Value) else f"{float(value)!r}f"
-
-
 def _body(cell: Cell, adjoint: bool) -> str:
     """The cell's forward or backward as statements in C."""
     function, groups, results = cell.forward, "xrs", "na"
@@ -32,22 +28,25 @@ def _body(cell: Cell, adjoint: bool) -> str:
     sizes = dict(x=cell.gates, r=cell.gates, s=cell.states, n=cell.states, a=cell.saved, d=cell.states, p=cell.states)
     lines, values = trace(function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",))
     text = []
+
+    def word(value: Any) -> str:
+        return str(value) if isinstance(value, Value) else f"{float(value)!r}f"
+
     for name, given, result in lines:
-        infix = f" {_INFIX[name]} " if name in _INFIX else ""
-        words = infix.join(map(_text, given)) if infix else f"{name}({', '.join(map(_text, given))})"
-        text.append(f"const float {result} = {words};")
-    text += [f"{group}[{k}] = {_text(value)};" for group, column in zip(results, values)
-             for k, value in enumerate(column)]
+        between, words = _INFIX.get(name, ","), [*map(word, given)]
+        text.append(f"const float {result} = {'' if name in _INFIX else name}({between.join(words)});")
+    for group, column in zip(results, values):
+        text += [f"{group}[{k}] = {word(value)};" for k, value in enumerate(column)]
     return " ".join(text)
 
 
 def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
     """The text of a kernel: the choices that the files leave open, `helpers`, that is ptx.cuh, and the other files."""
-    constants: dict[str, Any] = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2)
-    constants |= dict(TYPE=_NAMES[dtype], SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates,
-                      PRECISE=int(plan.precision == "tf32x3"), STATES=cell.states, SAVED=cell.saved,
-                      SPLIT=int(cell.split), UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences,
-                      SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even), CELL=_body(cell, adjoint))
+    constants = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2, TYPE=_NAMES[dtype],
+                     SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates, STATES=cell.states,
+                     PRECISE=int(plan.precision == "tf32x3"), SAVED=cell.saved, SPLIT=int(cell.split),
+                     UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences, CELL=_body(cell, adjoint),
+                     SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even))
     choices = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return choices + helpers + text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
 
@@ -114,9 +113,7 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
 def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[Any], s0: Tensor) -> None:
     """Run the forward or the backward kernel on what `device` gives it."""
     _, B, H = s0.shape
-    if not adjoint:
-        x, _, w_hh, _, *rest = tensors
-        tensors = x, w_hh, *rest
+    tensors = tensors if adjoint else (tensors[0], tensors[2], *tensors[4:])
     grid = plan.blocks, -(-B // plan.sequences), len(rows.reverse)
     flags = None
     if plan.scope == "grid":

@@ -67,25 +67,20 @@ class Rows(NamedTuple):
     resets: Any = None
 
 
-def _splits(plan: Plan) -> int:
-    return plan.warps * 16 // plan.units
-
-
 def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp in CUDA C++ multiplies with."""
     row = plan.blocks * plan.units * size * (cell.gates if adjoint else 1)
-    return -(-row // (64 * _splits(plan))) * 2
+    return -(-row * plan.units // (1024 * plan.warps)) * 2
 
 
 def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """Shared memory of a block in CUDA C++, whose numbers have `size` bytes: struct Shared."""
     (rows, vectors), sequences = (1, cell.gates) if adjoint else (cell.gates, 1), plan.sequences
-    inbox = sequences * 16
+    splits, inbox = plan.warps * 16 // plan.units, sequences * 16
     if plan.scope != "grid":
-        inbox = 2 * sequences * 4 * (8 * _splits(plan) * _pieces(cell, plan, size, adjoint) + 4)
+        inbox = 2 * sequences * 4 * (8 * splits * _pieces(cell, plan, size, adjoint) + 4)
     outbox = (plan.units if plan.scope == "cluster" else 16) * vectors * sequences * size
-    sums = (plan.warps if _splits(plan) > 1 else 1) * rows * sequences // 2 * 128
-    sums *= 2 if plan.scope == "grid" else 1
+    sums = (plan.warps if splits > 1 else 1) * rows * sequences * (128 if plan.scope == "grid" else 64)
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 

@@ -42,7 +42,7 @@ class Replay:
                 # Inference mode and memory pools (torch.compile has some) are of a thread: this has to outlive them.
                 with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(stream,)) as thread:
                     past_any_end = [2**30, 2**30, *entries]
-                    self.table = thread.submit(lambda: torch.tensor(past_any_end).to(device, non_blocking=True)).result()
+                    self.table = thread.submit(torch.tensor, past_any_end, device=device).result()
                 self.graph = self.capture(launch)
             self.table.copy_(torch.tensor([0, 0, *entries], device="cpu"), non_blocking=True)
             for _ in range(0, steps, STEPS):

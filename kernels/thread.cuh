@@ -230,12 +230,10 @@ struct Thread {
 #endif
     }
     auto& mine = shared.sums[SCOPE == GRID ? c & 1 : 0];
-    EACH(row, ROWS) {
-      EACH(i, 4 * NT) {
-        const float sum = d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
-        if (WK > 1) mine[wm][wk][row][i][lane] = sum;
-        else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
-      }
+    EACH(row, ROWS) EACH(i, 4 * NT) {
+      const float sum = d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
+      if (WK > 1) mine[wm][wk][row][i][lane] = sum;
+      else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
     }
     if (WK == 1) return;
     group_sync(1 + wm, 32 * WK);

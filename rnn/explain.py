@@ -30,10 +30,9 @@ def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan
         if serves == "host":
             why = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
         return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [*whys, why]))})"
-    if dtype == torch.float32 and not plan:
-        whys.append(f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}")
-    if found.backend == "cuda" and not plan:
-        whys.append("the fastest that fits, by prediction")
+    switch = f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}"
+    whys += [switch] if dtype == torch.float32 and not plan else []
+    whys += ["the fastest that fits, by prediction"] if found.backend == "cuda" and not plan else []
     kept = 0 if found.scope == "launch" else G * found.units * H * x.element_size() // (128 * found.warps)
     return (f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, {kept} registers of a thread; "
             f"{found.units} units of {G} gates by {found.sequences} sequences a block, {-(-H // found.units)} blocks "
