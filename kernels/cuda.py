@@ -3,7 +3,6 @@ It needs no nvcc; compiled kernels are kept on disk, among CuPy's own."""
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -72,15 +71,16 @@ def build(code: str, capability: int) -> tuple[bytes, str]:
 
 def _cubin(code: str, capability: int) -> Path:
     """Where a compiled program lies on disk; compiled now if it does not yet."""
-    from cupy.cuda import compiler, nvrtc
+    from cupy.cuda import nvrtc
 
     key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
-    path = Path(compiler.get_cache_dir()) / f"fused_rnn_{key}.cubin"
+    folder = os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")
+    path = Path(folder).expanduser() / f"fused_rnn_{key}.cubin"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(build(code, capability)[0])
-        os.replace(file.name, path)  # at once, so that no other process reads half of it
+        made = path.with_suffix(f".{os.urandom(8).hex()}")
+        made.write_bytes(build(code, capability)[0])
+        made.replace(path)  # at once, so that no other process reads half of it
     return path
 
 

@@ -1,5 +1,5 @@
-// What CUDA C++ has no words for, as inline PTX, without headers, which NVRTC would have to find. (The tests have a twin
-// of this for the CPU.)
+// What CUDA C++ has no words for, as inline PTX, without headers, which NVRTC would have to find. (The tests have a
+// twin of this for the CPU.)
 typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)

@@ -1,10 +1,13 @@
 """The CUDA C++ kernels without a GPU: run in fibers (emulator.py), compiled by NVRTC. On a GPU they are tested in
 test_gpu.py."""
 
+import importlib
 import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from emulator import COMPILER, library, loader
 from rnn.kernels import cells, cuda
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
 
+real_load = cuda.load  # before tests put the emulator in its place
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no g++, which runs CUDA C++ on the CPU")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -124,6 +128,43 @@ def test_shared_memory(folder: Path) -> None:
         plan = plan_for(scope, 90, SINGLE, blocks, splits, 16)
         built = library(folder, ("", ""), cells.lstm, plan, SINGLE, adjoint, False, True)
         assert built.emulate_shared() == shared_bytes(cells.lstm, plan, 4, adjoint)
+
+
+def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What CuPy and torch would be asked for on a GPU; compiled once, and found on disk by the next process."""
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    asked, cupy_cuda = list[Any](), importlib.import_module("cupy").cuda
+
+    class Kernel:
+        kernel, max_dynamic_shared_size_bytes = SimpleNamespace(ptr=7), 0
+
+        def __call__(self, *given: Any, **options: Any) -> None:
+            asked.append((given, options, self.max_dynamic_shared_size_bytes))
+
+    def module(path: str, enable_cooperative_groups: bool) -> Any:
+        asked.append((Path(path).read_bytes()[:4], enable_cooperative_groups))
+        return SimpleNamespace(get_function=lambda name: Kernel())
+
+    for name, value in (("get_device_capability", lambda _: (9, 0)), ("current_stream", lambda _: Stream),
+                        ("get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    Stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr("cupy.RawModule", module)
+    monkeypatch.setattr(cupy_cuda, "Device", lambda index: nullcontext())
+    monkeypatch.setattr(cupy_cuda, "ExternalStream", lambda stream, index: nullcontext())
+    monkeypatch.setattr(cupy_cuda.driver, "funcSetAttribute", lambda *given: asked.append(given))
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    plan, device = plan_for("cluster", 256, BRAIN, 16, 1), torch.device("cuda", 0)
+    for _ in range(2):
+        real_load.cache_clear()
+        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, device)((16, 2, 1), (1, 2, 3))
+    assert len(list(tmp_path.glob("cache/*"))) == 1
+    shared = shared_bytes(cells.rnn_tanh, plan, 2, False)
+    call = ((16, 2, 1), (32,), (1, 2, 3)), {"shared_mem": shared}, shared
+    assert asked == 2 * [(b"\x7fELF", False), (7, 14, 1), call]
+    launch = real_load(cells.rnn_tanh, plan_for("grid", 256, BRAIN, 16, 8), BRAIN, False, False, True, device)
+    with pytest.raises(RuntimeError, match="needs .* blocks at a time"):
+        launch((16, 9, 1), ())
 
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
