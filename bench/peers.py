@@ -11,6 +11,7 @@ from suites import Case
 from torch import Tensor, nn
 
 import rnn
+from rnn.kernels.plan import Plan
 
 Builder = Callable[[Case, nn.RNNBase], nn.Module]
 UNROLLED = 128  # the longest loop that torch.compile gets: beyond, it takes many minutes
@@ -93,6 +94,16 @@ def haste(case: Case, oracle: nn.RNNBase) -> nn.Module:
 NAMED: dict[str, Builder] = {"rnn": lambda case, oracle: loaded(of_package(rnn, case), oracle),
                              "torch.nn": lambda case, oracle: loaded(of_package(nn, case), oracle),
                              "compile": Loop, "flashrnn": FlashRNN, "haste": haste}
+
+
+def planned(plan: Plan) -> Builder:
+    """Ours, by this plan."""
+    def build(case: Case, oracle: nn.RNNBase) -> nn.Module:
+        layer: Any = NAMED["rnn"](case, oracle)
+        layer.plan = plan
+        return layer
+
+    return build
 
 
 def find(name: str) -> Builder:

@@ -25,7 +25,8 @@ def newest(folder: Path) -> dict[tuple[str, str], Results]:
     for path in folder.glob("*-*.json"):
         results = json.loads(path.read_text())
         key = results["kind"], results["suite"]
-        whole = results.get("rows") and not (results.get("baseline") or results.get("cell") or results.get("dtype"))
+        whole = results.get("rows") and not (results.get("baseline") or results.get("cell") or results.get("dtype")
+                                          or results.get("plan"))
         if whole and (key not in found or results["date"] > found[key]["date"]):
             found[key] = results
     return found

@@ -28,6 +28,8 @@ from measure import measure
 from report import KINDS, Row, ratio
 from suites import Case
 
+from rnn.kernels.plan import Plan
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -159,6 +161,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option("--minutes", type=float, default=4.5, help="after which no case is begun (default: %(default)s)")
     option("--peer", action="append", default=[], metavar="NAME",
            help=f"also {', '.join(peers.NAMED)}, or MODULE:CLASS with torch.nn's constructor")
+    option("--plan", type=json.loads, metavar="JSON", help="of ours, in place of what it would choose: the fields of "
+           """rnn.kernels.plan.Plan, as '{"backend": "triton", "scope": "block"...}'""")
     option("--baseline", action="store_true", help="time torch.nn alone")
     option("--cold", action="store_true", help="use no kernels that earlier runs compiled, for first calls that are")
     option("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot (default: bench/results)")
@@ -175,6 +179,8 @@ def run(options: argparse.Namespace, path: Path, results: dict[str, Any]) -> Non
     end = time.monotonic() + 60 * options.minutes
     names = ["torch.nn"] if options.baseline else ["rnn", "torch.nn", *peers.installed(options.device)]
     builders = {name: peers.find(name) for name in dict.fromkeys((*names, *options.peer))}
+    if options.plan:
+        builders["rnn"] = peers.planned(Plan(**options.plan))
     cases = suites.SUITES[options.device][options.suite]
     for name in ("cell", "dtype"):
         cases = chosen(cases, {name: getattr(options, name)}) if getattr(options, name) else cases
@@ -203,11 +209,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cold:
         for name in ("TRITON_CACHE_DIR", "CUPY_CACHE_DIR"):
             os.environ[name] = tempfile.mkdtemp()
-    given = {name: getattr(options, name) for name in ("suite", "cell", "dtype", "baseline", "cold", "seconds")}
+    given = {name: getattr(options, name) for name in ("suite", "cell", "dtype", "plan", "baseline", "cold", "seconds")}
     results = environment(options.device) | given | dict(failed=[], left_out=[], rows=[])
     options.out.mkdir(parents=True, exist_ok=True)
     suite = f"{options.suite}-baseline" if options.baseline else options.suite
-    name = "-".join(filter(None, (options.device, suite, options.cell, options.dtype, results["commit"])))
+    forced = options.plan and "-".join(map(str, options.plan.values()))
+    name = "-".join(filter(None, (options.device, suite, options.cell, options.dtype, forced, results["commit"])))
     path = options.out / f"{name}.json"
     print(f"{results['device']}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}\n{HEADER}")
     run(options, path, results)

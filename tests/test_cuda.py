@@ -145,10 +145,10 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         asked.append((Path(path).read_bytes()[:4], enable_cooperative_groups))
         return SimpleNamespace(get_function=lambda name: Kernel())
 
-    for name, value in (("get_device_capability", lambda _: (9, 0)), ("current_stream", lambda _: Stream),
+    for name, value in (("get_device_capability", lambda _: (9, 0)),
+                        ("current_stream", lambda _: SimpleNamespace(cuda_stream=0)),
                         ("get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))):
         monkeypatch.setattr(torch.cuda, name, value)
-    Stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr("cupy.RawModule", module)
     monkeypatch.setattr(cupy_cuda, "Device", lambda index: nullcontext())
     monkeypatch.setattr(cupy_cuda, "ExternalStream", lambda stream, index: nullcontext())
@@ -163,7 +163,7 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     call = ((16, 2, 1), (32,), (1, 2, 3)), {"shared_mem": shared}, shared
     assert asked == 2 * [(b"\x7fELF", False), (7, 14, 1), call]
     launch = real_load(cells.rnn_tanh, plan_for("grid", 256, BRAIN, 16, 8), BRAIN, False, False, True, device)
-    with pytest.raises(RuntimeError, match="needs .* blocks at a time"):
+    with pytest.raises(RuntimeError, match=r"needs .* blocks at a time"):
         launch((16, 9, 1), ())
 
 
