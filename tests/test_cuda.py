@@ -172,15 +172,16 @@ Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, bool, bool]
 
 
 def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) -> list[Kernel]:
-    """Each kernel that a plan for B sequences of H units can choose first."""
+    """Each kernel that a plan for B sequences of H units chooses: the plainest and, with masks and odd sizes, the
+    largest."""
     found: dict[Kernel, None] = {}
-    for (B, H), name, (dtype, precision) in itertools.product(shapes, names, (
-            (BRAIN, "ieee"), (HALF, "ieee"), (SINGLE, "tf32"), (SINGLE, "tf32x3"))):
+    modes = (BRAIN, "ieee"), (SINGLE, "tf32"), (SINGLE, "tf32x3")
+    for (B, H), name, (dtype, precision) in itertools.product(shapes, names, modes):
         cell = getattr(cells, name)
         plan = next(iter(cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, GPUS[capability])), None)
         if plan is not None:
-            for masks, even, adjoint in itertools.product((False, True), (False, True), (False, True)):
-                found[cell, plan, dtype, adjoint, masks, even] = None
+            for masks, adjoint in itertools.product((False, True), (False, True)):
+                found[cell, plan, dtype, adjoint, masks, not masks] = None
     return list(found)
 
 
@@ -201,8 +202,10 @@ def check_kernels(capability: int, chosen: list[Kernel]) -> None:
 
 def test_compiles() -> None:
     chosen = [kernel for kernel in kernels(90, [(64, 128), (16, 512)], ["rnn_tanh", "lstm"])
-              if kernel[2] != HALF and kernel[4] != kernel[5] and kernel[1].precision != "tf32"]
-    chosen += [kernel for kernel in kernels(90, [(16, 1024)], ["gru"]) if kernel[2] == BRAIN and kernel[5]]
+              if kernel[1].precision != "tf32"]
+    chosen += [kernel for kernel in kernels(90, [(8, 1024)], ["gru"]) if kernel[2] == BRAIN and kernel[5]]
+    cell, plan, _, adjoint, masks, even = chosen[0]
+    chosen.append((cell, plan, HALF, adjoint, masks, even))
     assert {kernel[1].scope for kernel in chosen} == {"block", "cluster", "grid"}
     check_kernels(90, chosen)
 
@@ -211,7 +214,7 @@ def test_compiles() -> None:
 @pytest.mark.parametrize("capability", GPUS)
 def test_compiles_all(capability: int) -> None:
     shapes = [(B, H) for B in (1, 64, 4096) for H in (20, 64, 128, 192, 256, 360, 512, 768, 1024, 2048)]
-    check_kernels(capability, kernels(capability, shapes, ["rnn_tanh", "rnn_relu", "lstm", "gru"]))
+    check_kernels(capability, kernels(capability, shapes, ["rnn_tanh", "lstm", "gru"]))
 
 
 def test_resident_layers() -> None:
