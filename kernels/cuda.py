@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,19 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
     """A kernel as `launch(grid, arguments)`: addresses and whole numbers, on torch's current stream."""
     import cupy
 
-    major, minor = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
     made = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
     with cupy.cuda.Device(device.index):
-        module = cupy.RawModule(path=str(_cubin(made, 10 * major + minor)),
+        module = cupy.RawModule(path=str(_cubin(made, 10 * properties.major + properties.minor)),
                                 enable_cooperative_groups=plan.scope == "grid")
         kernel, shared = module.get_function("recurrence"), shared_bytes(cell, plan, dtype.itemsize, adjoint)
         kernel.max_dynamic_shared_size_bytes = shared
         if plan.scope == "cluster" and plan.blocks > 8:
             cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-    limit = torch.cuda.get_device_properties(device).multi_processor_count
 
     def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
-        if plan.scope == "grid" and grid[0] * grid[1] * grid[2] > limit:  # they wait for each other
-            raise RuntimeError(f"{plan} needs {grid} blocks at a time, of which {device} runs {limit}")
+        if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:  # they wait for each other
+            raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
         with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 

@@ -93,7 +93,8 @@ def _spills_not(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
         return words <= (most if one_tile else 0 if wide and gated else 24)
     if plan.scope == "grid" and wide:
         return one_tile and words <= (128 if not gated else 96 if gpu.capability >= 90 else 72)
-    return words <= (96 if gated and (wide or not one_tile) else 128) and not (wide and gated and plan.sequences > 16)
+    too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
+    return words <= (96 if gated and (wide or not one_tile) else 128) and not too_many
 
 
 def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu) -> float:

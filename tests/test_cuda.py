@@ -145,10 +145,9 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         asked.append((Path(path).read_bytes()[:4], enable_cooperative_groups))
         return SimpleNamespace(get_function=lambda name: Kernel())
 
-    for name, value in (("get_device_capability", lambda _: (9, 0)),
-                        ("current_stream", lambda _: SimpleNamespace(cuda_stream=0)),
-                        ("get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))):
-        monkeypatch.setattr(torch.cuda, name, value)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr("cupy.RawModule", module)
     monkeypatch.setattr(cupy_cuda, "Device", lambda index: nullcontext())
     monkeypatch.setattr(cupy_cuda, "ExternalStream", lambda stream, index: nullcontext())
