@@ -42,12 +42,12 @@ def _body(cell: Cell, adjoint: bool) -> str:
 
 def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
     """The text of a kernel: the choices that the files leave open, `helpers`, that is ptx.cuh, and the other files."""
-    constants = dict(FLOAT32=0, FLOAT16=1, BFLOAT16=2, BLOCK=0, CLUSTER=1, GRID=2, TYPE=_NAMES[dtype],
-                     SCOPE=plan.scope.upper(), ADJOINT=int(adjoint), GATES=cell.gates, STATES=cell.states,
-                     PRECISE=int(plan.precision == "tf32x3"), SAVED=cell.saved, SPLIT=int(cell.split),
-                     UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences, CELL=_body(cell, adjoint),
-                     SPLITS=plan.warps * 16 // plan.units, MASKS=int(masks), EVEN=int(even))
-    choices = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    constants: dict[str, Any] = dict(
+        FLOAT32=0, FLOAT16=1, BFLOAT16=2, TYPE=_NAMES[dtype], BLOCK=0, CLUSTER=1, GRID=2, SCOPE=plan.scope.upper(),
+        GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=cell.split, CELL=_body(cell, adjoint),
+        UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences, SPLITS=plan.warps * 16 // plan.units,
+        ADJOINT=adjoint, MASKS=masks, EVEN=even, PRECISE=dtype == torch.float32 and plan.precision == "tf32x3")
+    choices = "".join(f"#define {k} {v if isinstance(v, str) else int(v)}\n" for k, v in constants.items())
     return choices + helpers + text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
 
 
@@ -63,7 +63,7 @@ def build(code: str, capability: int) -> tuple[bytes, str]:
     try:
         nvrtc.compileProgram(handle, [f"--gpu-architecture=sm_{capability}", "--std=c++17",
                                        "--ptxas-options=--verbose"])
-        return nvrtc.getCUBIN(handle), nvrtc.getProgramLog(handle)
+        return nvrtc.getCUBIN(handle) + b"\0", nvrtc.getProgramLog(handle)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(handle)) from error
     finally:
@@ -104,7 +104,8 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
     def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
         if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:  # they wait for each other
             raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+        own, at = getattr(cupy.cuda.Stream, "from_external", None), torch.cuda.current_stream(device)
+        with own(at) if own else cupy.cuda.ExternalStream(at.cuda_stream):  # older CuPy has only the latter
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
     return launch
@@ -115,10 +116,9 @@ def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[A
     _, B, H = s0.shape
     tensors = tensors if adjoint else (tensors[0], tensors[2], *tensors[4:])
     grid = plan.blocks, -(-B // plan.sequences), len(rows.reverse)
-    flags = None
-    if plan.scope == "grid":
-        words = plan.blocks * plan.units * (cell.gates if adjoint else 1) * s0.element_size() // 4
-        flags = s0.new_zeros(2 * grid[1] * grid[2] * words * plan.sequences, dtype=torch.int64)
+    words = plan.blocks * plan.units * (cell.gates if adjoint else 1) * s0.element_size() // 4
+    size = 2 * grid[1] * grid[2] * words * plan.sequences
+    flags = s0.new_zeros(size, dtype=torch.int64) if plan.scope == "grid" else None
     lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
     masks = lengths, rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *masks, flags)]

@@ -110,7 +110,8 @@ def _predicted(cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, in
 def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precision: str, gpu: Gpu) -> list[Plan]:
     """The plans for CUDA C++ that fit, the fastest by prediction first."""
     (B, _, H, N), found = sizes, []
-    scopes = [("block", 1), *(("cluster", 2**k) for k in range(1, 5) if gpu.capability >= 90), ("grid", -(-H // 16))]
+    clusters = (2, 4, 8, 16) if 90 <= gpu.capability < 110 else ()
+    scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
         units = -(-H // (16 * blocks)) * 16
         warps = units // 16 * splits

@@ -1,5 +1,4 @@
-// What CUDA C++ has no words for, as inline PTX, without headers, which NVRTC would have to find. (The tests have a
-// twin of this for the CPU.)
+// What CUDA C++ has no words for, as inline PTX, without headers. (The tests have a twin of this for the CPU.)
 typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
@@ -15,14 +14,17 @@ DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "
 #if TYPE == FLOAT32
 typedef float T;
 struct __align__(8) Pair { T a, b; };
+DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
+DEVICE Pair join(T a, T b) { return {a, b}; }
 DEVICE float widen(float v) { return v; }
 DEVICE Pair narrow(float a, float b) { return {a, b}; }
 DEVICE u32 tf32(u32 v) { u32 r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(v))); return r; }
 #define MMA_SHAPE "m16n8k8.row.col.f32.tf32.tf32.f32"
 #else
 typedef u16 T;
-struct __align__(4) Pair { T a, b; };
-DEVICE Pair pair(u32 v) { return {(u16)v, (u16)(v >> 16)}; }
+struct Pair { u32 both; };  // in one piece: parts would be taken as soon as it is loaded, and wait for it
+DEVICE T part(Pair v, int e) { return (T)(v.both >> 16 * e); }
+DEVICE Pair join(T a, T b) { return {(u32)b << 16 | a}; }
 #if TYPE == FLOAT16
 DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
 #define NARROW "cvt.rn.f16x2.f32 %0, %2, %1;"
@@ -32,7 +34,7 @@ DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
 #define NARROW "cvt.rn.bf16x2.f32 %0, %2, %1;"
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
 #endif
-DEVICE Pair narrow(float a, float b) { u32 v; asm(NARROW : "=r"(v) : "f"(a), "f"(b)); return pair(v); }
+DEVICE Pair narrow(float a, float b) { Pair v; asm(NARROW : "=r"(v.both) : "f"(a), "f"(b)); return v; }
 #endif
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.442695041f * x)); }
@@ -41,12 +43,8 @@ DEVICE float tanh(float x) {
   float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;  // to 11 bits, where bfloat16 has 8
 #else
   const float far = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x)), square = x * x;
-#if TYPE == FLOAT16
-  return far;
-#else
   const float series = -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
   return square < 0.06f ? x * (1.f + square * series) : far;  // the difference cancels near 0
-#endif
 #endif
 }
 

@@ -27,7 +27,7 @@ struct __align__(128) Shared {
   u64 barrier[2];
 };
 
-DEVICE float half_of(Pair pair, int e) { return widen(e ? pair.b : pair.a); }
+DEVICE float half_of(Pair pair, int e) { return widen(part(pair, e)); }
 DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }          // NaN stays
 DEVICE float relu_grad(float d, float y) { return y <= 0.f ? 0.f : d; }
 #if ADJOINT
@@ -37,24 +37,24 @@ DEVICE void cell_forward(const float* x, const float* r, const float* s, float* 
 #endif
 { CELL }
 
+#if PRECISE
+DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
+DEVICE u32 rest(u32 v, u32 high) { return finite(tf32(__float_as_uint(__uint_as_float(v) - __uint_as_float(high)))); }
+#endif
 // d += w v of 16 x 8 numbers over 8 words.
 DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
-#if TYPE == FLOAT32
-  const u32 h0 = tf32(b0), h1 = tf32(b1);
 #if PRECISE
+  const u32 h0 = tf32(b0), h1 = tf32(b1);
   u32 high[4], low[4];
   EACH(e, 4) {
     keep(w[e]);  // in one piece: its parts would take twice the registers
-    high[e] = tf32(w[e]);
-    low[e] = tf32(__float_as_uint(__uint_as_float(w[e]) - __uint_as_float(high[e])));
+    high[e] = tf32(w[e]), low[e] = rest(w[e], high[e]);
   }
-  mma(d, low, h0, h1);
-  mma(d, high, tf32(__float_as_uint(__uint_as_float(b0) - __uint_as_float(h0))),
-      tf32(__float_as_uint(__uint_as_float(b1) - __uint_as_float(h1))));
+  mma(d, low, finite(h0), finite(h1));  // an infinite number has no low part, and none counts for it
+  mma(d, high, rest(b0, h0), rest(b1, h1));
   mma(d, high, h0, h1);
-#else
-  mma(d, w, h0, h1);
-#endif
+#elif TYPE == FLOAT32
+  mma(d, w, tf32(b0), tf32(b1));
 #else
   mma(d, w, b0, b1);
 #endif
@@ -67,8 +67,7 @@ struct Thread {
   const i64 *lengths, *offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
-  // Pitches of rows of [R, N, G, H] and [R, N, H], of the latter as a plane, of [N, S, B, H] by states; and where the
-  // block's first sequence begins in them.
+  // Pitches of [R, N, G, H] and [R, N, H] by rows, of the latter by planes, of [N, S, B, H]; where the block begins.
   const int x_row, y_row;
   const i64 b0, plane, layer, x0, y0, s0;
   const bool two;                 // of its two units, `unit` and the next, the second is inside, too
@@ -132,10 +131,10 @@ struct Thread {
   // Offset of a pair from that of the block's first sequence and unit 0, in rows of this pitch.
   DEVICE int at(int p, int pitch) const { return sequence(p) * pitch + unit; }
 
-  DEVICE Pair load(const T* p) const { return EVEN ? *(const Pair*)p : Pair{p[0], two ? p[1] : T(0)}; }
+  DEVICE Pair load(const T* p) const { return EVEN ? *(const Pair*)p : join(p[0], two ? p[1] : T(0)); }
   DEVICE void store(T* p, Pair v) const {
     if (EVEN) *(Pair*)p = v;
-    else p[0] = v.a, p[two] = two ? v.b : v.a;
+    else p[0] = part(v, 0), p[two] = part(v, two);
   }
   DEVICE void load(float (&v)[2], const float* p) const { v[0] = p[0], v[1] = two ? p[1] : 0.f; }
   DEVICE void store(float* p, const float (&v)[2]) const { p[0] = v[0], p[two] = two ? v[1] : v[0]; }
@@ -144,14 +143,16 @@ struct Thread {
   DEVICE int time(int u, bool descending) const { return u >= steps ? 1 << 30 : descending ? steps - 1 - u : u; }
   DEVICE i64 row(int t) const { return t >= steps ? 0 : MASKS && offsets ? offsets[t] : (i64)t * B; }
   DEVICE bool runs(int t, int p) const { return t < end[p]; }
-  DEVICE bool cut(int t, int p) const {
-    return MASKS && resets && t + reverse < end[p] && resets[(i64)(t + reverse) * B + b0 + sequence(p)];
+  DEVICE void find_cuts(bool (&cuts)[P], int t) const {
+    const i64 boundary = (i64)(t + reverse) * B + b0;
+    EACH(p, P) cuts[p] = MASKS && resets && t + reverse < end[p] && resets[boundary + sequence(p)];
   }
-  // Reads what step u + AHEAD will want into the L2 cache; lanes side by side need that once.
-  DEVICE void warm(const T* p, int u, int pitch) const {
-    if (MASKS || u + AHEAD >= steps || lane >= 4) return;
-    p += row(time(u + AHEAD, reverse != ADJOINT)) * pitch;
-    EACH(i, P) if (inside(i)) prefetch(p + at(i, pitch));
+  // The row of step u + AHEAD, and to read of it into the L2 cache; lanes side by side need that once.
+  DEVICE i64 far(int u) const {
+    return (MASKS && offsets) || u + AHEAD >= steps || lane >= 4 ? -1 : row(time(u + AHEAD, reverse != ADJOINT));
+  }
+  DEVICE void warm(const T* p, i64 far, int pitch) const {
+    EACH(i, P) if (far >= 0 && inside(i)) prefetch(p + far * pitch + at(i, pitch));
   }
 
   // Tells all blocks of the group these numbers for step c of their sums.
@@ -193,6 +194,7 @@ struct Thread {
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
     while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(patience);
     if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
+    __syncwarp();
 #endif
     float d[CHAINS][ROWS][NT][4] = {};
     EACH(j, NT) {
@@ -237,11 +239,9 @@ struct Thread {
     }
     if (WK == 1) return;
     group_sync(1 + wm, 32 * WK);
-    EACH(row, ROWS) EACH(p, P) EACH(e, 2) {
-          sums[row][p][e] = 0.f;
-#pragma unroll
-          for (int q = 0; owner() && q < WK; ++q)
-            sums[row][p][e] += mine[wm][q][row][(wk * P + p) / 2 * 4 + e * 2 + (wk * P + p) % 2][lane];
-        }
+    EACH(row, ROWS) EACH(p, P) sums[row][p][0] = sums[row][p][1] = 0.f;
+    if (owner())
+      EACH(row, ROWS) EACH(p, P) EACH(e, 2) EACH(q, WK)
+        sums[row][p][e] += mine[wm][q][row][(wk * P + p) / 2 * 4 + e * 2 + (wk * P + p) % 2][lane];
   }
 };

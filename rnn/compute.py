@@ -217,10 +217,8 @@ def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Te
         x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
     grads: list[Any] = [None] * 6
     with _QUIET() if small else _HERE:
-        if needs[0]:
-            grads[0] = _times(dx, w_ih)
-        if needs[1]:
-            grads[1] = _product(dx, x)
+        grads[0] = _times(dx, w_ih) if needs[0] else None
+        grads[1] = _product(dx, x) if needs[1] else None
         if needs[2]:
             (NGH, H), h = w_hh.shape, y if came is None else came
             parts = [(dr, h)] if N == 1 else [(dr[:, n * NGH // N : (n + 1) * NGH // N], h[:, n * H : (n + 1) * H])
@@ -228,8 +226,7 @@ def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Te
             found = [_product(d, h, s0[n * run.cell.states] if came is None else None, run.reverse[n])
                      for n, (d, h) in enumerate(parts)]
             grads[2] = found[0] if N == 1 else (np.concatenate if small else torch.cat)(found)
-        if needs[3]:
-            grads[3] = dx.sum(0)
+        grads[3] = dx.sum(0) if needs[3] else None
         if needs[4]:
             shared = needs[3] and not run.cell.split
             grads[4] = (grads[3].copy() if small else grads[3].clone()) if shared else dr.sum(0)

@@ -40,6 +40,8 @@ DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF 
 #endif
 struct alignas(2 * sizeof(T)) Pair { T a, b; };
 DEVICE Pair narrow(float a, float b) { return {narrow(a), narrow(b)}; }
+DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
+DEVICE Pair join(T a, T b) { return {a, b}; }
 
 DEVICE u32 shared_address(const void* p) {
   return (u32)((const char*)p - (const char*)emulate::block().memory.data()) | emulate::self->rank << 24;

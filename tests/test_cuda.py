@@ -4,6 +4,7 @@ test_gpu.py."""
 import importlib
 import itertools
 import re
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -142,7 +143,10 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             asked.append((given, options, self.max_dynamic_shared_size_bytes))
 
     def module(path: str, enable_cooperative_groups: bool) -> Any:
-        asked.append((Path(path).read_bytes()[:4], enable_cooperative_groups))
+        cubin = Path(path).read_bytes()
+        headers, size, count = struct.unpack_from("<Q", cubin, 32)[0], *struct.unpack_from("<HH", cubin, 54)
+        assert headers + size * count <= len(cubin)  # it is whole: CuPy leaves out a last zero byte
+        asked.append((cubin[:4], enable_cooperative_groups))
         return SimpleNamespace(get_function=lambda name: Kernel())
 
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
@@ -150,7 +154,7 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr("cupy.RawModule", module)
     monkeypatch.setattr(cupy_cuda, "Device", lambda index: nullcontext())
-    monkeypatch.setattr(cupy_cuda, "ExternalStream", lambda stream, index: nullcontext())
+    monkeypatch.setattr(cupy_cuda, "Stream", SimpleNamespace(from_external=lambda stream: nullcontext()))
     monkeypatch.setattr(cupy_cuda.driver, "funcSetAttribute", lambda *given: asked.append(given))
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     plan, device = plan_for("cluster", 256, BRAIN, 16, 1), torch.device("cuda", 0)
