@@ -92,7 +92,7 @@ def _spills_not(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
         most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
         return words <= (most if one_tile else 0 if wide and gated else 24)
     if plan.scope == "grid" and wide:
-        return one_tile and words <= (128 if not gated else 96 if gpu.capability >= 90 else 72)
+        return one_tile and words <= (72 if gated else 128)
     too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
     return words <= (96 if gated and (wide or not one_tile) else 128) and not too_many
 

@@ -149,7 +149,7 @@ struct Thread {
   }
   // The row of step u + AHEAD, and to read of it into the L2 cache; lanes side by side need that once.
   DEVICE i64 far(int u) const {
-    return (MASKS && offsets) || u + AHEAD >= steps || lane >= 4 ? -1 : row(time(u + AHEAD, reverse != ADJOINT));
+    return MASKS || u + AHEAD >= steps || lane >= 4 ? -1 : row(time(u + AHEAD, reverse != ADJOINT));
   }
   DEVICE void warm(const T* p, i64 far, int pitch) const {
     EACH(i, P) if (far >= 0 && inside(i)) prefetch(p + far * pitch + at(i, pitch));
