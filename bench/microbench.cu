@@ -1,12 +1,7 @@
 // What a step costs before it computes anything: barriers, exchanges between blocks, the rate of the matrix units.
 // Each kernel does `steps` of one of them and writes the cycles that each block took, or -1 if a wait was given up:
-// no kernel here can hang. Compiled once for each CLUSTER, the number of blocks in a cluster.
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
+// no kernel here can hang. What stands before this text: kernels/ptx.cuh, whose words for the GPU's instructions are
+// those of the recurrence itself, and its BLOCKS, the number in a cluster, for each of which it is compiled once.
 #define KERNEL extern "C" __global__ void __launch_bounds__(512)
 constexpr i64 PATIENCE = 400000000;  // cycles, about 0.2 s
 
@@ -77,32 +72,24 @@ KERNEL grid_exchange(i64* cycles, int steps, u64* all, int words) {
   i64 start = clock64();
   bool failed = false;
   int total = words * gridDim.x;
-  for (u64 i = 1; i <= steps && !failed; ++i) {
+  for (u32 i = 1; i <= steps && !failed; ++i) {
     u64* buffer = all + (i & 1) * total;
     for (int w = threadIdx.x; w < words; w += blockDim.x)
-      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(buffer + blockIdx.x * words + w), "l"(i << 32 | w) : "memory");
+      store_flagged(buffer + blockIdx.x * words + w, w, i);
     for (int w = threadIdx.x; w < total && !failed; w += blockDim.x)
       for (u64 found = 0; found >> 32 != i && !failed; failed = failed || (found >> 32 != i && late(start)))
-        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(buffer + w) : "memory");
+        found = load_flagged(buffer + w);
     failed = __syncthreads_or(failed);
   }
   report(cycles, start, failed);
 }
 
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER_KERNEL extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(512)
+#if SCOPE == CLUSTER
+#define CLUSTER_KERNEL extern "C" __global__ void CLUSTER_SIZE __launch_bounds__(512)
 
-__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ u32 address_in(u32 address, u32 rank) {
-  u32 mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-}
-
-__device__ void cluster_wait() {
+DEVICE void cluster_wait() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_sync();
 }
 
 CLUSTER_KERNEL cluster_barrier(i64* cycles, int steps) {
@@ -117,29 +104,22 @@ CLUSTER_KERNEL cluster_barrier(i64* cycles, int steps) {
 CLUSTER_KERNEL cluster_exchange(i64* cycles, int steps, int bytes) {
   extern __shared__ __align__(128) unsigned char buffers[];
   __shared__ __align__(8) u64 barriers[2];
-  u32 rank, total = CLUSTER * bytes;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  if (threadIdx.x == 0) {
-    for (u64& barrier : barriers) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
+  u32 rank = blockIdx.x % BLOCKS, total = BLOCKS * bytes;
+  if (threadIdx.x == 0)
+    for (u64& barrier : barriers) barrier_init(shared_address(&barrier));
   __syncthreads();
   cluster_wait();
   i64 start = clock64();
   bool failed = false;
   for (int i = 0; i < steps && !failed; ++i) {
     u32 barrier = shared_address(&barriers[i & 1]), to = shared_address(buffers) + (i & 1) * total + rank * bytes;
-    if (threadIdx.x == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(total) : "memory");
+    if (threadIdx.x == 0) barrier_expect(barrier, total);
     for (u32 at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
-      for (u32 k = 0; k < CLUSTER; ++k) {
-        u32 other = (rank + k) % CLUSTER;
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%1,%1,%1}, [%2];" ::
-                     "r"(address_in(to + at, other)), "r"(i), "r"(address_in(barrier, other)) : "memory");
+      for (u32 k = 0; k < BLOCKS; ++k) {
+        u32 other = (rank + k) % BLOCKS, word = i;
+        store_async(peer_address(to + at, other), {word, word, word, word}, peer_address(barrier, other));
       }
-    for (u32 done = 0; !done && !failed; failed = !done && late(start))
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-                   "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(i >> 1 & 1) : "memory");
+    for (bool done = false; !done && !failed; failed = !done && late(start)) done = barrier_passed(barrier, i >> 1 & 1);
   }
   report(cycles, start, failed);
   cluster_wait();

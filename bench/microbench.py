@@ -15,6 +15,8 @@ from typing import Any
 
 from run import RESULTS, environment
 
+from rnn.kernels import cuda
+
 SOURCE = Path(__file__).with_suffix(".cu")
 CLUSTERS = (1, 2, 4, 8, 16)
 STEPS, THREADS, SHARED = 2000, 256, 200 * 1024
@@ -24,15 +26,10 @@ NON_PORTABLE_CLUSTER_SIZE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_AL
 def compile_cubin(arch: str, cluster: int) -> tuple[bytes, str]:
     """The kernels for `arch` (sm_90...) by CuPy's binding of NVRTC, and the compiler's words on what they use. Raises
     RuntimeError with its words if it refuses."""
-    nvrtc: Any = importlib.import_module("cupy").cuda.nvrtc
-    program = nvrtc.createProgram(SOURCE.read_text(), SOURCE.name, [], [])
-    try:
-        nvrtc.compileProgram(program, [f"-arch={arch}", f"-DCLUSTER={cluster}", "--ptxas-options=-v"])
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(nvrtc.getProgramLog(program)) from error
-    finally:
-        nvrtc.destroyProgram(program)
+    capability = int(arch.removeprefix("sm_"))
+    choices = dict(FLOAT16=1, BFLOAT16=2, TYPE=2, CLUSTER=1, SCOPE=int(capability >= 90), BLOCKS=cluster)
+    defined = "".join(f"#define {name} {value}\n" for name, value in choices.items())
+    return cuda.build(defined + cuda.text("ptx.cuh") + SOURCE.read_text(), capability)
 
 
 class _LaunchConfig(ctypes.Structure):
