@@ -61,8 +61,7 @@ def build(code: str, capability: int) -> tuple[bytes, str]:
 
     handle = nvrtc.createProgram(code, "recurrence.cu", [], [])
     try:
-        nvrtc.compileProgram(handle, [f"--gpu-architecture=sm_{capability}", "--std=c++17",
-                                       "--ptxas-options=--verbose"])
+        nvrtc.compileProgram(handle, [f"--gpu-architecture=sm_{capability}", "--std=c++17", "--ptxas-options=-v"])
         return nvrtc.getCUBIN(handle) + b"\0", nvrtc.getProgramLog(handle)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(handle)) from error
@@ -85,6 +84,12 @@ def _cubin(code: str, capability: int) -> Path:
     return path
 
 
+def on_stream(cuda: Any, device: torch.device) -> Any:
+    """The context in which cupy.cuda works on torch's current stream. (Older CuPy has another word for it.)"""
+    stream, new = torch.cuda.current_stream(device), getattr(cuda.Stream, "from_external", None)
+    return new(stream) if new else cuda.ExternalStream(stream.cuda_stream)
+
+
 @cache
 def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool,
          device: torch.device) -> Callable[..., None]:
@@ -104,8 +109,7 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
     def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
         if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:  # they wait for each other
             raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
-        own, at = getattr(cupy.cuda.Stream, "from_external", None), torch.cuda.current_stream(device)
-        with own(at) if own else cupy.cuda.ExternalStream(at.cuda_stream):  # older CuPy has only the latter
+        with on_stream(cupy.cuda, device):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
     return launch
@@ -116,11 +120,9 @@ def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[A
     _, B, H = s0.shape
     tensors = tensors if adjoint else (tensors[0], tensors[2], *tensors[4:])
     grid = plan.blocks, -(-B // plan.sequences), len(rows.reverse)
-    words = plan.blocks * plan.units * (cell.gates if adjoint else 1) * s0.element_size() // 4
-    size = 2 * grid[1] * grid[2] * words * plan.sequences
-    flags = s0.new_zeros(size, dtype=torch.int64) if plan.scope == "grid" else None
-    lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
-    masks = lengths, rows.offsets, rows.resets
+    words = prod(grid) * plan.units * plan.sequences * (cell.gates if adjoint else 1) * s0.element_size() // 4
+    flags = s0.new_zeros(2 * words, dtype=torch.int64) if plan.scope == "grid" else None
+    masks = None if rows.lengths is None else rows.lengths.to(torch.int64), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *masks, flags)]
     even = H % 2 == 0 and all(address % (2 * s0.element_size()) == 0 for address in addresses[: len(tensors)])
     R, reverses = len(tensors[2] if adjoint else tensors[0]), sum(r << n for n, r in enumerate(rows.reverse))

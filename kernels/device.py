@@ -10,11 +10,9 @@ from torch import Tensor
 from .cells import Cell
 from .plan import Plan, Rows
 
-_MODULES = dict(triton="gpu", cuda="cuda")  # imported late: Triton may be missing, and takes a while
 
-
-def _sweep(plan: Plan) -> Any:
-    return import_module(f".{_MODULES[plan.backend]}", __package__).sweep
+def _sweep(plan: Plan) -> Any:  # imported late: Triton may be missing, and takes a while
+    return import_module(".gpu" if plan.backend == "triton" else ".cuda", __package__).sweep
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, s0: Tensor, keep: int,

@@ -3,7 +3,8 @@
 The scope of a plan is that of the barrier between two time steps:
 host    the host goes through time, over array operations
 block   the kernel does; one block owns all of H for its sequences; W_hh stays in registers or shared memory
-grid    likewise, in a cooperative launch in which each block owns a slice of H; h goes through the L2 cache
+cluster likewise, of each block of a cluster a slice of H; h goes into each other's shared memory
+grid    likewise, of each block of a cooperative launch; h goes through the L2 cache
 launch  the host does, with one launch a step; W_hh is read at every step"""
 
 from collections.abc import Sequence
@@ -38,10 +39,10 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one layer is computed. `backend` is "numpy", "torch" (both: array operations on the CPU) or "triton", for
-    which the rest is. A program's tile is `units` hidden units of every gate by `sequences`, its products are over
-    `depth` units at a time. `fused`: W_ih x_t + b is computed in the step. `precision` is that of float32 products:
-    "tf32", or "tf32x3", which is as good as float32."""
+    """How one layer is computed. `backend` is "numpy", "torch", "cupy" (array operations), "triton" or "cuda": the rest
+    is for them. A block's tile is `units` hidden units of every gate by `sequences`. `precision` is that of float32
+    products: "tf32", or "tf32x3", which is as good as float32. In Triton products are over `depth` units at a time, and
+    `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a sequence."""
 
     backend: str
     scope: str = "host"
@@ -114,12 +115,11 @@ def cuda_plans(cell: Cell, sizes: tuple[int, int, int, int], size: int, precisio
     scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
         units = -(-H // (16 * blocks)) * 16
-        warps = units // 16 * splits
-        plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
-        shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
-        waits = scope == "grid" and blocks * -(-B // sequences) * N > gpu.multiprocessors
-        if (warps <= 16 and sequences <= 8 * splits and _spills_not(cell, plan, size, gpu) and not waits
-                and shared <= gpu.shared_memory and -(-B // sequences) < 2**16):
+        plan = Plan("cuda", scope, units, sequences, 0, units // 16 * splits, False, precision, blocks)
+        tiles, shared = -(-B // sequences), max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
+        waits = scope == "grid" and blocks * tiles * N > gpu.multiprocessors
+        if (plan.warps <= 16 and sequences <= 8 * splits and _spills_not(cell, plan, size, gpu) and not waits
+                and shared <= gpu.shared_memory and tiles < 2**16):
             found.append(plan)
     return sorted(found, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
 

@@ -64,7 +64,7 @@ DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
 struct Thread {
   Shared& shared;
   u64* const flags;               // scope GRID: of this group of blocks, [2, 8-word steps, NT, 2, 8 sequences, 4 words]
-  const i64 *lengths, *offsets;
+  const i64* offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
   // Pitches of [R, N, G, H] and [R, N, H] by rows, of the latter by planes, of [N, S, B, H]; where the block begins.
@@ -77,7 +77,7 @@ struct Thread {
   DEVICE Thread(Shared& shared, const T* w_hh, const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
                 i64 steps, i64 B, i64 R, i64 H, i64 reverses)
       : shared(shared), flags(flags + (i64)(blockIdx.z * gridDim.y + blockIdx.y) * 2 * (WORDS / 8) * NT * 64),
-        lengths(lengths), offsets(offsets), resets(resets), steps(steps), B(B), H(H), n(blockIdx.z), rank(blockIdx.x),
+        offsets(offsets), resets(resets), steps(steps), B(B), H(H), n(blockIdx.z), rank(blockIdx.x),
         reverse(reverses >> blockIdx.z & 1), lane(threadIdx.x % 32), wm(threadIdx.x / 32 % WM),
         wk(threadIdx.x / 32 / WM), unit(rank * U + wm * 16 + lane / 4 * 2), x_row(gridDim.z * GATES * H),
         y_row(gridDim.z * H), b0((i64)blockIdx.y * NB), plane(R * y_row), layer(B * H), x0(b0 * x_row + n * GATES * H),
@@ -89,9 +89,9 @@ struct Thread {
     for (int k0 = 0; k0 < KS; k0 += FEW) {
       u32 words[FEW][ROWS][4];
       EACH(e, FEW * ROWS * 4) words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
-            weight(w_hh, e / 4 % ROWS, unit + e % 2, (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
+          weight(w_hh, e / 4 % ROWS, unit + e % 2, (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
       EACH(k, KS) if (k / FEW * FEW == k0)
-          EACH(e, ROWS * 4) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
+        EACH(e, ROWS * 4) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
     }
     EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
@@ -158,18 +158,18 @@ struct Thread {
   // Tells all blocks of the group these numbers for step c of their sums.
   DEVICE void tell(int c, const float (&values)[VECTORS][P][2]) {
     EACH(v, VECTORS) EACH(p, P) {
-        if (!owner()) continue;
-        const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
-        const int word = (v * C * U + unit) / WORD, b = sequence(p);
+      if (!owner()) continue;
+      const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
+      const int word = (v * C * U + unit) / WORD, b = sequence(p);
 #if SCOPE == BLOCK
-        *(Pair*)&shared.inbox[c & 1][b][word] = pair;
+      *(Pair*)&shared.inbox[c & 1][b][word] = pair;
 #elif SCOPE == CLUSTER
-        *(Pair*)&shared.outbox[wm][v][b][unit % 16] = pair;
+      *(Pair*)&shared.outbox[wm][v][b][unit % 16] = pair;
 #else
-        EACH(e, 2 / WORD) store_flagged(flags + (((c & 1) * (WORDS / 8) + (word + e) / 8) * NT + b / 8) * 64 +
-                        ((word + e) / 4 % 2 * 8 + b % 8) * 4 + (word + e) % 4, ((const u32*)&pair)[e], c + 1);
+      EACH(e, 2 / WORD) store_flagged(flags + (((c & 1) * (WORDS / 8) + (word + e) / 8) * NT + b / 8) * 64 +
+                            ((word + e) / 4 % 2 * 8 + b % 8) * 4 + (word + e) % 4, ((const u32*)&pair)[e], c + 1);
 #endif
-      }
+    }
 #if SCOPE == BLOCK
     __syncthreads();
 #elif SCOPE == CLUSTER
@@ -208,15 +208,15 @@ struct Thread {
         for (bool ready = false; !ready;) {
           ready = true;
           EACH(k, AT_ONCE) EACH(half, 2) {
-              const bool there = k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
-              seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32) : (u64)(c + 1) << 32;
-              ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
-            }
+            const bool there = k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
+            seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32) : (u64)(c + 1) << 32;
+            ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
+          }
           if (!ready) wait_more(patience);
         }
         __syncwarp();
         EACH(k, AT_ONCE) EACH(row, ROWS)
-            if (k0 + k < KS) product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
+          if (k0 + k < KS) product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
       }
 #else
       const u32 from = shared_address(&shared.inbox[c & 1][j * 8 + lane % 8][wk * KS * 8 + lane / 8 * 4]);

@@ -107,7 +107,7 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
         return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
 
     place.enter_context(torch.cuda.device(index))
-    place.enter_context(cuda.Stream.from_external(torch.cuda.current_stream()))
+    place.enter_context(import_module(".kernels.cuda", __package__).on_stream(cuda, x.device))
     place.enter_context(cuda.using_allocator(memory))
     return place
 

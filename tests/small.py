@@ -39,5 +39,16 @@ def gradients(layer: Any, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
 
+def check_scaled_step(layer: Any, x: Tensor, kind: str, dtype: torch.dtype) -> None:
+    """A step under autocast, with its scaled loss, moves the weights and leaves them finite."""
+    scaler, optimizer = torch.amp.GradScaler(kind), torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.weight_hh_l0.detach().clone()
+    with torch.autocast(kind, dtype):
+        loss = layer(x)[0].float().pow(2).mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert layer.weight_hh_l0.isfinite().all() and not torch.equal(layer.weight_hh_l0, before)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=dtype, requires_grad=True)

@@ -267,7 +267,7 @@ def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -
             entered.remove(self.what)
 
     monkeypatch.setattr(torch.cuda, "device", lambda index: Noted("device", index))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cupy.cuda.Stream, "from_external", lambda stream: Noted(stream), raising=False)
     monkeypatch.setattr(cupy.cuda, "using_allocator", lambda allocate: Noted("memory", allocate))
