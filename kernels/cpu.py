@@ -1,186 +1,263 @@
 """The recurrence as array operations, step after step: in NumPy, in torch on the CPU, or in CuPy.
 The plan's backend names the library. NumPy has the least overhead per call; torch has the faster large products and, in
-`addmm`, a product and a sum in one. Rows are packed: step t owns the sizes[t] rows that follow those of step t - 1."""
+`addmm`, a product and a sum in one."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from importlib import import_module
-from itertools import accumulate, pairwise
-from operator import setitem
+from itertools import chain, pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .cells import Cell
+from .host import Window, Windows, parts
 from .plan import Plan, Rows
-from .trace import Value, trace
+from .trace import Line, Value, trace
 
 Array = Any
+_ELEMENTWISE = ("add", "subtract", "multiply", "divide", "tanh", "sigmoid")
+# In NumPy (and CuPy) and in torch; {0} and {1} are arguments, {2} is where the result goes.
+_NUMPY = dict(copy="{2}[...] = {0}", relu="maximum({0}, 0, out={2})", matmul="matmul({0}, {1}, {2})",
+              relu_grad="copyto({2}, 0), copyto({2}, {0}, where=~({1} <= 0))")
+_TORCH = dict(copy="{2}[...] = {0}", relu="clamp_min({0}, 0, out={2})", matmul="mm({0}, {1}, out={2})",
+              relu_grad="ops.aten.threshold_backward.grad_input({0}, {1}, 0, grad_input={2})")
 
 
-def _record(function: Callable[..., Any], inputs: Sequence[Sequence[str]], outputs: Sequence[Sequence[str]],
-           operations: Mapping[str, Callable[..., Any]], skip: str = "") -> tuple[Callable[..., None], int, bool]:
-    """`function`, of and to tuples of values, as `run(*inputs, *outputs, *temporaries)` on arrays; the number of those
-    temporaries; and whether the output `skip` is the constant 0 and has no array. Inputs and outputs go by names, a
-    letter, not t, and a number; an input without a name is the constant 0, outputs without names are left out."""
-    lines, results = trace(function, inputs, operations)
-    skipped, parameters = False, [name for group in inputs for name in group if name]
-    for name, value in [pair for group in zip(outputs, results) for pair in zip(*group)]:
-        if name == skip and not isinstance(value, Value):
-            skipped = True
-            continue
-        if not isinstance(value, Value) or value.name[0] != "t":  # a constant, an input, or an output already
-            lines.append(("copy", (value,), Value(lines, "t")))
-            value = lines[-1][2]
-        value.name = name
-        parameters.append(name)
-    temporaries = [result.name for *_, result in lines if result.name[0] == "t"]
-    text = "\n ".join(f"{name}({', '.join(map(repr, given))}, out={result})" for name, given, result in lines)
-    scope = dict(operations)
-    # Straight-line Python, because a loop over the operations would cost as much as they do at small sizes.
-    exec(f"def run({', '.join(parameters + temporaries)}):\n {text}", scope)
-    return scope["run"], len(temporaries), skipped
+def _words(backend: str, name: str, given: Sequence[Any], result: Any) -> str:
+    text = (_TORCH if backend == "torch" else _NUMPY).get(name)
+    out = "out=" if backend == "torch" else ""
+    return text.format(*given, *[0] * (2 - len(given)), result) if text else (
+        f"{name}({', '.join(map(str, given))}, {out}{result})")
+
+
+def _pooled(lines: Sequence[Line]) -> int:
+    """Give temporaries, t0, t1..., that are not needed at the same time one name: T0, T1... The number of names."""
+    last = {id(value): i for i, (_, given, _) in enumerate(lines) for value in given if isinstance(value, Value)}
+    free: list[str] = []
+    count = 0
+    for i, (name, given, result) in enumerate(lines):
+        # Operations on elements may write over what they read.
+        values = (v for v in given if isinstance(v, Value))
+        done = {v.name for v in values if v.name[0] == "T" and last[id(v)] == i}
+        free += done if name in _ELEMENTWISE else ()
+        if result.name[0] == "t":
+            if not free:
+                free.append(f"T{count}")
+                count += 1
+            result.name = free.pop()
+        free += done if name not in _ELEMENTWISE else ()
+    return count
 
 
 @lru_cache
-def _program(backend: str, cell: Cell, adjoint: bool, save: bool = True) -> tuple[Any, Callable[..., None], int, bool]:
-    """The array library, and the cell's forward or backward in it."""
+def _program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: int) -> tuple[Any, int]:
+    """The loop over time, run(steps, arrays...), and how many temporaries those end with. Going forward the columns
+    of `steps` are x, by gates if cell.split, the states after it and the activations, if they are wanted; the arrays
+    W^T, b or None, r, its gates, and the states that it begins with. In the adjoint the columns are the activations,
+    the states before and after, the gradients of those that are `given` (bits), dx if cell.split and dr, by gates, and
+    dr; the arrays W, the gradients of the states, and their successors. It returns the last states or gradients."""
     library = import_module(backend)
-    operations: Any = {name: getattr(library, name) for name in ("add", "subtract", "multiply", "divide", "tanh")}
-    operations |= dict(copy=lambda value, out: setitem(out, ..., value), relu=partial(library.maximum, 0),
-                       relu_grad=lambda d, y, out: setitem(out, ..., library.where(y <= 0, 0, d)))
-    if backend == "torch":
-        operations |= dict(relu=partial(library.clamp_min, min=0), sigmoid=library.sigmoid)
     G, S, A = cell.gates, cell.states, cell.saved
     x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
+    known = _ELEMENTWISE[: 6 if backend == "torch" else 5]
     if adjoint:
-        return library, *_record(cell.backward, (a, s, n, d), (x if cell.split else (), r, p), operations, "p0")
-    return library, *_record(cell.forward, (x if cell.split else [""] * G, r, s), (n, a if save else ()), operations)
-
-
-class _Sweep:
-    """One direction through time."""
-
-    def __init__(self, library: Any, rows: Rows, n: int) -> None:
-        sizes, resets, reverse = rows.sizes, rows.resets, rows.reverse[n]
-        self.library, self.sizes, self.reverse = library, sizes, reverse
-        self.torch = library.__name__ == "torch"
-        self.order = range(len(sizes))[:: -1 if reverse else 1]
-        self.bounds = list(pairwise(accumulate(sizes, initial=0)))
-        self.even = resets is None and sizes[0] == sizes[-1]
-        # Of a step after which sequences end: which. Of one that sequences enter from a reset: a mask of the first.
-        self.ends, self.cuts = {self.order[-1]: slice(0, sizes[self.order[-1]])}, dict[int, Array]()
-        if not reverse and not self.even:
-            self.ends |= {t: slice(later, size) for t, (size, later) in enumerate(pairwise(sizes)) if later < size}
-        if resets is not None:
-            masks = ((t, resets[t + reverse, :size]) for t, size in enumerate(sizes[reverse:]))
-            self.cuts = {t: mask for t, mask in masks if mask.any()}
-
-    def views(self, *arrays: Array) -> list[tuple[Array, ...]]:
-        """The rows of each step, in every array."""
-        parts = [a.split(self.sizes) if self.torch else [a[i:j] for i, j in self.bounds] for a in arrays]
-        return list(zip(*parts)) if parts else [()] * len(self.sizes)
-
-    def came(self, states: Sequence[Any], first: Array, adjoint: bool) -> Iterable[Sequence[Array]]:
-        """The states that come into each step, made when they are asked for."""
-        if self.even:
-            came: list[Any] = [tuple(z[: self.sizes[0]] for z in first), *states[:: -1 if self.reverse else 1][:-1]]
-            yield from reversed(came) if adjoint else came
-            return
-        for t in reversed(self.order) if adjoint else self.order:
-            size, before = self.sizes[t], t + 1 if self.reverse else t - 1
-            ran = states[before] if 0 <= before < len(states) else [z[:0] for z in first]
-            came = [self.library.concatenate((s[:size], z[len(s) : size])) for s, z in zip(ran, first)]
-            for s in came if t in self.cuts else ():
-                s[: len(self.cuts[t])][self.cuts[t]] = 0
-            yield came
-
-    def affine(self, c: Array | None, a: Array, w: Array, out: Array) -> None:
-        """out = c + a w, where no c means 0."""
-        if c is not None and self.torch:
-            self.library.addmm(c, a, w, out=out)
+        lines, results = trace(cell.backward, (a, s, n, d), known)
+        named = zip((*(x if cell.split else r), *r, *p), chain(*results))
+    else:
+        lines, results = trace(cell.forward, (x if cell.split else [""] * G, r, s), known)
+        named = zip((*n, *(a if save else ())), chain(*results))
+    alone = False
+    for name, value in named:
+        if name == "p0" and not isinstance(value, Value):
+            alone = True
+        elif not isinstance(value, Value) or (value.name[0] != "t" and value.name != name):
+            lines.append(("copy", (value,), Value(lines, name)))
         else:
-            self.library.matmul(a, w, out=out)
-            if c is not None:
-                self.library.add(out, c, out=out)
+            value.name = name
+    pool = _pooled(lines)
+    body = [_words(backend, *line) for line in lines]
+    if adjoint:
+        columns = [*a, *s, *n, *(f"g{k}" for k in range(S) if given >> k & 1), *(x if cell.split else ()), *r, "dr"]
+        body = [_words(backend, "add", (f"d{k}", f"g{k}"), f"d{k}") for k in range(S) if given >> k & 1] + body
+        body += [f"d{k}, p{k} = p{k}, d{k}" for k in range(1, S)]
+        product, term = ("dr", "w"), None if alone else "p0"
+        others, out, names = ["w", *d, *p], "d0", d
+    else:
+        columns = [*(x if cell.split else ["x"]), *n, *(a if save else ())]
+        product, term, out = ("s0", "w"), ("b" if bias else None) if cell.split else "x", "r"
+        others, names = ["w", "b", "r", *r, *s], s
+        body += [f"s{k} = n{k}" for k in range(S)]
+    if term and backend == "torch":
+        before = [f"addmm({term}, {', '.join(product)}, out={out})"]
+    else:
+        before = [_words(backend, "matmul", product, out)]
+        before += [_words(backend, "add", (out, term), out)] if term else []
+    body = body + before if adjoint else before + body
+    others += [f"T{k}" for k in range(pool)]
+    text = f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:\n  "
+    text += "\n  ".join(body) + f"\n return {', '.join(names)},"
+    scope = dict(vars(library))
+    exec(text, scope)  # straight-line Python: a loop over operations would cost as much as they do at small sizes
+    return scope["run"], pool
 
 
-def _part(array: Array, k: int, width: int) -> Array:
-    return array[:, k * width : (k + 1) * width]
+class _Borrowed:
+    """A tensor for an array library. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return torch._C._to_dlpack(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, x: Array, w_hh: Array, b_hh: Array | None, s0: Array,
-            keep: int) -> tuple[Array, Array | None, Array, Array | None]:
-    """x [R, N*G*H] input pre-activations, overwritten, with b_hh in them unless cell.split; w_hh [N*G*H, H];
-    b_hh [N*G*H]; s0 [N*S, B, H]. Returns y [R, N*H], with keep >= 1 the other states of every step [S-1, R, N*H], the
-    last states [N*S, B, H], and with keep >= 2 the activations for the adjoint [A, R, N*H]; None for what is not."""
-    (library, run, pool, _), sizes = _program(plan.backend, cell, False, keep > 1), rows.sizes
-    N, S, G, R, (_, B, H) = len(rows.reverse), cell.states, cell.gates, len(x), s0.shape
-    empty = getattr(x, "new_empty", partial(library.empty, dtype=x.dtype))
-    y = empty((R, N * H)) if G > 1 or cell.split else x  # fresh memory costs as much as a step's arithmetic
-    last, r, temporaries = empty((N * S, B, H)), empty((B, G * H)), empty((pool, B, H))
-    states = empty((S - 1, R, N * H)) if S > 1 and keep else None
-    saved = empty((cell.saved, R, N * H)) if cell.saved and keep > 1 else None
-    last[:] = s0
-    in_place = y is x and plan.backend == "torch" and S == 1 and not cell.saved  # r in x, when nothing reads it after y
-    for n in range(N):
-        sweep = _Sweep(library, rows, n)
-        out = sweep.views(_part(y, n, H), *(() if states is None else (_part(c, n, H) for c in states)))
-        if S > 1 and not keep:
-            pair = empty((2, S - 1, B, H))
-            out = [(*h, *pair[t % 2, :, :size]) for t, (h, size) in enumerate(zip(out, sizes))]
-        acts = sweep.views(*(() if saved is None else (_part(a, n, H) for a in saved)))
-        gates = sweep.views(*(_part(x, n * G + g, H) for g in range(G) if cell.split))
-        sums = sweep.views(_part(x, n, G * H))
-        if cell.split:
-            sums = [(b_hh if b_hh is None else b_hh[n * G * H : (n + 1) * G * H],)] * len(sizes)
-        w, rt = w_hh[n * G * H : (n + 1) * G * H].T, None
-        for t, s in zip(sweep.order, sweep.came(out, s0[n * S : (n + 1) * S], False)):
-            if rt is None or len(rt) != sizes[t]:
-                rt = r[: sizes[t]]
-                rg, work = [_part(rt, g, H) for g in range(G)], [a[: sizes[t]] for a in temporaries]
-            if in_place:
-                rt, rg = sums[t][0], [*sums[t]]
-            sweep.affine(sums[t][0], s[0], w, rt)
-            run(*gates[t], *rg, *s, *out[t], *acts[t], *work)
-            if t in sweep.ends:
-                for array, value in zip(last[n * S :], out[t]):
-                    array[sweep.ends[t]] = value[sweep.ends[t]]
-    return y, states, last, saved
+class _Steps:
+    """The steps of windows, recurrence after recurrence, in segments whose steps all have the same sequences and within
+    which nothing is reset."""
+
+    def __init__(self, cell: Cell, plan: Plan, rows: Rows, windows: Windows, s0: Tensor) -> None:
+        self.backend, self.rows, self.windows, self.library = plan.backend, rows, windows, import_module(plan.backend)
+        self.G, self.S, self.split, (_, self.B, self.H) = cell.gates, cell.states, cell.split, s0.shape
+        self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
+        (self.masks,) = self.take(rows.resets)
+        sizes = rows.sizes
+        self.edges = [t for t in range(1, rows.steps) if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
+
+    def take(self, *tensors: Tensor | None, own: bool = False) -> list[Array]:
+        """As arrays, to be written if they are our `own`."""
+        if self.backend == "torch":
+            return [*tensors]
+        if own and self.backend == "numpy":
+            return [t if t is None else t.numpy() for t in tensors]
+        return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
+
+    def empty(self, like: Array, *shape: int) -> Array:
+        return like.new_empty(shape) if self.backend == "torch" else self.library.empty(shape, like.dtype)
+
+    def segments(self, window: Window, n: int) -> list[Window]:
+        """Their steps, in the order of time; they themselves in that of the recurrence."""
+        lo, hi = self.windows.times(window, n)
+        found = [*pairwise((lo, *(t for t in self.edges if lo < t < hi), hi))]
+        return found[::-1] if self.rows.reverse[n] else found
+
+    def columns(self, arrays: Iterable[Array], lo: int, hi: int, n: int | None = None, start: int = 0) -> list[Array]:
+        """Of each [R, K] from row `start` on, or of recurrence n's units in it, the steps [hi - lo, sizes[lo], K]."""
+        i, j = self.windows.starts[lo] - start, self.windows.starts[hi] - start
+        parts = (array[i:j] if n is None else array[i:j, n * self.H : (n + 1) * self.H] for array in arrays)
+        return [part.reshape((hi - lo, self.rows.sizes[lo], part.shape[1])) for part in parts]
+
+    def gates(self, array: Array) -> list[Array]:
+        """[..., G*H] by gates."""
+        return [array[..., g * self.H : (g + 1) * self.H] for g in range(self.G)]
+
+    def zipped(self, arrays: Sequence[Array], back: int) -> Any:
+        """Step after step, in that order of time."""
+        if self.backend == "torch":
+            return zip(*(a.unbind(0)[::-1] if back else a.unbind(0) for a in arrays))
+        return zip(*(a[::-1] if back else a for a in arrays))
+
+    def cut(self, states: Iterable[Array], lo: int, hi: int, n: int) -> None:
+        """Set to 0 what would cross the boundary at which a segment is entered, where that is a reset."""
+        t = hi if self.rows.reverse[n] else lo
+        if self.resets and t < self.rows.steps and self.resets[t]:
+            size = self.rows.sizes[t]
+            for s in states:
+                s[:size][self.masks[t, :size]] = 0
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, w_hh: Array, s0: Array, y: Array, states: Array | None,
-             saved: Array | None, dy: Array, dstates: Array | None,
-             dlast: Array | None) -> tuple[Array, Array, Array, Array | None]:
-    """The adjoint of `forward`: the gradients of x, of the recurrent pre-activations [R, N*G*H] (the same array unless
-    cell.split) and of s0; and the h that came into each row [R, N*H], unless that is just the h of B rows away."""
-    (library, run, pool, skipped), sizes = _program(plan.backend, cell, True), rows.sizes
-    N, S, G, R, (_, B, H) = len(rows.reverse), cell.states, cell.gates, len(y), s0.shape
-    empty = getattr(y, "new_empty", partial(library.empty, dtype=y.dtype))
-    dr, ds, passed, temporaries = empty((R, N * G * H)), empty((N * S, B, H)), empty((S, B, H)), empty((pool, B, H))
-    dx = empty((R, N * G * H)) if cell.split else dr
-    came = None if rows.resets is None and sizes[-1] == B else empty((R, N * H))
-    ds[:] = 0 if dlast is None else dlast
-    for n in range(N):
-        sweep = _Sweep(library, rows, n)
-        out = sweep.views(_part(y, n, H), *(() if states is None else (_part(c, n, H) for c in states)))
-        given = sweep.views(_part(dy, n, H), *(() if dstates is None else (_part(c, n, H) for c in dstates)))
-        acts = sweep.views(*(() if saved is None else (_part(a, n, H) for a in saved)))
-        grads = sweep.views(*(_part(d, n * G + g, H) for d in ((dx, dr) if cell.split else (dr,)) for g in range(G)))
-        sums = sweep.views(_part(dr, n, G * H))
-        inputs = sweep.views(*(() if came is None else (_part(came, n, H),)))
-        w, d = w_hh[n * G * H : (n + 1) * G * H], None
-        for t, s in zip(reversed(sweep.order), sweep.came(out, s0[n * S : (n + 1) * S], True)):
-            if d is None or len(d[0]) != sizes[t]:
-                d, p = [a[: sizes[t]] for a in ds[n * S : (n + 1) * S]], [a[: sizes[t]] for a in passed]
-                work = [a[: sizes[t]] for a in temporaries]
-            for array, value in zip(d, given[t]):
-                library.add(array, value, out=array)
-            for array in inputs[t]:
-                array[:] = s[0]
-            run(*acts[t], *s, *out[t], *d, *grads[t], *p[skipped:], *work)
-            for array, value in zip(d[1:], p[1:]):
-                array[:] = value
-            sweep.affine(None if skipped else p[0], sums[t][0], w, d[0])
-            if t in sweep.cuts:
-                for array in d:
-                    array[: len(sweep.cuts[t])][sweep.cuts[t]] = 0
-    return dx, dr, ds, came
+def forward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor,
+            b_ih: Tensor | None, b_hh: Tensor | None, gates: Tensor, last: Tensor, y: Tensor, states: Tensor | None,
+            saved: Tensor | None) -> None:
+    """Takes `last` [N*S, B, H] from before all steps to after them, and fills y, and if given states and saved. `gates`
+    [N, rows, G*H], or y itself, is for the pre-activations of a window."""
+    if b_hh is not None and b_ih is not None and not cell.split:
+        b_ih, b_hh = b_ih + b_hh, None
+    run, pool = _program(plan.backend, cell, False, saved is not None, b_hh is not None, 0)
+    by, N, G, S, here = _Steps(cell, plan, rows, windows, last), len(rows.reverse), cell.gates, cell.states, gates is y
+    B, H = by.B, by.H
+    (w, b), (x, s, h, c, a) = by.take(w_hh, b_hh), by.take(gates, last, y, states, saved, own=True)
+    r, temporaries = by.empty(h, B, G * H), by.empty(h, pool, B, H)
+    others = by.empty(h, S - 1, 0 if here else gates.shape[1], H) if c is None else c  # of a window, if not kept
+    for window in windows.all:
+        for n, (weight, bias) in enumerate(zip(w_ih.chunk(N), parts(b_ih, N))):
+            span, own = windows.rows(window, n), slice(n * G * H, (n + 1) * G * H)
+            out, given = gates[span, n * H : (n + 1) * H] if here else gates[n, : span.stop - span.start], inputs[span]
+            torch.mm(given, weight.T, out=out) if bias is None else torch.addmm(bias, given, weight.T, out=out)
+            for lo, hi in by.segments(window, n):
+                size = rows.sizes[lo]
+                now = [z[:size] for z in s[n * S : (n + 1) * S]]
+                by.cut(now, lo, hi, n)
+                (xs,) = by.columns([x], lo, hi, n) if here else by.columns([x[n]], lo, hi, start=span.start)
+                every = [*(by.gates(xs) if cell.split else [xs]), *by.columns([h], lo, hi, n)]
+                every += by.columns(others, lo, hi, *((None, span.start) if c is None else (n,)))
+                every += [] if a is None else by.columns(a, lo, hi, n)
+                found = run(by.zipped(every, rows.reverse[n]), w[own].T, b if b is None else b[own], r[:size],
+                            *by.gates(r[:size]), *now, *(z[:size] for z in temporaries))
+                for to, value in zip(now, found):
+                    to[...] = value
+
+
+def backward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor,
+             y: Tensor, states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
+             ds: Tensor, dx: Tensor, dr: Tensor, came: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Takes ds [N*S, B, H] from after all steps to before them, fills the first of `grads`, that of x (or with more
+    than one recurrence adds to it), and adds to those of the weights and biases. dx and dr [N, rows, G*H], one array
+    unless cell.split, and came [N, rows, H], the h that came in, are for a window."""
+    steps, N = _adjoint(cell, plan, rows, windows, w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came), len(dr)
+    for window in reversed(windows.all):
+        for n, (w, *own) in enumerate(zip(parts(w_ih, N), *(parts(g, N) for g in grads[1:]))):
+            steps(window, n)
+            span = windows.rows(window, n)
+            d, e, h = (t[n, : span.stop - span.start] for t in (dx, dr, came))
+            if grads[0] is not None:
+                torch.mm(d, w, out=grads[0][span]) if N == 1 else grads[0][span].addmm_(d, w)
+            for grad, left, right in zip(own, (d, e, d, e), (x[span], h, None, None)):
+                if grad is not None:
+                    grad.add_(left.sum(0)) if right is None else grad.addmm_(left.T, right)
+
+
+def _adjoint(cell: Cell, plan: Plan, rows: Rows, windows: Windows, w_hh: Tensor, s0: Tensor, y: Tensor,
+             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None, ds: Tensor,
+             dx: Tensor, dr: Tensor, came: Tensor) -> Callable[[Window, int], None]:
+    """The adjoint of the steps of a window, in recurrence n."""
+    S, GH = cell.states, cell.gates * s0.shape[2]
+    given = (dy is not None) + sum(2 << k for k in range(S - 1) if dstates is not None)
+    run, pool = _program(plan.backend, cell, True, True, False, given)
+    by = _Steps(cell, plan, rows, windows, ds)
+    (w, first, a), (d, dx, dr, came) = by.take(w_hh, s0, saved), by.take(ds, dx, dr, came, own=True)
+    kept, grads = ([*by.take(h), *by.take(*(() if c is None else c))] for h, c in ((y, states), (dy, dstates)))
+    grads = [z for z in grads if z is not None]
+    p, temporaries, others = (by.empty(w, count, size, by.H) for count, size in
+                              ((S, by.B), (pool, by.B), (S - 1, came.shape[1])))
+
+    def steps(window: Window, n: int) -> None:
+        start, back, own = windows.rows(window, n).start, rows.reverse[n], slice(n * by.H, (n + 1) * by.H)
+        edge, inner, shifted = (-1, slice(None, -1), slice(1, None)) if back else (0, slice(1, None), slice(None, -1))
+        for lo, hi in reversed(by.segments(window, n)):
+            size, before = rows.sizes[lo], hi if back else lo - 1
+            ran = min(size, rows.sizes[before]) if 0 <= before < rows.steps else 0
+            i = windows.starts[before] if ran else 0
+            after, enters = by.columns(kept, lo, hi, n), by.columns((came[n], *others), lo, hi, start=start)
+            for z, entered, later, s in zip(kept, enters, after, first[n * S :]):
+                entered[inner] = later[shifted]
+                entered[edge, :ran] = z[i : i + ran, own]
+                entered[edge, ran:] = s[ran:size]
+            by.cut((z[edge] for z in enters), lo, hi, n)
+            rs, *xs = by.columns((dr[n], *([dx[n]] if cell.split else [])), lo, hi, start=start)
+            every = [*([] if a is None else by.columns(a, lo, hi, n)), *enters, *after, *by.columns(grads, lo, hi, n)]
+            every += [gate for z in (*xs, rs) for gate in by.gates(z)]
+            now = [z[:size] for z in d[n * S : (n + 1) * S]]
+            found = run(by.zipped([*every, rs], not back), w[n * GH : (n + 1) * GH], *now,
+                        *(z[:size] for z in (*p, *temporaries)))
+            for to, value in zip(now[1:], found[1:]):
+                to[...] = value
+            by.cut(now, lo, hi, n)
+
+    return steps

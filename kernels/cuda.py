@@ -14,37 +14,16 @@ from torch import Tensor
 
 from .cells import Cell
 from .plan import Plan, Rows, shared_bytes
-from .trace import Value, trace
+from .trace import statements
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
-_INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
-
-
-def _body(cell: Cell, adjoint: bool) -> str:
-    """The cell's forward or backward as statements in C."""
-    function, groups, results = cell.forward, "xrs", "na"
-    if adjoint:
-        function, groups, results = cell.backward, "asnd", "xrp"
-    sizes = dict(x=cell.gates, r=cell.gates, s=cell.states, n=cell.states, a=cell.saved, d=cell.states, p=cell.states)
-    lines, values = trace(function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",))
-    text = []
-
-    def word(value: Any) -> str:
-        return str(value) if isinstance(value, Value) else f"{float(value)!r}f"
-
-    for name, given, result in lines:
-        between, words = _INFIX.get(name, ","), [*map(word, given)]
-        text.append(f"const float {result} = {'' if name in _INFIX else name}({between.join(words)});")
-    for group, column in zip(results, values):
-        text += [f"{group}[{k}] = {word(value)};" for k, value in enumerate(column)]
-    return " ".join(text)
 
 
 def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
     """The text of a kernel: the choices that the files leave open, `helpers`, that is ptx.cuh, and the other files."""
     constants: dict[str, Any] = dict(
         FLOAT32=0, FLOAT16=1, BFLOAT16=2, TYPE=_NAMES[dtype], BLOCK=0, CLUSTER=1, GRID=2, SCOPE=plan.scope.upper(),
-        GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=cell.split, CELL=_body(cell, adjoint),
+        GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=cell.split, CELL=statements(cell, adjoint),
         UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences, SPLITS=plan.warps * 16 // plan.units,
         ADJOINT=adjoint, MASKS=masks, EVEN=even, PRECISE=dtype == torch.float32 and plan.precision == "tf32x3")
     choices = "".join(f"#define {k} {v if isinstance(v, str) else int(v)}\n" for k, v in constants.items())

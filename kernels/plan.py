@@ -1,7 +1,7 @@
 """Which kernel a layer runs in, chosen from its sizes alone: pure data and a pure function.
 
 The scope of a plan is that of the barrier between two time steps:
-host    the host goes through time, over array operations
+host    the CPU does, in array operations, step by step, or in C++
 block   the kernel does; one block owns all of H for its sequences; W_hh stays in registers or shared memory
 cluster likewise, of each block of a cluster a slice of H; h goes into each other's shared memory
 grid    likewise, of each block of a cooperative launch; h goes through the L2 cache
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from .cells import Cell
+from .cells import Cell, lstm
 
 # Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time loop, whatever the
 # options: by gates (more than 4: none), then by bytes per element (8 is tf32x3, which splits float32 in two). (Four
@@ -26,6 +26,11 @@ FLOPS_PER_MICROSECOND = dict(ieee=4e8, tf32=2e8, tf32x3=6e7)  # of a large produ
 # Multiplications up to which NumPy's BLAS stays on one thread. Past that torch's is faster, and two thread pools would
 # be in each other's way.
 NUMPY_PRODUCT = 2**18
+# Numbers of the pre-activations of a window of time on the CPU, what the caches hold; but not fewer rows than these,
+# for which W is read once more.
+WINDOW, WINDOW_ROWS = 2**18, 1024
+STEP_PRODUCT = 2**16  # multiplications up to which a single step in C++ stays on one thread
+STEP_ROWS = 32  # of a batch, up to which it takes W as it is
 
 
 class Gpu(NamedTuple):
@@ -39,10 +44,11 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one layer is computed. `backend` is "numpy", "torch", "cupy" (array operations), "triton" or "cuda": the rest
-    is for them. A block's tile is `units` hidden units of every gate by `sequences`. `precision` is that of float32
-    products: "tf32", or "tf32x3", which is as good as float32. In Triton products are over `depth` units at a time, and
-    `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a sequence."""
+    """How one layer is computed. `backend` is "numpy", "torch", "cupy" (array operations), "native" (C++ on the CPU),
+    "onednn" (torch's own LSTM), "triton" or "cuda": the rest is for the last two. A block's tile is `units` hidden
+    units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or "tf32x3", which is as good
+    as float32. In Triton products are over `depth` units at a time, and `fused` has W_ih x_t + b computed in the step;
+    in CUDA C++ so many `blocks` share the units of a sequence."""
 
     backend: str
     scope: str = "host"
@@ -128,11 +134,17 @@ def power_of_2(n: int, at_least: int) -> int:
     return max(at_least, 1 << (n - 1).bit_length())
 
 
-def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu | None, tf32: bool = False) -> Plan:
+def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu | None, tf32: bool = False,
+              native: bool = False, onednn: bool = False) -> Plan:
     """The plan for `sizes` (B, I, H, N) in `dtype` ("float32"...), on the CPU where there is no `gpu` (of capability
-    80 or more); `tf32` allows that precision for float32."""
+    80 or more); `tf32` allows that precision for float32; `native` and `onednn` say that
+    C++ can be compiled, and that torch's own LSTM can do it."""
     B, I, H, N = sizes
     G, units = cell.gates, power_of_2(H, 16)
+    if gpu is None and native and dtype == "float32":
+        return Plan("native")
+    if gpu is None and onednn and dtype == "float32" and cell is lstm:
+        return Plan("onednn")
     if gpu is None:
         return Plan("numpy" if B * G * H * H <= NUMPY_PRODUCT else "torch")
     size = 2 if dtype != "float32" else 4 if tf32 else 8

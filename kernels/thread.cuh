@@ -28,6 +28,7 @@ struct __align__(128) Shared {
 };
 
 DEVICE float half_of(Pair pair, int e) { return widen(part(pair, e)); }
+DEVICE float number(float v) { return v; }
 DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }          // NaN stays
 DEVICE float relu_grad(float d, float y) { return y <= 0.f ? 0.f : d; }
 #if ADJOINT

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from .cells import bind
+from .cells import Cell, bind
 
+_INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
 Line = tuple[str, tuple[Any, ...], "Value"]  # operation, arguments (values or numbers), result
 
 
@@ -44,3 +45,23 @@ def trace(function: Callable[..., Any], inputs: Sequence[Sequence[str]],
     results = bind(function, zeros_like=lambda v: 0, **calls)(
         *(tuple(Value(lines, name) if name else 0 for name in group) for group in inputs))
     return lines, results
+
+
+def statements(cell: Cell, adjoint: bool) -> str:
+    """The cell's forward or backward as statements in C, on numbers or on vectors, which `number` makes of one."""
+    function, groups, results = cell.forward, "xrs", "na"
+    if adjoint:
+        function, groups, results = cell.backward, "asnd", "xrp"
+    sizes = dict(x=cell.gates, r=cell.gates, s=cell.states, n=cell.states, a=cell.saved, d=cell.states, p=cell.states)
+    lines, values = trace(function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",))
+    text = []
+
+    def word(value: Any) -> str:
+        return str(value) if isinstance(value, Value) else f"number({float(value)!r}f)"
+
+    for name, given, result in lines:
+        between, words = _INFIX.get(name, ","), [*map(word, given)]
+        text.append(f"const auto {result} = {'' if name in _INFIX else name}({between.join(words)});")
+    for group, column in zip(results, values):
+        text += [f"{group}[{k}] = {word(value)};" for k, value in enumerate(column)]
+    return " ".join(text)

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.cells import Cell
-from .kernels.plan import NUMPY_PRODUCT, Gpu, Plan, Rows, make_plan
+from .kernels.cells import Cell, lstm
+from .kernels.plan import STEP_ROWS, Gpu, Plan, Rows, make_plan
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_CELLS: dict[str, Any] = dict(rnn_tanh=torch.rnn_tanh_cell, rnn_relu=torch.rnn_relu_cell, lstm=torch.lstm_cell,
+                              gru=torch.gru_cell)
 _HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
 
@@ -61,36 +63,41 @@ def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, 
     return (_served.__wrapped__ if torch.compiler.is_compiling() else _served)(device, dtype)
 
 
+@lru_cache
+def _native() -> Any:
+    return import_module(".kernels.native", __package__)
+
+
+@lru_cache
+def compiles(cell: Cell) -> bool:
+    """Whether the cell's C++ can be compiled. A compiler that is there, and fails, is reported once."""
+    native = _native()
+    try:
+        return bool(native.compiler()) and native.load(cell) is not None
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"rnn does without {native.compiler()[0]}, which is installed and fails: {error}", stacklevel=2)
+    return False
+
+
 @lru_cache(4096)
-def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, tf32: bool) -> Plan:
+def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, tf32: bool,
+          onednn: bool) -> Plan:
     gpu, serves = None, served(device, dtype)[0]
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
         gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, shared, _usable("cupy"))
-    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32)
+    native = device.type == "cpu" and dtype == torch.float32 and compiles(cell)
+    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native, onednn)
     return Plan("cupy") if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64) else plan
 
 
-def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int]) -> Plan:
-    """The plan of a call, where it is served. float32 follows torch's own switch, as it is now."""
+def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plain: bool = False) -> Plan:
+    """The plan of a call, where it is served, if it is `plain` or not: of whole sequences, of whose states only the
+    last are asked for. float32 follows torch's own switch, as it is now."""
     tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
-    return _plan(cell, (s0.shape[1], x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32)
-
-
-class _Borrowed:
-    """A tensor for an array library. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.resolve_neg() if tensor.is_neg() else tensor
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return torch._C._to_dlpack(self.tensor)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
+    return _plan(cell, (s0.shape[1], x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32,
+                 plain and torch._C._get_mkldnn_enabled() and x.numel() > 0)
 
 
 def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
@@ -114,7 +121,8 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
 
 @lru_cache
 def _module(backend: str) -> Any:
-    return import_module(".kernels.device" if backend in ("triton", "cuda") else ".kernels.cpu", __package__)
+    name = {"triton": "device", "cuda": "device", "onednn": "onednn"}.get(backend, "host")
+    return import_module(f".kernels.{name}", __package__)
 
 
 class Run:
@@ -122,10 +130,16 @@ class Run:
     end."""
 
     def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
-                 reverse: Sequence[int]) -> None:
+                 reverse: Sequence[int], plain: bool = False) -> None:
         x, s0 = given[0], given[5]
         lengths, batch_sizes, resets = (t if t is None else t.contiguous() for t in masks)
-        self.cell, self.plan, self.reverse = cell, plan or choose(cell, x, s0, reverse), reverse
+        self.cell, self.reverse = cell, reverse
+        plain = plain and lengths is batch_sizes is resets is None
+        self.plan: Plan = plan or choose(cell, x, s0, reverse, plain)
+        fits = plain and cell is lstm and x.dtype == torch.float32 and x.is_cpu
+        if plan and plan.backend == "onednn" and not fits:
+            raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
+                               "states only the last are asked for")
         shape, B, self.index, self.order = x.shape, s0.shape[1], None, None
         self.padded = lengths is not None and self.plan.scope != "host"
         self.total = shape[0] * B if batch_sizes is None else shape[0]
@@ -145,18 +159,12 @@ class Run:
             ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
             self.rows = Rows(T, reverse, batch_sizes.tolist(), ends, starts, resets)
 
-    def kernel(self, name: str, *given: Any, arrays: bool = False, **fused: Any) -> Sequence[Any]:
-        """The backend's `forward` or `backward`, of tensors (or its arrays) and to tensors, or its `arrays`."""
+    def kernel(self, name: str, *given: Any) -> Sequence[Any]:
+        """The backend's `forward` or `backward`."""
         backend, rows = self.plan.backend, self.rows
-        function = getattr(_module(backend), name)
         with _place(backend, given[0]):
-            if backend not in _ARRAYS:
-                read = (t.resolve_neg() if isinstance(t, Tensor) else t for t in given)
-                return function(self.cell, self.plan, rows, *read, **fused)
-            take, back = import_module(backend).from_dlpack, _ARRAYS[backend]
-            resets, *taken = (take(_Borrowed(t)) if isinstance(t, Tensor) else t for t in (rows.resets, *given))
-            found = function(self.cell, self.plan, rows._replace(resets=resets), *taken)
-            return found if arrays else [t if t is None else back(t) for t in found]
+            read = (t.resolve_neg() if isinstance(t, Tensor) else t for t in given)
+            return getattr(_module(backend), name)(self.cell, self.plan, rows, *read)
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
@@ -181,75 +189,39 @@ class Run:
 
 def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
-    x, w_ih, w_hh, b_ih, b_hh, s0 = given
-    (*leading, width), fused = x.shape, {}
-    x = run.flat(x, width)
-    b_ih, b_hh = (b if b is None else b.contiguous() for b in (b_ih, b_hh))
-    if b_hh is not None and not run.cell.split and run.plan.scope == "host":
-        b_ih, b_hh = b_ih + b_hh, None
-    if run.plan.fused:
-        fused = dict(w_ih=w_ih.contiguous(), b_ih=b_ih)
-    else:
-        x = F.linear(x, w_ih, b_ih)
-    x = x.numpy() if run.plan.backend == "numpy" else x  # our own by now, to be overwritten
-    y, states, last, saved = run.kernel("forward", x, w_hh.contiguous(), b_hh, run.sort(s0), keep, **fused)
+    whole: Any = (t if t is None else t.contiguous() for t in given)
+    x, w_ih, w_hh, b_ih, b_hh, s0 = whole
+    *leading, width = x.shape
+    y, states, last, saved = run.kernel("forward", run.flat(x, width), w_ih, w_hh, b_ih, b_hh, run.sort(s0), keep)
     if run.index is not None:
         y, states, last, saved = run.spread(y), run.spread(states), run.sort(last, back=True), run.spread(saved)
     return y.resize_(*leading, y.shape[-1]), states, last, saved  # in place, so that it is no view
 
 
+def step(cell: Cell, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> Any:
+    """As `ops.one_step`: in C++, or where that is missing, or would have to pack W, by torch's own cell."""
+    if x.dtype == torch.float32 and x.shape[1] <= STEP_ROWS and compiles(cell):
+        return _native().step(cell, x, *(weights if len(weights) > 2 else (*weights, None, None)), states)
+    h = [s[0] for s in states]
+    found = _CELLS[cell.name](x[0], h if len(h) > 1 else h[0], *weights)
+    after = [s.unsqueeze(0) for s in (found if len(h) > 1 else [found])]
+    return after[0].clone(), after
+
+
 def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
-    (x, w_ih, w_hh, _, _, s0), (y, states, saved), N = given, kept, len(run.reverse)
+    x, w_ih, w_hh, s0 = (given[k].contiguous() for k in (0, 1, 2, 5))
+    y, states, saved = kept
     if run.cell.saved and saved is None:
         saved = forward(run, given, 2)[3]
     shape, width = x.shape, y.shape[-1]
-    x, y, s0 = run.flat(x, shape[-1]), run.flat(y, width), run.sort(s0)
-    dy = torch.zeros_like(y) if d[0] is None else run.flat(d[0], width)
-    dstates = None if d[1] is None else run.pick(d[1].contiguous())
-    small = run.plan.backend == "numpy" and run.total * max(w_ih.numel(), w_hh.numel()) <= NUMPY_PRODUCT
-    if small:
-        x, w_ih, y, s0 = (np.from_dlpack(_Borrowed(t)) for t in (x, w_ih, y, s0))
-    dx, dr, ds, came = run.kernel("backward", w_hh.contiguous(), s0, y, run.pick(states), run.pick(saved), dy, dstates,
-                                  run.sort(d[2]), arrays=small)
-    if run.padded:  # 0 times a NaN in the padding is NaN
-        x = torch.where((torch.arange(shape[0], device=x.device)[:, None] < run.rows.lengths).view(-1, 1), x, 0)
-    grads: list[Any] = [None] * 6
-    with _QUIET() if small else _HERE:
-        grads[0] = _times(dx, w_ih) if needs[0] else None
-        grads[1] = _product(dx, x) if needs[1] else None
-        if needs[2]:
-            (NGH, H), h = w_hh.shape, y if came is None else came
-            parts = [(dr, h)] if N == 1 else [(dr[:, n * NGH // N : (n + 1) * NGH // N], h[:, n * H : (n + 1) * H])
-                                              for n in range(N)]
-            found = [_product(d, h, s0[n * run.cell.states] if came is None else None, run.reverse[n])
-                     for n, (d, h) in enumerate(parts)]
-            grads[2] = found[0] if N == 1 else (np.concatenate if small else torch.cat)(found)
-        grads[3] = dx.sum(0) if needs[3] else None
-        if needs[4]:
-            shared = needs[3] and not run.cell.split
-            grads[4] = (grads[3].copy() if small else grads[3].clone()) if shared else dr.sum(0)
-        grads[5] = ds if needs[5] else None
-    if small:
-        grads = [t if t is None or isinstance(t, Tensor) else torch.from_numpy(t) for t in grads]
+    dy, dstates = None if d[0] is None else run.flat(d[0], width), None if d[1] is None else run.pick(d[1].contiguous())
+    grads = [*run.kernel("backward", run.flat(x, shape[-1]), w_ih, w_hh, run.sort(s0), run.flat(y, width),
+                         run.pick(states), run.pick(saved), dy, dstates, run.sort(d[2]), needs)]
     grads[0] = grads[0] if grads[0] is None else run.spread(grads[0]).view(shape)
     grads[5] = run.sort(grads[5], back=True)
     return grads
-
-
-def _times(a: Any, b: Any) -> Any:
-    return torch.mm(a, b) if isinstance(a, Tensor) else a @ b  # which takes a tensor twice as long
-
-
-def _product(d: Any, h: Any, first: Any = None, reverse: int = 0) -> Any:
-    """The sum over rows of d_t h_{t-1}^T, d [R, K]. h [R, H] is h_{t-1}, or, given `first` [B, H], h_t."""
-    edge = 0 if first is None else len(first)
-    if first is None or len(h) == edge:
-        return _times(d.T, h if first is None else first)
-    early, late = (h[edge:], first) if reverse else (first, h[:-edge])
-    one, other = _times(d[: len(early)].T, early), d[len(early) :].T
-    return torch.addmm(one, other, late) if isinstance(other, Tensor) else one + other @ late
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

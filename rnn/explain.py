@@ -12,11 +12,13 @@ from .kernels.plan import NUMPY_PRODUCT, Plan
 from .layers import _Stack
 
 _WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step", "torch": "torch operations, step by step",
-          "block": "each block keeps all of W_hh", "cluster": "the blocks of a cluster keep a slice of W_hh each",
+          "native": "C++, compiled for this machine", "onednn": "torch's own LSTM",
+          "block": "each block keeps all of W_hh",
+          "cluster": "the blocks of a cluster keep a slice of W_hh each",
           "grid": "all blocks keep a slice of W_hh each", "launch": "one launch a step, which reads W_hh"}
 
 
-def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan | None) -> str:
+def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan | None, plain: bool) -> str:
     (serves, dtype, why), (_, B, H), G, whys = ops.settle(x, plan), s0.shape, cell.gates, ["plan="] if plan else []
     if dtype != x.dtype:
         whys.append(f"{x.dtype} is cast: {'autocast' if why == 'autocast' else 'no kernel for it'}")
@@ -25,10 +27,13 @@ def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
     if not plan and not serves:
         return f"{start}the formula in torch operations, slow ({'; '.join([*whys, why])})"
-    found = plan or compute.choose(cell, x, s0, reverse)
+    found = plan or compute.choose(cell, x, s0, reverse, plain)
     if found.scope == "host":
         if serves == "host":
             why = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
+            compiles, other = compute.compiles(cell), f"C++ is for float32; {why}"
+            why = f"there is no C++ compiler; {why}" if not compiles else other if dtype != torch.float32 else (
+                "there is a C++ compiler")
         return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [*whys, why]))})"
     switch = f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}"
     whys += [switch] if dtype == torch.float32 and not plan else []
@@ -50,9 +55,11 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     lines: list[str] = []
 
     def operator(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, s0: Tensor, lengths: Any,
-                 batch_sizes: Any, resets: Any, reverse: Sequence[int], keep: int, plan: Plan | None, _: bool) -> Any:
+                 batch_sizes: Any, resets: Any, reverse: Sequence[int], keep: int, plan: Plan | None,
+                 recompute: bool) -> Any:
         ops._check(cell, (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), len(reverse))
-        lines.append(f"layer {len(lines)}: {_words(cell, x, s0, reverse, plan)}")
+        plain = lengths is batch_sizes is resets is None and not keep and not recompute
+        lines.append(f"layer {len(lines)}: {_words(cell, x, s0, reverse, plan, plain)}")
         y = x.new_zeros(()).expand(*x.shape[:-1], len(reverse) * s0.shape[2])
         return y, y.reshape(1, -1, y.shape[-1]) if keep and cell.states > 1 else None, s0
 

@@ -214,15 +214,31 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     train = torch.is_grad_enabled() and (
         w_hh.requires_grad or w_ih.requires_grad or x.requires_grad or s0.requires_grad
         or (b_ih is not None and b_hh is not None and (b_ih.requires_grad or b_hh.requires_grad)))
+    asked = keep
     train |= traced and torch._C._get_tracing_state() is not None  # one graph, whoever traces
     keep = keep if not train else 1 if recompute else 2
     if traced:
         y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, keep, *given, *masks)
         return y, states if states.dim() > 1 else None, last
-    run = compute.Run(cell, plan, given, masks, reverse)
-    if train:
-        return _apply(cell, run, reverse, keep, *given, *masks)[:3]
-    return compute.forward(run, given, keep)[:3]
+    run = compute.Run(cell, plan, given, masks, reverse, not asked and not recompute)
+    found = _apply(cell, run, reverse, keep, *given, *masks) if train else compute.forward(run, given, keep)
+    return found[0], found[1] if asked else None, found[2]
+
+
+def one_step(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor]) -> Any:
+    """One step on the CPU of what asks for no gradients: x [1, B, I], `weights` w_ih to b_hh (or without biases),
+    states [1, B, H] each, to y and the next states. None where that cannot be, or `recurrence` has to see it."""
+    w_ih, w_hh = weights[:2]
+    H = states[0].shape[2]
+    if (_transformed() or _traced(x, *states, *weights) or torch._C._is_any_autocast_enabled()
+            or w_ih.shape != (cell.gates * H, x.shape[2]) or w_hh.shape != (cell.gates * H, H)
+            or any(b.shape != (cell.gates * H,) for b in weights[2:])
+            or x.dtype not in (torch.float32, torch.float64)):
+        return None
+    for t in (x, *states, *weights):
+        if t.dtype is not x.dtype or not t.is_cpu or not t.is_contiguous() or t.is_neg():
+            return None
+    return compute.step(cell, x, weights, states)
 
 
 def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],

@@ -1,0 +1,348 @@
+// The recurrence on the CPU, all steps in one call, compiled for the machine and a cell: GATES, STATES, SAVED, SPLIT,
+// FORWARD and BACKWARD (statements on vectors of hidden units), vector.h and tiles.h come before this text. Shapes as
+// in forward.cu.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+constexpr int CACHE = 1 << 19;  // bytes of W_hh that a core keeps near, whatever else it reads
+constexpr int WIDE = GATES == 1 ? 2 : 1;  // vectors of hidden units of a tile, of each gate, going forward
+constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  // of all gates, in the product with x
+
+static inline void cell_forward(const V* x, const V* r, const V* s, V* n, V* a) { FORWARD }
+static inline void cell_backward(const V* a, const V* s, const V* n, const V* d, V* x, V* r, V* p) { BACKWARD }
+
+// A window is some steps, in the order of the recurrence; gates, dx, dr [N, most, G, H] and came [N, most, H] have the
+// rows of one window, or, going forward with one gate, gates is y.
+struct Call {
+  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *kept_y, *kept_states, *kept_saved, *dy, *dstates;
+  float *state, *y, *states, *saved, *gates, *dx, *dr, *came, *input_panels, *panels, *buffer;
+  float *x_rows, *h_rows, *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
+  const i64 *sizes, *offsets;
+  const bool* resets;
+  i64 steps, B, R, I, H, N, reverses, threads, first, last, most;
+
+  i64 padded() const { return (H + PADDING - 1) / PADDING * PADDING; }
+  i64 size(i64 t) const { return t < 0 || t >= steps ? 0 : sizes ? sizes[t] : B; }
+  i64 row(i64 t) const { return offsets ? t < steps ? offsets[t] : R : t * B; }
+  bool cut(i64 t, i64 b) const { return resets && resets[t * B + b]; }
+  bool reverse(i64 n) const { return reverses >> n & 1; }
+  i64 base(i64 n) const { return row(reverse(n) ? steps - last : first); }  // the first row of the window
+  i64 bound(i64 n) const { return row(reverse(n) ? steps - first : last); }
+  bool in_place() const { return gates == y; }
+  i64 gates_stride() const { return in_place() ? N * H : GATES * H; }
+  float* gates_of(i64 n, i64 row) const {
+    return in_place() ? y + (row * N + n) * H : gates + (n * most + row - base(n)) * GATES * H;
+  }
+};
+
+// What a thread has of the work: of recurrence n the sequences first, first + stride... before `bound`, neighbours
+// unless some end early, and of the units some tiles.
+struct Part {
+  i64 n, first, stride, bound, begin, end;
+  bool reverse;
+  const float* panel;
+
+  Part(const Call& c, i64 item, i64 groups, i64 share, i64 shares, int tile) {
+    const i64 tiles = (c.H + tile - 1) / tile, group = item % groups;
+    n = item / groups, reverse = c.reverse(n);
+    first = c.sizes ? group : c.B * group / groups, stride = c.sizes ? groups : 1;
+    bound = c.sizes ? c.B : c.B * (group + 1) / groups;
+    begin = share * tiles / shares * tile, end = std::min(c.H, (share + 1) * tiles / shares * tile);
+    panel = c.panels + n * GATES * c.H * c.padded();
+  }
+  i64 rows(i64 size) const { return std::max<i64>(0, (std::min(size, bound) - first + stride - 1) / stride); }
+};
+
+// One step of a part. The states that come into it lie in buffer [2, N, S, B, padded H], half by half in turns.
+static void forward_step(const Call& c, const Part& part, i64 t) {
+  const i64 H = c.H, P = c.padded(), s = part.reverse ? c.steps - 1 - t : t, later = part.reverse ? t - 1 : t + 1;
+  const i64 plane = c.R * c.N * H, states = c.B * P, row = c.row(t), half = c.N * STATES * states;
+  const float* olds = c.buffer + s % 2 * half + part.n * STATES * states;
+  float* news = c.buffer + (s + 1) % 2 * half + part.n * STATES * states;
+  constexpr int MOST = std::max(1, ACCUMULATORS / (GATES * WIDE));
+  const i64 rows = part.rows(c.size(t)), width = c.gates_stride();
+  const float *x = c.gates_of(part.n, row), *bias = c.b_hh ? c.b_hh + part.n * GATES * H : nullptr;
+  by_units<WIDE * LANES>(part.begin, part.end, [&](i64 u, auto left) {
+    by_rows<MOST>(rows, (rows + MOST - 1) / MOST, 0, [&](auto count, i64 first) {
+      constexpr int ROWS = decltype(count)::value;
+      V sums[ROWS][GATES * WIDE];
+      EACH(i, ROWS) EACH(v, GATES * WIDE) {
+        const i64 unit = u + v % WIDE * LANES, b = part.first + (first + i) * part.stride, g = v / WIDE;
+        const float* from = SPLIT ? bias : x + b * width;
+        sums[i][v] = from ? load(from + g * H + unit, left(v % WIDE)) : V{};
+      }
+      multiply(sums, olds + (part.first + first * part.stride) * P, part.stride * P, 1,
+               part.panel + u * GATES * H, H);
+      EACH(i, ROWS) EACH(v, WIDE) {
+        const i64 unit = u + v * LANES, b = part.first + (first + i) * part.stride;
+        if (left(v) <= 0) continue;
+        const i64 to = ((row + b) * c.N + part.n) * H + unit;
+        V gates[GATES], r[GATES], o[STATES], n[STATES], a[SAVED + 1];
+        EACH(g, GATES) gates[g] = SPLIT ? load(x + b * width + g * H + unit, left(v)) : V{};
+        EACH(g, GATES) r[g] = sums[i][g * WIDE + v];
+        EACH(k, STATES) o[k] = load(olds + k * states + b * P + unit, LANES);
+        cell_forward(gates, r, o, n, a);
+        store(c.y + to, n[0], left(v));
+        EACH(k, SAVED) if (c.saved) store(c.saved + k * plane + to, a[k], left(v));
+        const bool cut = later >= 0 && later < c.steps && c.cut(later + part.reverse, b);
+        EACH(k, STATES) {
+          if (k && c.states) store(c.states + (k - 1) * plane + to, n[k], left(v));
+          if (b >= c.size(later)) store(c.state + ((part.n * STATES + k) * c.B + b) * H + unit, n[k], left(v));
+          store(news + k * states + b * P + unit, cut ? V{} : n[k], LANES);
+        }
+      }
+    });
+  });
+}
+
+// The gradients of the pre-activations of a step, and what of those of the states does not flow back through W_hh.
+static void adjoint_step(const Call& c, const Part& part, i64 t) {
+  const i64 H = c.H, P = c.padded(), before = part.reverse ? t + 1 : t - 1, plane = c.R * c.N * H, states = c.B * P;
+  float* const ds = c.buffer + part.n * STATES * states;
+  for (i64 i = 0; i < part.rows(c.size(t)); ++i) {
+    const i64 b = part.first + i * part.stride, at = ((c.row(t) + b) * c.N + part.n) * H;
+    const i64 row = part.n * c.most + c.row(t) - c.base(part.n) + b;
+    const bool ran = b < c.size(before), cut = (ran || !part.reverse) && c.cut(t + part.reverse, b);
+    const i64 came = ran ? ((c.row(before) + b) * c.N + part.n) * H : 0;
+    by_units<LANES>(part.begin, part.end, [&](i64 u, auto left) {
+      V a[SAVED + 1], o[STATES], n[STATES], d[STATES], x[GATES], r[GATES], p[STATES];
+      EACH(k, SAVED) a[k] = load(c.kept_saved + k * plane + at + u, left(0));
+      EACH(k, STATES) {
+        const float* kept = k ? c.kept_states + (k - 1) * plane : c.kept_y;
+        const float* given = k ? c.dstates ? c.dstates + (k - 1) * plane : nullptr : c.dy;
+        const float* first = c.s0 + ((part.n * STATES + k) * c.B + b) * H;
+        n[k] = load(kept + at + u, left(0));
+        o[k] = cut ? V{} : load(ran ? kept + came + u : first + u, left(0));
+        d[k] = load(ds + k * states + b * P + u, LANES);
+        if (given) d[k] += load(given + at + u, left(0));
+      }
+      cell_backward(a, o, n, d, x, r, p);
+      EACH(g, GATES) {
+        if (SPLIT) store(c.dx + (row * GATES + g) * H + u, x[g], left(0));
+        store(c.dr + (row * GATES + g) * H + u, r[g], left(0));
+      }
+      store(c.came + row * H + u, o[0], left(0));
+      EACH(k, STATES) store(ds + k * states + b * P + u, cut && k ? V{} : p[k], LANES);
+    });
+  }
+}
+
+// What flows back through W_hh.
+static void adjoint_product(const Call& c, const Part& part, i64 t) {
+  const i64 H = c.H, P = c.padded(), width = GATES * H, before = part.reverse ? t + 1 : t - 1;
+  float* const ds = c.buffer + part.n * STATES * c.B * P;
+  constexpr int MOST = ACCUMULATORS / TWO;
+  const i64 rows = part.rows(c.size(t));
+  const float* dr = c.dr + (part.n * c.most + c.row(t) - c.base(part.n)) * width;
+  for (i64 u = part.begin; u < part.end; u += PADDING)
+    by_rows<MOST>(rows, (rows + MOST - 1) / MOST, 0, [&](auto count, i64 first) {
+      constexpr int ROWS = decltype(count)::value;
+      const i64 b0 = part.first + first * part.stride;
+      V sums[ROWS][TWO];
+      EACH(i, ROWS) EACH(v, TWO) sums[i][v] = load(ds + (b0 + i * part.stride) * P + u + v * LANES, LANES);
+      multiply(sums, dr + b0 * width, part.stride * width, 1, part.panel + u * GATES * H, GATES * H);
+      EACH(i, ROWS) {
+        const i64 b = b0 + i * part.stride;
+        const bool cut = (b < c.size(before) || !part.reverse) && c.cut(t + part.reverse, b);
+        EACH(v, TWO) store(ds + b * P + u + v * LANES, cut ? V{} : sums[i][v], LANES);
+      }
+    });
+}
+
+// Each thread has sequences of its own, which it takes through time alone; or, where they are too few, units of some,
+// and then all threads meet in every step, between `first` and `second`.
+struct Team {
+  i64 thread = 0, threads = 1, groups, shares, N;
+  int tile;
+
+  Team(const Call& c, int tile) : N(c.N), tile(tile) {
+#ifdef _OPENMP
+    thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+    const i64 least = GATES * c.H * c.H * 4 > CACHE ? ACCUMULATORS : 4;
+    groups = std::max<i64>(1, std::min((threads + N - 1) / N, (c.B + least - 1) / least));
+    shares = std::max<i64>(1, std::min(threads / (N * groups), (c.H + tile - 1) / tile));
+  }
+  bool alone(const Call& c) const { return shares == 1 && !c.sizes && c.B / groups >= ACCUMULATORS / 2; }
+  template <typename Body> void parts(const Call& c, Body&& body) const {
+    for (i64 part = thread; part < N * groups * shares; part += threads)
+      body(Part(c, part / shares, groups, part % shares, shares, tile));
+  }
+  template <typename Body> void each(i64 count, Body&& body) const {
+    for (i64 i = thread; i < count; i += threads) body(i);
+  }
+  template <typename First, typename Second>
+  void steps(const Call& c, bool adjoint, First&& first, Second&& second) const {
+    auto time = [&](const Part& part, i64 i) {
+      const i64 s = adjoint ? c.last - 1 - i : c.first + i;
+      return part.reverse ? c.steps - 1 - s : s;
+    };
+    const i64 count = c.last - c.first;
+    if (shares == 1)
+      parts(c, [&](const Part& part) {
+        for (i64 i = 0; i < count; ++i) first(c, part, time(part, i)), second(c, part, time(part, i));
+      });
+    else
+      for (i64 i = 0; i < count; ++i) {
+        parts(c, [&](const Part& part) { first(c, part, time(part, i)); });
+#pragma omp barrier
+        parts(c, [&](const Part& part) { second(c, part, time(part, i)); });
+      }
+  }
+};
+
+// Calls body with the addresses of the units of a part, of each state of each sequence: in `state` and in the buffer.
+template <typename Body> static void each_state(const Call& c, const Part& part, Body&& body) {
+  for (i64 k = 0; k < STATES; ++k)
+    for (i64 b = part.first; b < part.bound; b += part.stride) {
+      const i64 row = (part.n * STATES + k) * c.B + b;
+      body(c.state + row * c.H + part.begin, c.buffer + row * c.padded() + part.begin, 4 * (part.end - part.begin),
+           !part.reverse && c.cut(0, b));
+    }
+}
+
+// All steps, in windows of as many as the first has. state [N, S, B, H] in and out; y [R, N, H], and where they are
+// wanted states [S-1, R, N, H], saved [A, R, N, H].
+extern "C" void forward(const Call& all) {
+#pragma omp parallel num_threads(all.threads)
+  {
+    Call c = all;
+    const Team team(c, WIDE * LANES);
+    const i64 H = c.H, P = c.padded(), I = c.I, half = c.N * STATES * c.B * P, columns = c.N * GATES * P / LANES;
+    team.each(columns, [&](i64 i) {  // of W_hh: by recurrence, tile, gate and vector of its units
+      const i64 n = i / (GATES * P / LANES), tile = i / (GATES * WIDE) % (P / LANES / WIDE), v = i % (GATES * WIDE);
+      const i64 unit = (tile * WIDE + v % WIDE) * LANES;
+      pack(c.panels + (n * P + tile * WIDE * LANES) * GATES * H + v * LANES, GATES * WIDE * LANES,
+           c.w_hh + (n * GATES * H + v / WIDE * H + unit) * H, H, H, H - unit, false);
+    });
+    const i64 width = (GATES * H + INPUT_TILE - 1) / INPUT_TILE * INPUT_TILE;
+    team.each(c.N * width / LANES, [&](i64 i) {
+      const i64 n = i / (width / LANES), row = i % (width / LANES) * LANES;
+      pack(c.input_panels + (n * width + row / INPUT_TILE * INPUT_TILE) * I + row % INPUT_TILE, INPUT_TILE,
+           c.w_ih + (n * GATES * H + row) * I, I, I, GATES * H - row, false);
+    });
+    team.parts(c, [&](const Part& part) {
+      each_state(c, part, [&](float* state, float* buffer, i64 bytes, bool cut) {
+        if (cut) std::memset(buffer, 0, bytes);
+        else std::memcpy(buffer, state, bytes);
+        std::memcpy(buffer + half, buffer, bytes);
+      });
+    });
+    for (const i64 count = c.last; c.first < c.steps; c.first = c.last, c.last = std::min(c.steps, c.last + count)) {
+#pragma omp barrier
+      auto project = [&](i64 n, i64 begin, i64 end) {
+        const float* b = c.b_ih ? c.b_ih + n * GATES * H : nullptr;
+        const float* b2 = b && !SPLIT ? c.b_hh + n * GATES * H : nullptr;
+        product<INPUT_WIDE>(c.gates_of(n, begin), c.gates_stride(), c.x + begin * I, end - begin,
+                            c.input_panels + n * width * I, I, GATES * H, b, b2, false);
+      };
+      if (team.alone(c))  // of its own sequences, as it is the one to read it
+        team.parts(c, [&](const Part& part) {
+          for (i64 i = c.first; i < c.last; ++i) {
+            const i64 row = c.row(part.reverse ? c.steps - 1 - i : i);
+            project(part.n, row + part.first, row + part.bound);
+          }
+        });
+      else
+        for (i64 n = 0; n < c.N; ++n) {
+          const i64 from = c.base(n), rows = c.bound(n) - from;
+          project(n, from + rows * team.thread / team.threads, from + rows * (team.thread + 1) / team.threads);
+        }
+#pragma omp barrier
+      team.steps(c, false, forward_step, [](const Call&, const Part&, i64) {});
+    }
+  }
+}
+
+// The adjoint, in windows of as many steps as the first of them has. state is the gradient of the last states in, of
+// the first ones out; the gradients of the weights, the biases and, with more than one recurrence, x are added to.
+extern "C" void backward(const Call& all) {
+#pragma omp parallel num_threads(all.threads)
+  {
+    Call c = all;
+    const Team team(c, PADDING);
+    const i64 H = c.H, I = c.I, K = GATES * H, count = c.last;
+    const i64 inputs = (I + PADDING - 1) / PADDING * PADDING, P = c.padded();
+    // The columns of `from` [rows, width] into panels.
+    auto across = [&](float* to, const float* from, i64 rows, i64 width, i64 padded) {
+      team.each(padded / LANES, [&](i64 i) {
+        const i64 u = i * LANES;
+        pack(to + u / PADDING * PADDING * rows + u % PADDING, PADDING, from + u, width, rows, width - u, true);
+      });
+    };
+    for (i64 n = 0; n < c.N; ++n) {
+      across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
+      if (c.x_grad) across(c.input_panels + n * K * inputs, c.w_ih + n * K * I, K, I, inputs);
+    }
+    team.parts(c, [&](const Part& part) {
+      each_state(c, part, [](float* state, float* buffer, i64 bytes, bool) { std::memcpy(buffer, state, bytes); });
+    });
+    for (c.first = (c.steps - 1) / count * count; c.first >= 0; c.first -= count) {
+      c.last = std::min(c.steps, c.first + count);
+#pragma omp barrier
+      team.steps(c, true, adjoint_step, adjoint_product);
+#pragma omp barrier
+      for (i64 n = 0; n < c.N; ++n) {
+        const i64 from = c.base(n), rows = c.bound(n) - from;
+        const i64 begin = rows * team.thread / team.threads, end = rows * (team.thread + 1) / team.threads;
+        if (c.x_grad)
+          product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * K, end - begin,
+                                c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
+        if (c.N > 1) {
+#pragma omp barrier
+        }
+        if (c.w_ih_grad) across(c.x_rows + n * c.most * inputs, c.x + from * I, rows, I, inputs);
+        if (c.w_hh_grad) across(c.h_rows + n * c.most * P, c.came + n * c.most * H, rows, H, P);
+      }
+#pragma omp barrier
+      for (i64 n = 0; n < c.N; ++n) {
+        const i64 rows = c.bound(n) - c.base(n), begin = K * team.thread / team.threads;
+        const i64 end = K * (team.thread + 1) / team.threads, at = n * c.most * K;
+        const Outer x = {c.x_rows + n * c.most * inputs, c.w_ih_grad ? c.w_ih_grad + n * K * I : nullptr, I};
+        const Outer h = {c.h_rows + n * c.most * P, c.w_hh_grad ? c.w_hh_grad + n * K * H : nullptr, H}, none = {};
+        float *b_ih = c.b_ih_grad ? c.b_ih_grad + n * K : nullptr, *b_hh = c.b_hh_grad ? c.b_hh_grad + n * K : nullptr;
+        outer(c.dr + at, K, rows, begin, end, {h, SPLIT ? none : x}, b_hh);
+        if (SPLIT) outer(c.dx + at, K, rows, begin, end, {x, none}, b_ih);
+      }
+    }
+    team.parts(c, [&](const Part& part) {
+      each_state(c, part, [](float* state, float* buffer, i64 bytes, bool) { std::memcpy(state, buffer, bytes); });
+    });
+  }
+}
+
+// One step of one recurrence, for which W is used once: as it is, without panels.
+struct Step {
+  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s[STATES];
+  float *y, *n[STATES];
+  i64 B, I, H, threads;
+};
+
+extern "C" void step(const Step& c) {
+  const i64 H = c.H, tiles = (H + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(c.threads) if (c.threads > 1)
+  for (i64 tile = 0; tile < tiles; ++tile) {
+    const i64 u = tile * LANES;
+    const int left = static_cast<int>(std::min<i64>(LANES, H - u));
+    by_rows<4>(c.B, (c.B + 3) / 4, 0, [&](auto count, i64 b) {
+      constexpr int ROWS = decltype(count)::value;
+      float x[GATES][ROWS][LANES] = {}, r[GATES][ROWS][LANES] = {};
+      EACH(g, GATES) {
+        dots<ROWS>(x[g], c.x + b * c.I, c.w_ih + (g * H + u) * c.I, c.I, left);
+        dots<ROWS>(r[g], c.s[0] + b * H, c.w_hh + (g * H + u) * H, H, left);
+      }
+      EACH(i, ROWS) {
+        V gates[GATES], sums[GATES], o[STATES], n[STATES], a[SAVED + 1];
+        EACH(g, GATES) {
+          gates[g] = load(x[g][i], LANES), sums[g] = load(r[g][i], LANES);
+          if (c.b_ih) gates[g] += load(c.b_ih + g * H + u, left), sums[g] += load(c.b_hh + g * H + u, left);
+          if (!SPLIT) sums[g] += gates[g], gates[g] = V{};
+        }
+        EACH(k, STATES) o[k] = load(c.s[k] + (b + i) * H + u, left);
+        cell_forward(gates, sums, o, n, a);
+        store(c.y + (b + i) * H + u, n[0], left);
+        EACH(k, STATES) store(c.n[k] + (b + i) * H + u, n[k], left);
+      }
+    });
+  }
+}

@@ -1,0 +1,161 @@
+// Matrix products by tiles, whose sums stay in registers. One factor is in panels: by tile, by k, by vector of columns.
+// Every tile but those of a cell's gates has this many vectors.
+constexpr int TWO = 2, PADDING = TWO * LANES;
+
+// sums[i][v] += a[i] . panel[v], whose a[i, k] is a[i * stride + k * step]. On its own, so that the sums stay in
+// registers.
+template <int R, int NV>
+__attribute__((noinline)) static void multiply(V (&sums)[R][NV], const float* a, i64 stride, i64 step,
+                                               const float* panel, i64 K) {
+  constexpr int CHAINS = R * NV <= 4 ? 4 : R * NV <= 8 ? 2 : 1;  // so that no product waits for the one before it
+  V chains[CHAINS][R][NV] = {};
+  i64 k = 0;
+  for (; k + CHAINS <= K; k += CHAINS)
+    EACH(c, CHAINS) {
+      V w[NV];
+      EACH(v, NV) w[v] = load(panel + ((k + c) * NV + v) * LANES, LANES);
+      EACH(i, R) EACH(v, NV) chains[c][i][v] += a[i * stride + (k + c) * step] * w[v];
+    }
+  for (; k < K; ++k)
+    EACH(i, R) EACH(v, NV) chains[0][i][v] += a[i * stride + k * step] * load(panel + (k * NV + v) * LANES, LANES);
+  EACH(c, CHAINS) EACH(i, R) EACH(v, NV) sums[i][v] += chains[c][i][v];
+}
+
+// Calls body with how many rows a tile has, at most R, as an integral constant, and the first of them.
+template <int R, typename Body> static inline void by_rows(i64 rows, i64 tiles, i64 first, Body&& body) {
+  for (; tiles && (rows + tiles - 1) / tiles == R; rows -= R, first += R, --tiles)
+    body(std::integral_constant<int, R>(), first);
+  if constexpr (R > 1) by_rows<R - 1>(rows, tiles, first, body);
+}
+
+// Calls body with each tile of units, and how many of its units there are from each of its vectors on: a constant if it
+// is whole.
+template <int UNITS, typename Body> static inline void by_units(i64 begin, i64 end, Body&& body) {
+  i64 u = begin;
+  for (; u + UNITS <= end; u += UNITS) body(u, [](int) { return LANES; });
+  if (u < end) body(u, [=](int v) { return static_cast<int>(end - u - v * LANES); });
+}
+
+#ifndef __clang__
+// By halves: each level exchanges with the vector whose number differs in one bit the numbers that differ in it.
+static inline void transpose(V (&v)[LANES]) {
+  _Pragma("GCC unroll 4") for (int bit = 1; bit < LANES; bit *= 2) {
+    V next[LANES];
+    Bits low, high;
+    for (int lane = 0; lane < LANES; ++lane) {
+      low[lane] = lane & bit ? LANES + lane - bit : lane;
+      high[lane] = lane & bit ? LANES + lane : lane + bit;
+    }
+    EACH(i, LANES) next[i] = __builtin_shuffle(v[i & ~bit], v[i | bit], i & bit ? high : low);
+    EACH(i, LANES) v[i] = next[i];
+  }
+}
+#endif
+
+// Columns of a matrix as the tiles read them: to[k * stride + lane] = from[lane, k], or from[k, lane] if `across`.
+static void pack(float* to, i64 stride, const float* from, i64 width, i64 K, i64 lanes, bool across) {
+  if (across) {
+    for (i64 k = 0; k < K; ++k) store(to + k * stride, load(from + k * width, lanes), LANES);
+    return;
+  }
+  i64 k0 = 0;
+#ifndef __clang__  // which has other words for a shuffle
+  for (; lanes >= LANES && k0 + LANES <= K; k0 += LANES) {
+    V v[LANES];
+    EACH(lane, LANES) v[lane] = load(from + lane * width + k0, LANES);
+    transpose(v);
+    EACH(k, LANES) store(to + (k0 + k) * stride, v[k], LANES);
+  }
+#endif
+  for (; k0 < K; k0 += 16) {  // few enough to stay in the nearest cache
+    const i64 k1 = std::min(K, k0 + 16);
+    for (i64 lane = 0; lane < std::min<i64>(LANES, lanes); ++lane)
+      for (i64 k = k0; k < k1; ++k) to[k * stride + lane] = from[lane * width + k];
+    for (i64 lane = std::max<i64>(0, lanes); lane < LANES; ++lane)
+      for (i64 k = k0; k < k1; ++k) to[k * stride + lane] = 0.f;
+  }
+}
+
+// out [rows, columns] = a [rows, K] times a matrix in panels, plus two biases, or added to what it is.
+template <int W>
+static void product(float* out, i64 out_stride, const float* a, i64 rows, const float* panels, i64 K, i64 columns,
+                    const float* b, const float* b2, bool add) {
+  constexpr int MOST = ACCUMULATORS / W;
+  by_units<W * LANES>(0, columns, [&](i64 u, auto left) {
+    by_rows<MOST>(rows, (rows + MOST - 1) / MOST, 0, [&](auto count, i64 first) {
+      constexpr int ROWS = decltype(count)::value;
+      V sums[ROWS][W];
+      EACH(v, W) {
+        V bias = b ? load(b + u + v * LANES, left(v)) : V{};
+        if (b2) bias += load(b2 + u + v * LANES, left(v));
+        const float* from = out + first * out_stride + u + v * LANES;
+        EACH(i, ROWS) sums[i][v] = add ? load(from + i * out_stride, left(v)) : bias;
+      }
+      multiply(sums, a + first * K, K, 1, panels + u * K, K);
+      EACH(i, ROWS) EACH(v, W) store(out + (first + i) * out_stride + u + v * LANES, sums[i][v], left(v));
+    });
+  });
+}
+
+// A matrix in panels, of `columns`, and what is added to by its product with the transpose of another.
+struct Outer {
+  const float* panels;
+  float* out;
+  i64 columns;
+};
+
+// out [begin to end, columns] += d^T times a matrix, of each of `outers`, and sums [begin to end] += those of the
+// columns of d [K, width].
+static void outer(const float* d, i64 width, i64 K, i64 begin, i64 end, const Outer (&outers)[2], float* sums) {
+  constexpr int MOST = ACCUMULATORS / TWO, DEPTH = 512;  // rows of d at a time, for the nearest cache
+  alignas(64) float near[DEPTH * MOST];
+  by_rows<MOST>(end - begin, (end - begin + MOST - 1) / MOST, begin, [&](auto count, i64 first) {
+    constexpr int ROWS = decltype(count)::value;
+    for (i64 k0 = 0; k0 < K; k0 += DEPTH) {
+      const i64 depth = std::min<i64>(DEPTH, K - k0);
+      float total[ROWS] = {};
+      for (i64 k = 0; k < depth; ++k)
+        for (int i = 0; i < ROWS; ++i) total[i] += near[k * ROWS + i] = d[(k0 + k) * width + first + i];
+      if (sums) for (int i = 0; i < ROWS; ++i) sums[first + i] += total[i];
+      for (const Outer& o : outers)
+        if (o.out)
+          by_units<PADDING>(0, o.columns, [&](i64 u, auto left) {
+            V acc[ROWS][TWO];
+            float* out = o.out + first * o.columns + u;
+            EACH(i, ROWS) EACH(v, TWO) acc[i][v] = load(out + i * o.columns + v * LANES, left(v));
+            multiply(acc, near, 1, ROWS, o.panels + u * K + k0 * PADDING, depth);
+            EACH(i, ROWS) EACH(v, TWO) store(out + i * o.columns + v * LANES, acc[i][v], left(v));
+          });
+    }
+  });
+}
+
+template <int N> static inline float total(const float* from) {
+  typedef float Half __attribute__((vector_size(N * 2), may_alias, aligned(4)));
+  if constexpr (N == 4) return (from[0] + from[2]) + (from[1] + from[3]);
+  else {
+    const Half sum = *reinterpret_cast<const Half*>(from) + *reinterpret_cast<const Half*>(from + N / 2);
+    return total<N / 2>(reinterpret_cast<const float*>(&sum));
+  }
+}
+
+// out[i, j] = a[i] . w[j] for j < count, a [R, K] and w of rows of K.
+template <int R> static inline void dots(float (&out)[R][LANES], const float* a, const float* w, i64 K, i64 count) {
+  constexpr int MANY = 4;
+  for (i64 j = 0; j < count; j += MANY) {
+    V sums[R][MANY] = {};
+    auto add = [&](i64 k, int n) {
+      V v[MANY];
+      EACH(m, MANY) v[m] = load(w + std::min(j + m, count - 1) * K + k, n);
+      EACH(i, R) {
+        const V x = load(a + i * K + k, n);
+        EACH(m, MANY) sums[i][m] += x * v[m];
+      }
+    };
+    i64 k = 0;
+    for (; k + LANES <= K; k += LANES) add(k, LANES);
+    if (k < K) add(k, static_cast<int>(K - k));
+    EACH(i, R) EACH(m, MANY)
+      if (j + m < LANES) out[i][j + m] = total<LANES>(reinterpret_cast<const float*>(&sums[i][m]));
+  }
+}
