@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -320,12 +321,18 @@ def evaluate(o: Operands, plan: Plan | None = None, device: str = "cpu", dtype: 
     return dict(zip((name for name in names if name != "states" or S > 1), found))
 
 
+@lru_cache(maxsize=8)  # for one plan after another
+def right(*given: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What torch's cells make of `operands(*given)`, in the other dtype of `check` and in float64."""
+    o = operands(*given)
+    dtype = o.given[0].dtype
+    return (evaluate(o, dtype=torch.float32 if dtype == torch.float64 else dtype, oracle=True),
+            evaluate(o, dtype=torch.float64, oracle=True))
+
+
 def check_recurrence(name: str, plan: Plan | None, sizes: tuple[int, int, int, int],
                      reverse: tuple[bool, ...] = (False,), form: str = "padded", resets: bool = False,
                      bias: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 2) -> None:
     """rnn.functional.recurrence of a layer of sizes T, B, I, H, all states and all gradients, against torch's cells."""
-    o, other = operands(name, sizes, reverse, form, resets, bias, dtype, seed), dtype
-    if dtype == torch.float64:
-        other = torch.float32
-    close(evaluate(o, plan, device), evaluate(o, dtype=other, oracle=True),
-          evaluate(o, dtype=torch.float64, oracle=True))
+    given = name, sizes, reverse, form, resets, bias, dtype, seed
+    close(evaluate(operands(*given), plan, device), *right(*given))

@@ -79,15 +79,16 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     offsets = torch.zeros(T, dtype=torch.int64) if "offsets" in options else None
     resets = torch.zeros(T, B, dtype=torch.bool) if "resets" in options else None
     rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
-    w, b, s, y = new(N * G * H, H), new(N * G * H), new(N * S, B, H), new(T * B, N * H)
-    x, fused = (new(T * B, I), dict(w_ih=new(N * G * H, I), b_ih=b)) if plan.fused else (new(T * B, N * G * H), {})
+    x, w_ih, w, b = new(T * B, I), new(N * G * H, I), new(N * G * H, H), new(N * G * H)
+    s, y = new(N * S, B, H), new(T * B, N * H)
     real: Any = kernels.forward_kernel, kernels.backward_kernel
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
     recorders: Any = [Recorder(kernel) for kernel in real]
     kernels.forward_kernel, kernels.backward_kernel = recorders
-    device.forward(cell, plan, rows, x, w, b, s, 2, **fused)
+    device.forward(cell, plan, rows, x, w_ih, w, b, b, s, 2)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
-    device.backward(cell, plan, rows, w, s, y, states, saved, y, states if "states" in options else None, s)
+    device.backward(cell, plan, rows, x, w_ih, w, s, y, states, saved, y, states if "states" in options else None, s,
+                    [False] * 6)
     kernels.forward_kernel, kernels.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
 

@@ -16,7 +16,7 @@ from test_gpu import DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
 from torch import Tensor, nn
 
 import rnn
-from rnn.kernels import cells, device
+from rnn.kernels import cells, gpu
 from rnn.kernels.plan import Rows
 
 ROOT = Path(__file__).parent.parent
@@ -107,11 +107,13 @@ def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tenso
         return t
 
     x, w_hh, s0, plan = spread(4 * H), randn(4 * H, H) / 4, randn(2, 4, H), plan_for(scope, H, torch.float16)
-    y, states, last, saved = device.forward(cell, plan, rows, x, w_hh, None, s0, 2)
-    assert states is not None and saved is not None
-    dx, _, ds, came = device.backward(cell, plan, rows, w_hh, s0, y, states, saved, spread(H), None, None)
-    assert came is not None
-    return [y[at], states[:, at], last, saved[:, at], dx[at], ds, came[at]]
+    dy, y, states, saved, dr, came = spread(H), *(s0.new_empty(shape) for shape in (
+        (R, H), (1, R, H), (4, R, H), (R, 4 * H), (R, H)))
+    state, ds = s0.float(), torch.zeros_like(s0, dtype=torch.float32)
+    # The kernels alone: products with the input would touch all rows.
+    gpu.sweep(cell, plan, rows, False, (x, None, w_hh, None, None, state, y, states, saved), s0)
+    gpu.sweep(cell, plan, rows, True, (w_hh, s0, y, states, saved, dy, None, ds, None, dr, came), s0)
+    return [y[at], states[:, at], state, saved[:, at], dr[at], ds, came[at]]
 
 
 @pytest.mark.parametrize(("scope", "reverse"), [("block", 0), ("grid", 1), ("launch", 0)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, check
-from test_cpu import PLANS
+from test_cpu import PLANS, suited
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -19,8 +19,7 @@ from rnn.kernels.plan import Plan
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.backend)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case: Case, plan: Plan) -> None:
-    half = case.dtype in (torch.float16, torch.bfloat16)
-    check(case, None if half else plan)
+    check(case, suited(plan, case.dtype))
 
 
 def test_tutorial_model() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rnn.kernels import cells
 from rnn.kernels.cells import Cell
-from rnn.kernels.plan import Gpu, make_plan
+from rnn.kernels.plan import Gpu, Plan, make_plan
 
 CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
 H200 = Gpu(90, 132, 232448)
@@ -60,3 +60,6 @@ def test_plans_fit(cell: Cell, gpu: Gpu) -> None:
 def test_host(cell: Cell) -> None:
     assert make_plan(cell, (16, 32, 32, 1), "float32", None).backend == "numpy"
     assert make_plan(cell, (64, 512, 512, 1), "float32", None).backend == "torch"
+    assert make_plan(cell, (64, 512, 512, 1), "float32", None, native=True) == Plan("native")
+    assert make_plan(cell, (16, 32, 32, 1), "float64", None, native=True).backend == "numpy"
+    assert make_plan(cell, (16, 32, 32, 1), "float32", H200, native=True).backend == "triton"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import FORMS, Case, check, check_recurrence, thrice
 from hypothesis import HealthCheck, Phase, given, settings
-from test_cpu import PLANS
+from test_cpu import PLANS, suited
 
 SETTINGS: dict[str, Any] = dict(deadline=None, derandomize=True, database=None,
                                 suppress_health_check=[*HealthCheck], phases=[Phase.generate, Phase.shrink])
@@ -40,7 +40,7 @@ def test_layers(request: pytest.FixtureRequest) -> None:
     @settings(max_examples=request.config.getoption("--cases"), **SETTINGS)
     @given(case=layers(), plan=st.sampled_from(PLANS))
     def run(case: Case, plan: Any) -> None:
-        thrice(lambda seed: check(case, None if case.dtype == torch.bfloat16 else plan, seed=seed))
+        thrice(lambda seed: check(case, suited(plan, case.dtype), seed=seed))
 
     run()
 
@@ -55,6 +55,7 @@ def test_operator(request: pytest.FixtureRequest) -> None:
            dtype=st.sampled_from([torch.float32, torch.float64]), plan=st.sampled_from(PLANS))
     def run(name: str, T: int, B: int, I: int, H: int, reverse: Any, form: str, resets: bool, bias: bool, dtype: Any,
             plan: Any) -> None:
-        thrice(lambda seed: check_recurrence(name, plan, (T, B, I, H), reverse, form, resets, bias, dtype, seed=seed))
+        chosen, sizes = suited(plan, dtype), (T, B, I, H)
+        thrice(lambda seed: check_recurrence(name, chosen, sizes, reverse, form, resets, bias, dtype, seed=seed))
 
     run()

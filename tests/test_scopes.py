@@ -117,12 +117,12 @@ def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
 
 
 def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> None:
-    x, w, s = torch.randn(5 * 3, 18), torch.randn(18, 18) / 5, torch.zeros(1, 3, 18)
+    x, w_ih, w, s = torch.randn(5 * 3, 7), torch.randn(18, 7), torch.randn(18, 18) / 5, torch.zeros(1, 3, 18)
     plan, rows = plan_for("launch", 18), Rows(5, [0])
-    odd = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
-    want = device.forward(cells.rnn_tanh, plan, rows, x, w, None, s, 0)[0]
+    odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
+    want = device.forward(cells.rnn_tanh, plan, rows, x, w_ih, w, None, None, s, 0)[0]
     assert len(machine.graphs) == 1 and machine.plain == 0
-    assert torch.equal(device.forward(cells.rnn_tanh, plan, rows, odd, w, None, s, 0)[0], want)
+    assert torch.equal(device.forward(cells.rnn_tanh, plan, rows, x, w_ih, odd, None, None, s, 0)[0], want)
     assert machine.plain == 5
 
 
@@ -199,9 +199,9 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(T: int, B: int, cell: cells.Cell = cells.rnn_tanh, shift: int = 0, dtype: torch.dtype = torch.float32,
             reverse: int = 0) -> None:
-        x = torch.zeros(T * B * 18 + shift, dtype=dtype)[shift:].view(T * B, 18)
-        w, s = torch.zeros(18, 18, dtype=dtype), torch.zeros(1, B, 18, dtype=dtype)
-        device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, w, None, s, 0)
+        x, w_ih, s = (torch.zeros(shape, dtype=dtype) for shape in ((T * B, 7), (18, 7), (1, B, 18)))
+        w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
+        device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, w_ih, w, None, None, s, 0)
 
     run(5, 3)
     run(1, 1)
