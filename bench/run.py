@@ -28,6 +28,7 @@ from measure import measure
 from report import KINDS, Row, ratio
 from suites import Case
 
+from rnn.kernels import native
 from rnn.kernels.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +56,10 @@ def environment(device: str) -> dict[str, Any]:
     else:
         models = [line.partition(": ")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-        threads = torch.get_num_threads()
+        command, threads = native.compiler(), torch.get_num_threads()
+        if command:
+            done = subprocess.run([*command, "-dumpversion"], capture_output=True, text=True)
+            versions["c++"] = done.stdout.strip()
         name = f"{models[0] if models else platform.processor()}, {threads} thread{'s' * (threads > 1)}"
     return dict(device=name, kind=device, versions=versions, commit=git("rev-parse", "--short", "HEAD"),
                 modified=bool(git("status", "--porcelain", "-uno")),
