@@ -47,7 +47,7 @@ class Windows:
 def working(name: str, like: Tensor, *shape: int) -> Tensor:
     """Memory of that shape, with whatever is in it, for one call: this thread's next call gets the same. Fresh memory
     costs as much as the arithmetic of some steps."""
-    size, key = math.prod(shape), (name, like.dtype, like.device)
+    size, key = math.prod(shape), f"{name} {like.dtype} {like.device}"
     memory = vars(_kept).get(key)
     if memory is None or len(memory) < size:
         with torch.inference_mode(False):  # or it would be of no use outside of it
