@@ -47,8 +47,10 @@ def flat(found: Any) -> dict[str, Tensor]:
     return dict(y=y, **{f"last {k}": s for k, s in enumerate(last if isinstance(last, tuple) else [last])})
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 5), (1, 64, 64), (5, 17, 40), (3, 300, 100), (40, 7, 33), (0, 3, 4)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("options", "sizes"), [
+    *((options, (5, 17, 40)) for options in OPTIONS),
+    *(({}, sizes) for sizes in ((1, 3, 5), (1, 64, 64), (3, 300, 100), (40, 7, 33), (0, 3, 4))),
+], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_steps(kind: tuple[str, dict[str, Any]], options: dict[str, Any], sizes: tuple[int, int, int],
                taken: list[Any]) -> None:
