@@ -230,23 +230,20 @@ extern "C" void forward(const Call& all) {
     });
     for (const i64 count = c.last; c.first < c.steps; c.first = c.last, c.last = std::min(c.steps, c.last + count)) {
 #pragma omp barrier
-      auto project = [&](i64 n, i64 begin, i64 end) {
+      auto project = [&](i64 n, i64 begin, i64 end, i64 blocks) {
         const float* b = c.b_ih ? c.b_ih + n * GATES * H : nullptr;
         const float* b2 = b && !SPLIT ? c.b_hh + n * GATES * H : nullptr;
-        product<INPUT_WIDE>(c.gates_of(n, begin), c.gates_stride(), c.x + begin * I, end - begin,
+        product<INPUT_WIDE>(c.gates_of(n, begin), c.gates_stride(), c.x + begin * I, end - begin, blocks, c.B,
                             c.input_panels + n * width * I, I, GATES * H, b, b2, false);
       };
       if (team.alone(c))  // of its own sequences, as it is the one to read it
         team.parts(c, [&](const Part& part) {
-          for (i64 i = c.first; i < c.last; ++i) {
-            const i64 row = c.row(part.reverse ? c.steps - 1 - i : i);
-            project(part.n, row + part.first, row + part.bound);
-          }
+          project(part.n, c.base(part.n) + part.first, c.base(part.n) + part.bound, c.last - c.first);
         });
       else
         for (i64 n = 0; n < c.N; ++n) {
           const i64 from = c.base(n), rows = c.bound(n) - from;
-          project(n, from + rows * team.thread / team.threads, from + rows * (team.thread + 1) / team.threads);
+          project(n, from + rows * team.thread / team.threads, from + rows * (team.thread + 1) / team.threads, 1);
         }
 #pragma omp barrier
       team.steps(c, false, forward_step, [](const Call&, const Part&, i64) {});
@@ -286,7 +283,7 @@ extern "C" void backward(const Call& all) {
         const i64 from = c.base(n), rows = c.bound(n) - from;
         const i64 begin = rows * team.thread / team.threads, end = rows * (team.thread + 1) / team.threads;
         if (c.x_grad)
-          product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * K, end - begin,
+          product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * K, end - begin, 1, 0,
                                 c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
         if (c.N > 1) {
 #pragma omp barrier

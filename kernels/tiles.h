@@ -76,13 +76,15 @@ static void pack(float* to, i64 stride, const float* from, i64 width, i64 K, i64
   }
 }
 
-// out [rows, columns] = a [rows, K] times a matrix in panels, plus two biases, or added to what it is.
+// out [rows, columns] = a [rows, K] times a matrix in panels, plus two biases, or added to what it is; and likewise of
+// `blocks` in all, each `jump` rows after the one before it.
 template <int W>
-static void product(float* out, i64 out_stride, const float* a, i64 rows, const float* panels, i64 K, i64 columns,
-                    const float* b, const float* b2, bool add) {
+static void product(float* out, i64 out_stride, const float* a, i64 rows, i64 blocks, i64 jump, const float* panels,
+                    i64 K, i64 columns, const float* b, const float* b2, bool add) {
   constexpr int MOST = ACCUMULATORS / W;
+  const i64 tiles = (rows + MOST - 1) / MOST;
   by_units<W * LANES>(0, columns, [&](i64 u, auto left) {
-    by_rows<MOST>(rows, (rows + MOST - 1) / MOST, 0, [&](auto count, i64 first) {
+    for (i64 block = 0; block < blocks; ++block) by_rows<MOST>(rows, tiles, block * jump, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
       V sums[ROWS][W];
       EACH(v, W) {
