@@ -124,7 +124,7 @@ class _Steps:
 
     def __init__(self, cell: Cell, plan: Plan, rows: Rows, windows: Windows, s0: Tensor) -> None:
         self.backend, self.rows, self.windows, self.library = plan.backend, rows, windows, import_module(plan.backend)
-        self.G, self.S, self.split, (_, self.B, self.H) = cell.gates, cell.states, cell.split, s0.shape
+        self.G, (_, self.B, self.H) = cell.gates, s0.shape
         self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
         (self.masks,) = self.take(rows.resets)
         sizes = rows.sizes

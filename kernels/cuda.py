@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
+from .disk import kept
 from .plan import Plan, Rows, shared_bytes
 from .trace import statements
 
@@ -55,12 +56,7 @@ def _cubin(code: str, capability: int) -> Path:
     key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
     folder = os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")
     path = Path(folder).expanduser() / f"fused_rnn_{key}.cubin"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_suffix(f".{os.urandom(8).hex()}")
-        made.write_bytes(build(code, capability)[0])
-        made.replace(path)  # at once, so that no other process reads half of it
-    return path
+    return kept(path, lambda made: made.write_bytes(build(code, capability)[0]))
 
 
 def on_stream(cuda: Any, device: torch.device) -> Any:
@@ -104,7 +100,7 @@ def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[A
     masks = None if rows.lengths is None else rows.lengths.to(torch.int64), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *masks, flags)]
     even = H % 2 == 0 and all(address % (2 * s0.element_size()) == 0 for address in addresses[: len(tensors)])
-    R, reverses = len(tensors[2] if adjoint else tensors[0]), sum(r << n for n, r in enumerate(rows.reverse))
+    R = len(tensors[2] if adjoint else tensors[0])
     if B and H:
         launch = load(cell, plan, s0.dtype, adjoint, any(t is not None for t in masks), even, s0.device)
-        launch(grid, (*addresses, rows.steps, B, R, H, reverses))
+        launch(grid, (*addresses, rows.steps, B, R, H, rows.reverses))

@@ -310,7 +310,7 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
             compiled[grid](*arguments, *values)
             return
         options = dict(CELL=function, G=cell.gates, S=cell.states, A=cell.saved, N=grid[2],
-                       REVERSE=sum(r << n for n, r in enumerate(rows.reverse)), BB=plan.sequences, BN=plan.units,
+                       REVERSE=rows.reverses, BB=plan.sequences, BN=plan.units,
                        BK=plan.depth, KT=0 if plan.scope == "launch" else -(-H // plan.depth), SCOPE=plan.scope,
                        PRECISION=plan.precision, **constants)
         made = kernel[grid](*arguments, **options, num_warps=plan.warps, num_stages=1, launch_cooperative_grid=barrier)

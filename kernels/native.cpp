@@ -50,6 +50,9 @@ struct Part {
     begin = share * tiles / shares * tile, end = std::min(c.H, (share + 1) * tiles / shares * tile);
     panel = c.panels + n * GATES * c.H * c.padded();
   }
+  i64 before(i64 t) const { return reverse ? t + 1 : t - 1; }
+  // Whether the states that came into step t of sequence b were reset.
+  bool cut(const Call& c, i64 t, i64 b) const { return (!reverse || b < c.size(t + 1)) && c.cut(t + reverse, b); }
   i64 rows(i64 size) const { return std::max<i64>(0, (std::min(size, bound) - first + stride - 1) / stride); }
 };
 
@@ -63,7 +66,7 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
   const i64 rows = part.rows(c.size(t)), width = c.gates_stride();
   const float *x = c.gates_of(part.n, row), *bias = c.b_hh ? c.b_hh + part.n * GATES * H : nullptr;
   by_units<WIDE * LANES>(part.begin, part.end, [&](i64 u, auto left) {
-    by_rows<MOST>(rows, (rows + MOST - 1) / MOST, 0, [&](auto count, i64 first) {
+    by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
       V sums[ROWS][GATES * WIDE];
       EACH(i, ROWS) EACH(v, GATES * WIDE) {
@@ -71,15 +74,14 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
         const float* from = SPLIT ? bias : x + b * width;
         sums[i][v] = from ? load(from + g * H + unit, left(v % WIDE)) : V{};
       }
-      multiply(sums, olds + (part.first + first * part.stride) * P, part.stride * P, 1,
-               part.panel + u * GATES * H, H);
+      multiply(sums, olds + (part.first + first * part.stride) * P, part.stride * P, 1, part.panel + u * GATES * H, H);
       EACH(i, ROWS) EACH(v, WIDE) {
         const i64 unit = u + v * LANES, b = part.first + (first + i) * part.stride;
         if (left(v) <= 0) continue;
         const i64 to = ((row + b) * c.N + part.n) * H + unit;
         V gates[GATES], r[GATES], o[STATES], n[STATES], a[SAVED + 1];
-        EACH(g, GATES) gates[g] = SPLIT ? load(x + b * width + g * H + unit, left(v)) : V{};
-        EACH(g, GATES) r[g] = sums[i][g * WIDE + v];
+        const float* from = x + b * width + unit;
+        EACH(g, GATES) r[g] = sums[i][g * WIDE + v], gates[g] = SPLIT ? load(from + g * H, left(v)) : V{};
         EACH(k, STATES) o[k] = load(olds + k * states + b * P + unit, LANES);
         cell_forward(gates, r, o, n, a);
         store(c.y + to, n[0], left(v));
@@ -97,12 +99,12 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
 
 // The gradients of the pre-activations of a step, and what of those of the states does not flow back through W_hh.
 static void adjoint_step(const Call& c, const Part& part, i64 t) {
-  const i64 H = c.H, P = c.padded(), before = part.reverse ? t + 1 : t - 1, plane = c.R * c.N * H, states = c.B * P;
+  const i64 H = c.H, P = c.padded(), before = part.before(t), plane = c.R * c.N * H, states = c.B * P;
   float* const ds = c.buffer + part.n * STATES * states;
   for (i64 i = 0; i < part.rows(c.size(t)); ++i) {
     const i64 b = part.first + i * part.stride, at = ((c.row(t) + b) * c.N + part.n) * H;
     const i64 row = part.n * c.most + c.row(t) - c.base(part.n) + b;
-    const bool ran = b < c.size(before), cut = (ran || !part.reverse) && c.cut(t + part.reverse, b);
+    const bool ran = b < c.size(before), cut = part.cut(c, t, b);
     const i64 came = ran ? ((c.row(before) + b) * c.N + part.n) * H : 0;
     by_units<LANES>(part.begin, part.end, [&](i64 u, auto left) {
       V a[SAVED + 1], o[STATES], n[STATES], d[STATES], x[GATES], r[GATES], p[STATES];
@@ -129,13 +131,13 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
 
 // What flows back through W_hh.
 static void adjoint_product(const Call& c, const Part& part, i64 t) {
-  const i64 H = c.H, P = c.padded(), width = GATES * H, before = part.reverse ? t + 1 : t - 1;
+  const i64 H = c.H, P = c.padded(), width = GATES * H;
   float* const ds = c.buffer + part.n * STATES * c.B * P;
   constexpr int MOST = ACCUMULATORS / TWO;
   const i64 rows = part.rows(c.size(t));
   const float* dr = c.dr + (part.n * c.most + c.row(t) - c.base(part.n)) * width;
   for (i64 u = part.begin; u < part.end; u += PADDING)
-    by_rows<MOST>(rows, (rows + MOST - 1) / MOST, 0, [&](auto count, i64 first) {
+    by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
       const i64 b0 = part.first + first * part.stride;
       V sums[ROWS][TWO];
@@ -143,7 +145,7 @@ static void adjoint_product(const Call& c, const Part& part, i64 t) {
       multiply(sums, dr + b0 * width, part.stride * width, 1, part.panel + u * GATES * H, GATES * H);
       EACH(i, ROWS) {
         const i64 b = b0 + i * part.stride;
-        const bool cut = (b < c.size(before) || !part.reverse) && c.cut(t + part.reverse, b);
+        const bool cut = part.cut(c, t, b);
         EACH(v, TWO) store(ds + b * P + u + v * LANES, cut ? V{} : sums[i][v], LANES);
       }
     });
@@ -271,9 +273,8 @@ extern "C" void backward(const Call& all) {
       across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
       if (c.x_grad) across(c.input_panels + n * K * inputs, c.w_ih + n * K * I, K, I, inputs);
     }
-    team.parts(c, [&](const Part& part) {
-      each_state(c, part, [](float* state, float* buffer, i64 bytes, bool) { std::memcpy(buffer, state, bytes); });
-    });
+    auto states = [&](auto copy) { team.parts(c, [&](const Part& part) { each_state(c, part, copy); }); };
+    states([](float* state, float* buffer, i64 bytes, bool) { std::memcpy(buffer, state, bytes); });
     for (c.first = (c.steps - 1) / count * count; c.first >= 0; c.first -= count) {
       c.last = std::min(c.steps, c.first + count);
 #pragma omp barrier
@@ -284,10 +285,8 @@ extern "C" void backward(const Call& all) {
         const i64 begin = rows * team.thread / team.threads, end = rows * (team.thread + 1) / team.threads;
         if (c.x_grad)
           product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * K, end - begin, 1, 0,
-                                c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
-        if (c.N > 1) {
+                       c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
 #pragma omp barrier
-        }
         if (c.w_ih_grad) across(c.x_rows + n * c.most * inputs, c.x + from * I, rows, I, inputs);
         if (c.w_hh_grad) across(c.h_rows + n * c.most * P, c.came + n * c.most * H, rows, H, P);
       }
@@ -302,9 +301,7 @@ extern "C" void backward(const Call& all) {
         if (SPLIT) outer(c.dx + at, K, rows, begin, end, {x, none}, b_ih);
       }
     }
-    team.parts(c, [&](const Part& part) {
-      each_state(c, part, [](float* state, float* buffer, i64 bytes, bool) { std::memcpy(state, buffer, bytes); });
-    });
+    states([](float* state, float* buffer, i64 bytes, bool) { std::memcpy(state, buffer, bytes); });
   }
 }
 
@@ -321,7 +318,7 @@ extern "C" void step(const Step& c) {
   for (i64 tile = 0; tile < tiles; ++tile) {
     const i64 u = tile * LANES;
     const int left = static_cast<int>(std::min<i64>(LANES, H - u));
-    by_rows<4>(c.B, (c.B + 3) / 4, 0, [&](auto count, i64 b) {
+    by_rows<4>(c.B, 0, [&](auto count, i64 b) {
       constexpr int ROWS = decltype(count)::value;
       float x[GATES][ROWS][LANES] = {}, r[GATES][ROWS][LANES] = {};
       EACH(g, GATES) {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
+from .disk import kept
 from .host import Windows, working
 from .plan import STEP_PRODUCT, Plan, Rows
 from .trace import statements
@@ -62,13 +63,7 @@ def load(cell: Cell) -> Any:
     key = hashlib.sha256((machine + shlex.join(_FLAGS) + code).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fused_rnn"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{key}.so"
-        if not path.exists():
-            made = path.with_suffix(f".{os.urandom(8).hex()}")
-            build(code, made)
-            made.replace(path)  # at once, so that no other process reads half of it
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(kept(folder / f"{key}.so", partial(build, code))))
     except OSError:  # a disk that cannot be written to
         with tempfile.TemporaryDirectory() as temporary:
             build(code, Path(temporary) / "cell.so")
@@ -98,10 +93,9 @@ def _call(cell: Cell, rows: Rows, windows: Windows, adjoint: bool, tensors: Sequ
     columns = [working(name, s0, N * most * width) if adjoint else None
                for name, width in (("inputs", inputs), ("states", hidden))]
     sizes = None if rows.offsets is None else torch.tensor(rows.sizes, device="cpu")
-    kept = *tensors[:19], *panels, *columns, *tensors[19:], sizes, rows.offsets, rows.resets
-    addresses = [0 if t is None else t.data_ptr() for t in kept]
-    reverses = sum(back << n for n, back in enumerate(rows.reverse))
-    numbers = rows.steps, B, R, I, H, N, reverses, _threads(), 0, windows.all[0][1], most
+    pointed = *tensors[:19], *panels, *columns, *tensors[19:], sizes, rows.offsets, rows.resets
+    addresses = [0 if t is None else t.data_ptr() for t in pointed]
+    numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), 0, windows.all[0][1], most
     getattr(load(cell), "backward" if adjoint else "forward")(struct.pack("43q", *addresses, *numbers))
 
 
@@ -129,12 +123,7 @@ def step(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
     (_, B, H), I, y, found = h.shape, x.shape[2], torch.empty_like(h), [torch.empty_like(h) for _ in states]
     threads = _threads() if B * cell.gates * H * (H + I) > STEP_PRODUCT else 1
     b = (0, 0) if b_ih is None or b_hh is None else (b_ih.data_ptr(), b_hh.data_ptr())
-    _step(cell)(struct.pack(
+    load(cell).step(struct.pack(
         f"{10 + 2 * cell.states}q", x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *b, *[s.data_ptr() for s in states],
         y.data_ptr(), *[s.data_ptr() for s in found], B, I, H, threads))
     return y, found
-
-
-@cache
-def _step(cell: Cell) -> Any:
-    return load(cell).step

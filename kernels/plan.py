@@ -73,6 +73,11 @@ class Rows(NamedTuple):
     offsets: Any = None
     resets: Any = None
 
+    @property
+    def reverses(self) -> int:
+        """Which recurrences run backwards, as bits."""
+        return sum(back << n for n, back in enumerate(self.reverse))
+
 
 def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp in CUDA C++ multiplies with."""

@@ -21,11 +21,13 @@ __attribute__((noinline)) static void multiply(V (&sums)[R][NV], const float* a,
   EACH(c, CHAINS) EACH(i, R) EACH(v, NV) sums[i][v] += chains[c][i][v];
 }
 
-// Calls body with how many rows a tile has, at most R, as an integral constant, and the first of them.
-template <int R, typename Body> static inline void by_rows(i64 rows, i64 tiles, i64 first, Body&& body) {
+// Calls body with how many rows a tile has, as an integral constant, and the first of them: as few tiles of at most
+// MOST rows as there can be, as even as they can be.
+template <int MOST, int R = MOST, typename Body> static inline void by_rows(i64 rows, i64 first, Body&& body) {
+  i64 tiles = (rows + MOST - 1) / MOST;
   for (; tiles && (rows + tiles - 1) / tiles == R; rows -= R, first += R, --tiles)
     body(std::integral_constant<int, R>(), first);
-  if constexpr (R > 1) by_rows<R - 1>(rows, tiles, first, body);
+  if constexpr (R > 1) by_rows<MOST, R - 1>(rows, first, body);
 }
 
 // Calls body with each tile of units, and how many of its units there are from each of its vectors on: a constant if it
@@ -82,9 +84,8 @@ template <int W>
 static void product(float* out, i64 out_stride, const float* a, i64 rows, i64 blocks, i64 jump, const float* panels,
                     i64 K, i64 columns, const float* b, const float* b2, bool add) {
   constexpr int MOST = ACCUMULATORS / W;
-  const i64 tiles = (rows + MOST - 1) / MOST;
   by_units<W * LANES>(0, columns, [&](i64 u, auto left) {
-    for (i64 block = 0; block < blocks; ++block) by_rows<MOST>(rows, tiles, block * jump, [&](auto count, i64 first) {
+    for (i64 block = 0; block < blocks; ++block) by_rows<MOST>(rows, block * jump, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
       V sums[ROWS][W];
       EACH(v, W) {
@@ -111,7 +112,7 @@ struct Outer {
 static void outer(const float* d, i64 width, i64 K, i64 begin, i64 end, const Outer (&outers)[2], float* sums) {
   constexpr int MOST = ACCUMULATORS / TWO, DEPTH = 512;  // rows of d at a time, for the nearest cache
   alignas(64) float near[DEPTH * MOST];
-  by_rows<MOST>(end - begin, (end - begin + MOST - 1) / MOST, begin, [&](auto count, i64 first) {
+  by_rows<MOST>(end - begin, begin, [&](auto count, i64 first) {
     constexpr int ROWS = decltype(count)::value;
     for (i64 k0 = 0; k0 < K; k0 += DEPTH) {
       const i64 depth = std::min<i64>(DEPTH, K - k0);

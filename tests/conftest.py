@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+from rnn import compute
+from rnn.kernels import cpu, native
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=200, help="number of random cases")
@@ -39,6 +42,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No decision, program or library is remembered, before or after."""
+    caches: list[Any] = [compute._served, compute._plan, compute.compiles, cpu._program, native.load]
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn
 from rnn import compute
-from rnn.kernels import cells, cpu, device, host
+from rnn.kernels import cells, device, host
 from rnn.kernels.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -73,17 +73,6 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_num_threads(threads)
     assert inference <= 0.9 and training <= 1, f"{inference:.2f} and {training:.2f} of torch.nn's time"
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """No decision is remembered, before or after."""
-    caches: list[Any] = [compute._served, compute._plan, cpu._program]
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @pytest.fixture

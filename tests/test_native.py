@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,6 @@ layer = rnn.RNN(3, 40, plan=rnn.kernels.plan.Plan("native"))
 layer(torch.randn(5, 2, 3))[0].sum().backward()
 print(float(layer.weight_hh_l0.grad.sum()))
 """
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """No library is loaded, and no plan is remembered, before or after."""
-    caches: list[Any] = [compute.compiles, compute._plan, native.load]
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, check
-from test_native import fresh
 
 import rnn
 from rnn.kernels.plan import Plan
 
 ONEDNN = Plan("onednn")
-__all__ = ["fresh"]
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 
 
