@@ -5,18 +5,19 @@ The plan's backend names the library. NumPy has the least overhead per call; tor
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cells import Cell
-from .host import Window, Windows, parts
+from .host import parts, working
 from .plan import Plan, Rows
 from .trace import Line, Value, trace
 
 Array = Any
+Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
 _ELEMENTWISE = ("add", "subtract", "multiply", "divide", "tanh", "sigmoid")
 # In NumPy (and CuPy) and in torch; {0} and {1} are arguments, {2} is where the result goes.
 _NUMPY = dict(copy="{2}[...] = {0}", relu="maximum({0}, 0, out={2})", matmul="matmul({0}, {1}, {2})",
@@ -103,6 +104,30 @@ def _program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, gi
     return scope["run"], pool
 
 
+class Windows:
+    """All windows of a pass, the rows of which have `width` pre-activations, and where these rows are in memory."""
+
+    def __init__(self, rows: Rows, width: int) -> None:
+        count = rows.window(width)
+        self.all: list[Window] = [(s, min(s + count, rows.steps)) for s in range(0, rows.steps, count)]
+        self.steps, self.reverse = rows.steps, rows.reverse
+        self.starts = [*accumulate(rows.sizes, initial=0)]
+
+    def times(self, window: Window, n: int) -> Window:
+        """Its steps in recurrence n, in the order of time."""
+        first, last = window
+        return (self.steps - last, self.steps - first) if self.reverse[n] else window
+
+    def rows(self, window: Window, n: int) -> slice:
+        first, last = self.times(window, n)
+        return slice(self.starts[first], self.starts[last])
+
+    def most(self) -> int:
+        """Rows of a window."""
+        spans = (self.rows(window, n) for window in self.all for n in range(len(self.reverse)))
+        return max(span.stop - span.start for span in spans)
+
+
 class _Borrowed:
     """A tensor for an array library. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
 
@@ -172,19 +197,23 @@ class _Steps:
                 s[:size][self.masks[t, :size]] = 0
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor,
-            b_ih: Tensor | None, b_hh: Tensor | None, gates: Tensor, last: Tensor, y: Tensor, states: Tensor | None,
-            saved: Tensor | None) -> None:
-    """Takes `last` [N*S, B, H] from before all steps to after them, and fills y, and if given states and saved. `gates`
-    [N, rows, G*H], or y itself, is for the pre-activations of a window."""
+def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+            b_hh: Tensor | None, s0: Tensor, y: Tensor, states: Tensor | None, saved: Tensor | None,
+            last: Tensor) -> None:
+    """Fills y, `last`, and if given states and saved."""
+    N, (_, B, H), G, S, here = len(rows.reverse), s0.shape, cell.gates, cell.states, cell.gates == 1 and not cell.split
+    windows = Windows(rows, N * G * H)
+    most = windows.most()
+    # The pre-activations of one gate have the place of y; else that of a window.
+    (gates,) = [y] if here else working(y, (N, most, G * H))
+    last.copy_(s0)
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
     run, pool = _program(plan.backend, cell, False, saved is not None, b_hh is not None, 0)
-    by, N, G, S, here = _Steps(cell, plan, rows, windows, last), len(rows.reverse), cell.gates, cell.states, gates is y
-    B, H = by.B, by.H
+    by = _Steps(cell, plan, rows, windows, last)
     (w, b), (x, s, h, c, a) = by.take(w_hh, b_hh), by.take(gates, last, y, states, saved, own=True)
     r, temporaries = by.empty(h, B, G * H), by.empty(h, pool, B, H)
-    others = by.empty(h, S - 1, 0 if here else gates.shape[1], H) if c is None else c  # of a window, if not kept
+    others = by.empty(h, S - 1, most if S > 1 else 0, H) if c is None else c  # of a window, if not kept
     for window in windows.all:
         for n, (weight, bias) in enumerate(zip(w_ih.chunk(N), parts(b_ih, N))):
             span, own = windows.rows(window, n), slice(n * G * H, (n + 1) * G * H)
@@ -204,13 +233,19 @@ def forward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, inputs: Tensor
                     to[...] = value
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor,
-             y: Tensor, states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             ds: Tensor, dx: Tensor, dr: Tensor, came: Tensor, grads: Sequence[Tensor | None]) -> None:
-    """Takes ds [N*S, B, H] from after all steps to before them, fills the first of `grads`, that of x (or with more
-    than one recurrence adds to it), and adds to those of the weights and biases. dx and dr [N, rows, G*H], one array
-    unless cell.split, and came [N, rows, H], the h that came in, are for a window."""
-    steps, N = _adjoint(cell, plan, rows, windows, w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came), len(dr)
+def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
+             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
+             dlast: Tensor | None, ds: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Fills ds [N*S, B, H] and those of `grads` that there are, or with more than one recurrence adds to the first."""
+    N, G, H = len(rows.reverse), cell.gates, s0.shape[2]
+    windows = Windows(rows, N * G * H)
+    most = windows.most()
+    dr, came, *rest = working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
+    dx = rest[0] if rest else dr
+    for grad, value in ((ds, dlast), *((grad, None) for grad in grads[1:])):
+        if grad is not None:
+            grad.zero_() if value is None else grad.copy_(value)
+    steps = _adjoint(cell, plan, rows, windows, w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came)
     for window in reversed(windows.all):
         for n, (w, *own) in enumerate(zip(parts(w_ih, N), *(parts(g, N) for g in grads[1:]))):
             steps(window, n)
@@ -226,7 +261,8 @@ def backward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, x: Tensor, w_
 def _adjoint(cell: Cell, plan: Plan, rows: Rows, windows: Windows, w_hh: Tensor, s0: Tensor, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None, ds: Tensor,
              dx: Tensor, dr: Tensor, came: Tensor) -> Callable[[Window, int], None]:
-    """The adjoint of the steps of a window, in recurrence n."""
+    """The adjoint of the steps of a window, in recurrence n. dx and dr [N, rows, G*H], one array unless cell.split, and
+    came [N, rows, H], the h that came in, are for a window."""
     S, GH = cell.states, cell.gates * s0.shape[2]
     given = (dy is not None) + sum(2 << k for k in range(S - 1) if dstates is not None)
     run, pool = _program(plan.backend, cell, True, True, False, given)

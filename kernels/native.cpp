@@ -11,27 +11,49 @@ constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  
 static inline void cell_forward(const V* x, const V* r, const V* s, V* n, V* a) { FORWARD }
 static inline void cell_backward(const V* a, const V* s, const V* n, const V* d, V* x, V* r, V* p) { BACKWARD }
 
-// A window is some steps, in the order of the recurrence; gates, dx, dr [N, most, G, H] and came [N, most, H] have the
-// rows of one window, or, going forward with one gate, gates is y.
-struct Call {
-  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *kept_y, *kept_states, *kept_saved, *dy, *dstates;
-  float *state, *y, *states, *saved, *gates, *dx, *dr, *came, *input_panels, *panels, *buffer;
-  float *x_rows, *h_rows, *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
-  const i64 *sizes, *offsets;
+// What native.py gives: s0, dlast (zero if missing) and `last`, the last states or the gradients of the first ones,
+// [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [A, R, N, H] are written going forward, where they are
+// wanted, and read in the adjoint.
+struct Given {
+  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *dy, *dstates, *dlast;
+  float *y, *states, *saved, *last, *memory;
+  float *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
+  const i64* offsets;
   const bool* resets;
-  i64 steps, B, R, I, H, N, reverses, threads, first, last, most;
+  i64 steps, B, R, I, H, N, reverses, threads, window;
+};
 
-  i64 padded() const { return (H + PADDING - 1) / PADDING * PADDING; }
-  i64 size(i64 t) const { return t < 0 || t >= steps ? 0 : sizes ? sizes[t] : B; }
+// A window is some steps, first to end in the order of the recurrence; gates, dx, dr [N, most, G, H] and came
+// [N, most, H] have the rows of one window, or, going forward with one gate, gates is y.
+struct Call : Given {
+  static constexpr bool IN_PLACE = GATES == 1 && !SPLIT;
+  i64 first = 0, end, most, padded, inputs, gates_width, buffer_width;
+  float *gates, *dx, *dr, *came, *input_panels, *panels, *buffer, *x_rows, *h_rows;
+
+  Call(const Given& given, bool adjoint) : Given(given) {
+    auto pad = [](i64 n, i64 tile) { return (n + tile - 1) / tile * tile; };
+    auto take = [&](i64 size) { return std::exchange(memory, memory + pad(size, 16)); };
+    end = std::min(window, steps), most = std::min(R, end * B), padded = pad(H, PADDING);
+    inputs = adjoint ? pad(I, PADDING) : pad(GATES * H, INPUT_TILE);
+    // Rows a power of 2 apart would have the same place in the caches.
+    gates_width = IN_PLACE && !adjoint ? N * H : pad(GATES * H, LANES) + LANES, buffer_width = padded + LANES;
+    input_panels = take(N * inputs * (adjoint ? GATES * H : I)), panels = take(N * padded * GATES * H);
+    buffer = take((2 - adjoint) * N * STATES * B * buffer_width);
+    if (!adjoint) {
+      gates = IN_PLACE ? y : take(N * most * gates_width);
+      return;
+    }
+    dr = take(N * most * gates_width), dx = SPLIT ? take(N * most * gates_width) : dr, came = take(N * most * H);
+    x_rows = take(N * most * inputs), h_rows = take(N * most * padded);
+  }
   i64 row(i64 t) const { return offsets ? t < steps ? offsets[t] : R : t * B; }
+  i64 size(i64 t) const { return t < 0 || t >= steps ? 0 : row(t + 1) - row(t); }
   bool cut(i64 t, i64 b) const { return resets && resets[t * B + b]; }
   bool reverse(i64 n) const { return reverses >> n & 1; }
-  i64 base(i64 n) const { return row(reverse(n) ? steps - last : first); }  // the first row of the window
-  i64 bound(i64 n) const { return row(reverse(n) ? steps - first : last); }
-  bool in_place() const { return gates == y; }
-  i64 gates_stride() const { return in_place() ? N * H : GATES * H; }
+  i64 base(i64 n) const { return row(reverse(n) ? steps - end : first); }  // the first row of the window
+  i64 bound(i64 n) const { return row(reverse(n) ? steps - first : end); }
   float* gates_of(i64 n, i64 row) const {
-    return in_place() ? y + (row * N + n) * H : gates + (n * most + row - base(n)) * GATES * H;
+    return IN_PLACE ? y + (row * N + n) * H : gates + (n * most + row - base(n)) * gates_width;
   }
 };
 
@@ -45,10 +67,10 @@ struct Part {
   Part(const Call& c, i64 item, i64 groups, i64 share, i64 shares, int tile) {
     const i64 tiles = (c.H + tile - 1) / tile, group = item % groups;
     n = item / groups, reverse = c.reverse(n);
-    first = c.sizes ? group : c.B * group / groups, stride = c.sizes ? groups : 1;
-    bound = c.sizes ? c.B : c.B * (group + 1) / groups;
+    first = c.offsets ? group : c.B * group / groups, stride = c.offsets ? groups : 1;
+    bound = c.offsets ? c.B : c.B * (group + 1) / groups;
     begin = share * tiles / shares * tile, end = std::min(c.H, (share + 1) * tiles / shares * tile);
-    panel = c.panels + n * GATES * c.H * c.padded();
+    panel = c.panels + n * GATES * c.H * c.padded;
   }
   i64 before(i64 t) const { return reverse ? t + 1 : t - 1; }
   // Whether the states that came into step t of sequence b were reset.
@@ -58,12 +80,12 @@ struct Part {
 
 // One step of a part. The states that come into it lie in buffer [2, N, S, B, padded H], half by half in turns.
 static void forward_step(const Call& c, const Part& part, i64 t) {
-  const i64 H = c.H, P = c.padded(), s = part.reverse ? c.steps - 1 - t : t, later = part.reverse ? t - 1 : t + 1;
+  const i64 H = c.H, P = c.buffer_width, s = part.reverse ? c.steps - 1 - t : t, later = part.reverse ? t - 1 : t + 1;
   const i64 plane = c.R * c.N * H, states = c.B * P, row = c.row(t), half = c.N * STATES * states;
   const float* olds = c.buffer + s % 2 * half + part.n * STATES * states;
   float* news = c.buffer + (s + 1) % 2 * half + part.n * STATES * states;
   constexpr int MOST = std::max(1, ACCUMULATORS / (GATES * WIDE));
-  const i64 rows = part.rows(c.size(t)), width = c.gates_stride();
+  const i64 rows = part.rows(c.size(t)), width = c.gates_width;
   const float *x = c.gates_of(part.n, row), *bias = c.b_hh ? c.b_hh + part.n * GATES * H : nullptr;
   by_units<WIDE * LANES>(part.begin, part.end, [&](i64 u, auto left) {
     by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
@@ -89,7 +111,7 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
         const bool cut = later >= 0 && later < c.steps && c.cut(later + part.reverse, b);
         EACH(k, STATES) {
           if (k && c.states) store(c.states + (k - 1) * plane + to, n[k], left(v));
-          if (b >= c.size(later)) store(c.state + ((part.n * STATES + k) * c.B + b) * H + unit, n[k], left(v));
+          if (b >= c.size(later)) store(c.last + ((part.n * STATES + k) * c.B + b) * H + unit, n[k], left(v));
           store(news + k * states + b * P + unit, cut ? V{} : n[k], LANES);
         }
       }
@@ -99,7 +121,7 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
 
 // The gradients of the pre-activations of a step, and what of those of the states does not flow back through W_hh.
 static void adjoint_step(const Call& c, const Part& part, i64 t) {
-  const i64 H = c.H, P = c.padded(), before = part.before(t), plane = c.R * c.N * H, states = c.B * P;
+  const i64 H = c.H, P = c.buffer_width, before = part.before(t), plane = c.R * c.N * H, states = c.B * P;
   float* const ds = c.buffer + part.n * STATES * states;
   for (i64 i = 0; i < part.rows(c.size(t)); ++i) {
     const i64 b = part.first + i * part.stride, at = ((c.row(t) + b) * c.N + part.n) * H;
@@ -108,9 +130,9 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
     const i64 came = ran ? ((c.row(before) + b) * c.N + part.n) * H : 0;
     by_units<LANES>(part.begin, part.end, [&](i64 u, auto left) {
       V a[SAVED + 1], o[STATES], n[STATES], d[STATES], x[GATES], r[GATES], p[STATES];
-      EACH(k, SAVED) a[k] = load(c.kept_saved + k * plane + at + u, left(0));
+      EACH(k, SAVED) a[k] = load(c.saved + k * plane + at + u, left(0));
       EACH(k, STATES) {
-        const float* kept = k ? c.kept_states + (k - 1) * plane : c.kept_y;
+        const float* kept = k ? c.states + (k - 1) * plane : c.y;
         const float* given = k ? c.dstates ? c.dstates + (k - 1) * plane : nullptr : c.dy;
         const float* first = c.s0 + ((part.n * STATES + k) * c.B + b) * H;
         n[k] = load(kept + at + u, left(0));
@@ -120,8 +142,8 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
       }
       cell_backward(a, o, n, d, x, r, p);
       EACH(g, GATES) {
-        if (SPLIT) store(c.dx + (row * GATES + g) * H + u, x[g], left(0));
-        store(c.dr + (row * GATES + g) * H + u, r[g], left(0));
+        if (SPLIT) store(c.dx + row * c.gates_width + g * H + u, x[g], left(0));
+        store(c.dr + row * c.gates_width + g * H + u, r[g], left(0));
       }
       store(c.came + row * H + u, o[0], left(0));
       EACH(k, STATES) store(ds + k * states + b * P + u, cut && k ? V{} : p[k], LANES);
@@ -131,7 +153,7 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
 
 // What flows back through W_hh.
 static void adjoint_product(const Call& c, const Part& part, i64 t) {
-  const i64 H = c.H, P = c.padded(), width = GATES * H;
+  const i64 H = c.H, P = c.buffer_width, width = c.gates_width;
   float* const ds = c.buffer + part.n * STATES * c.B * P;
   constexpr int MOST = ACCUMULATORS / TWO;
   const i64 rows = part.rows(c.size(t));
@@ -165,7 +187,7 @@ struct Team {
     groups = std::max<i64>(1, std::min((threads + N - 1) / N, (c.B + least - 1) / least));
     shares = std::max<i64>(1, std::min(threads / (N * groups), (c.H + tile - 1) / tile));
   }
-  bool alone(const Call& c) const { return shares == 1 && !c.sizes && c.B / groups >= ACCUMULATORS / 2; }
+  bool alone(const Call& c) const { return shares == 1 && !c.offsets && c.B / groups >= ACCUMULATORS / 2; }
   template <typename Body> void parts(const Call& c, Body&& body) const {
     for (i64 part = thread; part < N * groups * shares; part += threads)
       body(Part(c, part / shares, groups, part % shares, shares, tile));
@@ -176,10 +198,10 @@ struct Team {
   template <typename First, typename Second>
   void steps(const Call& c, bool adjoint, First&& first, Second&& second) const {
     auto time = [&](const Part& part, i64 i) {
-      const i64 s = adjoint ? c.last - 1 - i : c.first + i;
+      const i64 s = adjoint ? c.end - 1 - i : c.first + i;
       return part.reverse ? c.steps - 1 - s : s;
     };
-    const i64 count = c.last - c.first;
+    const i64 count = c.end - c.first;
     if (shares == 1)
       parts(c, [&](const Part& part) {
         for (i64 i = 0; i < count; ++i) first(c, part, time(part, i)), second(c, part, time(part, i));
@@ -193,54 +215,54 @@ struct Team {
   }
 };
 
-// Calls body with the addresses of the units of a part, of each state of each sequence: in `state` and in the buffer.
+// Calls body for each state of each sequence with where those of its units that the part has are: in s0 or `last`, and
+// in the buffer.
 template <typename Body> static void each_state(const Call& c, const Part& part, Body&& body) {
   for (i64 k = 0; k < STATES; ++k)
     for (i64 b = part.first; b < part.bound; b += part.stride) {
       const i64 row = (part.n * STATES + k) * c.B + b;
-      body(c.state + row * c.H + part.begin, c.buffer + row * c.padded() + part.begin, 4 * (part.end - part.begin),
-           !part.reverse && c.cut(0, b));
+      body(row * c.H + part.begin, c.buffer + row * c.buffer_width + part.begin, !part.reverse && c.cut(0, b));
     }
 }
 
-// All steps, in windows of as many as the first has. state [N, S, B, H] in and out; y [R, N, H], and where they are
-// wanted states [S-1, R, N, H], saved [A, R, N, H].
-extern "C" void forward(const Call& all) {
-#pragma omp parallel num_threads(all.threads)
+// All steps, in windows.
+extern "C" void forward(const Given& given) {
+#pragma omp parallel num_threads(given.threads)
   {
-    Call c = all;
+    Call c(given, false);
     const Team team(c, WIDE * LANES);
-    const i64 H = c.H, P = c.padded(), I = c.I, half = c.N * STATES * c.B * P, columns = c.N * GATES * P / LANES;
-    team.each(columns, [&](i64 i) {  // of W_hh: by recurrence, tile, gate and vector of its units
+    const i64 H = c.H, P = c.padded, I = c.I, half = c.N * STATES * c.B * c.buffer_width;
+    team.each(c.N * GATES * P / LANES, [&](i64 i) {  // of W_hh: by recurrence, tile, gate and vector of its units
       const i64 n = i / (GATES * P / LANES), tile = i / (GATES * WIDE) % (P / LANES / WIDE), v = i % (GATES * WIDE);
       const i64 unit = (tile * WIDE + v % WIDE) * LANES;
       pack(c.panels + (n * P + tile * WIDE * LANES) * GATES * H + v * LANES, GATES * WIDE * LANES,
            c.w_hh + (n * GATES * H + v / WIDE * H + unit) * H, H, H, H - unit, false);
     });
-    const i64 width = (GATES * H + INPUT_TILE - 1) / INPUT_TILE * INPUT_TILE;
-    team.each(c.N * width / LANES, [&](i64 i) {
-      const i64 n = i / (width / LANES), row = i % (width / LANES) * LANES;
-      pack(c.input_panels + (n * width + row / INPUT_TILE * INPUT_TILE) * I + row % INPUT_TILE, INPUT_TILE,
+    team.each(c.N * c.inputs / LANES, [&](i64 i) {
+      const i64 n = i / (c.inputs / LANES), row = i % (c.inputs / LANES) * LANES;
+      pack(c.input_panels + (n * c.inputs + row / INPUT_TILE * INPUT_TILE) * I + row % INPUT_TILE, INPUT_TILE,
            c.w_ih + (n * GATES * H + row) * I, I, I, GATES * H - row, false);
     });
     team.parts(c, [&](const Part& part) {
-      each_state(c, part, [&](float* state, float* buffer, i64 bytes, bool cut) {
+      const i64 bytes = 4 * (part.end - part.begin);
+      each_state(c, part, [&](i64 at, float* buffer, bool cut) {
+        std::memcpy(c.last + at, c.s0 + at, bytes);  // of sequences without a step, it stays
         if (cut) std::memset(buffer, 0, bytes);
-        else std::memcpy(buffer, state, bytes);
+        else std::memcpy(buffer, c.s0 + at, bytes);
         std::memcpy(buffer + half, buffer, bytes);
       });
     });
-    for (const i64 count = c.last; c.first < c.steps; c.first = c.last, c.last = std::min(c.steps, c.last + count)) {
+    for (; c.first < c.steps; c.first = c.end, c.end = std::min(c.steps, c.end + c.window)) {
 #pragma omp barrier
       auto project = [&](i64 n, i64 begin, i64 end, i64 blocks) {
         const float* b = c.b_ih ? c.b_ih + n * GATES * H : nullptr;
         const float* b2 = b && !SPLIT ? c.b_hh + n * GATES * H : nullptr;
-        product<INPUT_WIDE>(c.gates_of(n, begin), c.gates_stride(), c.x + begin * I, end - begin, blocks, c.B,
-                            c.input_panels + n * width * I, I, GATES * H, b, b2, false);
+        product<INPUT_WIDE>(c.gates_of(n, begin), c.gates_width, c.x + begin * I, I, end - begin, blocks, c.B,
+                            c.input_panels + n * c.inputs * I, I, GATES * H, b, b2, false);
       };
       if (team.alone(c))  // of its own sequences, as it is the one to read it
         team.parts(c, [&](const Part& part) {
-          project(part.n, c.base(part.n) + part.first, c.base(part.n) + part.bound, c.last - c.first);
+          project(part.n, c.base(part.n) + part.first, c.base(part.n) + part.bound, c.end - c.first);
         });
       else
         for (i64 n = 0; n < c.N; ++n) {
@@ -253,30 +275,36 @@ extern "C" void forward(const Call& all) {
   }
 }
 
-// The adjoint, in windows of as many steps as the first of them has. state is the gradient of the last states in, of
-// the first ones out; the gradients of the weights, the biases and, with more than one recurrence, x are added to.
-extern "C" void backward(const Call& all) {
-#pragma omp parallel num_threads(all.threads)
+// The adjoint, likewise. With more than one recurrence the gradient of x is added to.
+extern "C" void backward(const Given& given) {
+#pragma omp parallel num_threads(given.threads)
   {
-    Call c = all;
+    Call c(given, true);
     const Team team(c, PADDING);
-    const i64 H = c.H, I = c.I, K = GATES * H, count = c.last;
-    const i64 inputs = (I + PADDING - 1) / PADDING * PADDING, P = c.padded();
-    // The columns of `from` [rows, width] into panels.
-    auto across = [&](float* to, const float* from, i64 rows, i64 width, i64 padded) {
+    const i64 H = c.H, I = c.I, K = GATES * H, P = c.padded, inputs = c.inputs, width = c.gates_width;
+    // The columns of `from` [rows, columns] into panels.
+    auto across = [&](float* to, const float* from, i64 rows, i64 columns, i64 padded) {
       team.each(padded / LANES, [&](i64 i) {
         const i64 u = i * LANES;
-        pack(to + u / PADDING * PADDING * rows + u % PADDING, PADDING, from + u, width, rows, width - u, true);
+        pack(to + u / PADDING * PADDING * rows + u % PADDING, PADDING, from + u, columns, rows, columns - u, true);
       });
     };
     for (i64 n = 0; n < c.N; ++n) {
       across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
       if (c.x_grad) across(c.input_panels + n * K * inputs, c.w_ih + n * K * I, K, I, inputs);
     }
-    auto states = [&](auto copy) { team.parts(c, [&](const Part& part) { each_state(c, part, copy); }); };
-    states([](float* state, float* buffer, i64 bytes, bool) { std::memcpy(buffer, state, bytes); });
-    for (c.first = (c.steps - 1) / count * count; c.first >= 0; c.first -= count) {
-      c.last = std::min(c.steps, c.first + count);
+    auto states = [&](auto copy) {
+      team.parts(c, [&](const Part& part) {
+        each_state(c, part, [&](i64 at, float* buffer, bool) { copy(at, buffer, 4 * (part.end - part.begin)); });
+      });
+    };
+    states([&](i64 at, float* buffer, i64 bytes) {
+      if (c.dlast) std::memcpy(buffer, c.dlast + at, bytes);
+      else std::memset(buffer, 0, bytes);
+    });
+    for (c.first = (c.steps - 1) / c.window * c.window; c.first >= 0; c.first -= c.window) {
+      c.end = std::min(c.steps, c.first + c.window);
+      const bool add = c.end < c.steps;
 #pragma omp barrier
       team.steps(c, true, adjoint_step, adjoint_product);
 #pragma omp barrier
@@ -284,7 +312,7 @@ extern "C" void backward(const Call& all) {
         const i64 from = c.base(n), rows = c.bound(n) - from;
         const i64 begin = rows * team.thread / team.threads, end = rows * (team.thread + 1) / team.threads;
         if (c.x_grad)
-          product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * K, end - begin, 1, 0,
+          product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * width, width, end - begin, 1, 0,
                        c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
 #pragma omp barrier
         if (c.w_ih_grad) across(c.x_rows + n * c.most * inputs, c.x + from * I, rows, I, inputs);
@@ -293,15 +321,15 @@ extern "C" void backward(const Call& all) {
 #pragma omp barrier
       for (i64 n = 0; n < c.N; ++n) {
         const i64 rows = c.bound(n) - c.base(n), begin = K * team.thread / team.threads;
-        const i64 end = K * (team.thread + 1) / team.threads, at = n * c.most * K;
+        const i64 end = K * (team.thread + 1) / team.threads, at = n * c.most * width;
         const Outer x = {c.x_rows + n * c.most * inputs, c.w_ih_grad ? c.w_ih_grad + n * K * I : nullptr, I};
         const Outer h = {c.h_rows + n * c.most * P, c.w_hh_grad ? c.w_hh_grad + n * K * H : nullptr, H}, none = {};
         float *b_ih = c.b_ih_grad ? c.b_ih_grad + n * K : nullptr, *b_hh = c.b_hh_grad ? c.b_hh_grad + n * K : nullptr;
-        outer(c.dr + at, K, rows, begin, end, {h, SPLIT ? none : x}, b_hh);
-        if (SPLIT) outer(c.dx + at, K, rows, begin, end, {x, none}, b_ih);
+        outer(c.dr + at, width, rows, begin, end, {h, SPLIT ? none : x}, b_hh, add);
+        if (SPLIT) outer(c.dx + at, width, rows, begin, end, {x, none}, b_ih, add);
       }
     }
-    states([](float* state, float* buffer, i64 bytes, bool) { std::memcpy(state, buffer, bytes); });
+    states([&](i64 at, float* buffer, i64 bytes) { std::memcpy(c.last + at, buffer, bytes); });
   }
 }
 

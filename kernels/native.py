@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .disk import kept
-from .host import Windows, working
+from .host import working
 from .plan import STEP_PRODUCT, Plan, Rows
 from .trace import statements
 
@@ -79,40 +79,34 @@ def _threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def _call(cell: Cell, rows: Rows, windows: Windows, adjoint: bool, tensors: Sequence[Tensor | None],
-          shape: tuple[int, int], s0: Tensor, most: int) -> None:
-    """Calls it with struct Call: the addresses of `tensors`, x [R, I] = `shape` to came and the gradients, and those of
-    memory for itself."""
+def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tensor | None) -> None:
+    """Calls it with struct Given, of which `given` is w_ih to `last` and the gradients, and memory for itself."""
     if s0.dtype != torch.float32 or not s0.is_cpu:
         raise RuntimeError(f"The plan \"native\" is for float32 on the CPU, got {s0.dtype} on {s0.device}")
-    N, (_, B, H), (R, I) = len(rows.reverse), s0.shape, shape
-    hidden, inputs, gates = (-(-n // 64) * 64 for n in (H, I, cell.gates * H))  # as it pads them, or more
-    panels = (working("input panels", s0, N * (cell.gates * H * inputs if adjoint else gates * I)),
-              working("panels", s0, N * cell.gates * H * hidden),
-              working("buffer", s0, (2 - adjoint) * N * cell.states * B * hidden))
-    columns = [working(name, s0, N * most * width) if adjoint else None
-               for name, width in (("inputs", inputs), ("states", hidden))]
-    sizes = None if rows.offsets is None else torch.tensor(rows.sizes, device="cpu")
-    pointed = *tensors[:19], *panels, *columns, *tensors[19:], sizes, rows.offsets, rows.resets
+    (R, I), (_, B, H), N, G, adjoint = x.shape, s0.shape, len(rows.reverse), cell.gates, name == "backward"
+    window = rows.window(N * G * H)
+    most = min(R, window * B)
+    inputs, hidden, gates = (-(-n // 64) * 64 + 64 for n in (I, H, G * H))  # as it pads them, or more
+    width = 2 * gates + inputs + 2 * hidden if adjoint else gates
+    (memory,) = working(s0, (N * (gates * (inputs + hidden) + 2 * cell.states * B * hidden + most * width),))
+    pointed = x, *given[:12], memory, *(given[12:] or [None] * 5), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
-    numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), 0, windows.all[0][1], most
-    getattr(load(cell), "backward" if adjoint else "forward")(struct.pack("43q", *addresses, *numbers))
+    numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), window
+    getattr(load(cell), name)(struct.pack("30q", *addresses, *numbers))
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, x: Tensor, w_ih: Tensor, w_hh: Tensor,
-            b_ih: Tensor | None, b_hh: Tensor | None, gates: Tensor, last: Tensor, y: Tensor, states: Tensor | None,
-            saved: Tensor | None) -> None:
+def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+            b_hh: Tensor | None, s0: Tensor, y: Tensor, states: Tensor | None, saved: Tensor | None,
+            last: Tensor) -> None:
     """As `cpu.forward`."""
-    tensors = x, w_ih, w_hh, b_ih, b_hh, *[None] * 6, last, y, states, saved, gates, *[None] * 8
-    _call(cell, rows, windows, False, tensors, (len(x), w_ih.shape[1]), last, 0 if gates is y else gates.shape[1])
+    _call("forward", cell, rows, x, s0, w_ih, w_hh, b_ih, b_hh, s0, None, None, None, y, states, saved, last)
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, windows: Windows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor,
-             y: Tensor, states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             ds: Tensor, dx: Tensor, dr: Tensor, came: Tensor, grads: Sequence[Tensor | None]) -> None:
+def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
+             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
+             dlast: Tensor | None, ds: Tensor, grads: Sequence[Tensor | None]) -> None:
     """As `cpu.backward`."""
-    tensors = x, w_ih, w_hh, None, None, s0, y, states, saved, dy, dstates, ds, *[None] * 4, dx, dr, came, *grads
-    _call(cell, rows, windows, True, tensors, (len(x), w_ih.shape[1]), s0, dr.shape[1])
+    _call("backward", cell, rows, x, s0, w_ih, w_hh, None, None, s0, dy, dstates, dlast, y, states, saved, ds, *grads)
 
 
 def step(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,

@@ -81,8 +81,8 @@ static void pack(float* to, i64 stride, const float* from, i64 width, i64 K, i64
 // out [rows, columns] = a [rows, K] times a matrix in panels, plus two biases, or added to what it is; and likewise of
 // `blocks` in all, each `jump` rows after the one before it.
 template <int W>
-static void product(float* out, i64 out_stride, const float* a, i64 rows, i64 blocks, i64 jump, const float* panels,
-                    i64 K, i64 columns, const float* b, const float* b2, bool add) {
+static void product(float* out, i64 out_stride, const float* a, i64 stride, i64 rows, i64 blocks, i64 jump,
+                    const float* panels, i64 K, i64 columns, const float* b, const float* b2, bool add) {
   constexpr int MOST = ACCUMULATORS / W;
   by_units<W * LANES>(0, columns, [&](i64 u, auto left) {
     for (i64 block = 0; block < blocks; ++block) by_rows<MOST>(rows, block * jump, [&](auto count, i64 first) {
@@ -94,7 +94,7 @@ static void product(float* out, i64 out_stride, const float* a, i64 rows, i64 bl
         const float* from = out + first * out_stride + u + v * LANES;
         EACH(i, ROWS) sums[i][v] = add ? load(from + i * out_stride, left(v)) : bias;
       }
-      multiply(sums, a + first * K, K, 1, panels + u * K, K);
+      multiply(sums, a + first * stride, stride, 1, panels + u * K, K);
       EACH(i, ROWS) EACH(v, W) store(out + (first + i) * out_stride + u + v * LANES, sums[i][v], left(v));
     });
   });
@@ -107,30 +107,39 @@ struct Outer {
   i64 columns;
 };
 
-// out [begin to end, columns] += d^T times a matrix, of each of `outers`, and sums [begin to end] += those of the
-// columns of d [K, width].
-static void outer(const float* d, i64 width, i64 K, i64 begin, i64 end, const Outer (&outers)[2], float* sums) {
-  constexpr int MOST = ACCUMULATORS / TWO, DEPTH = 512;  // rows of d at a time, for the nearest cache
-  alignas(64) float near[DEPTH * MOST];
-  by_rows<MOST>(end - begin, begin, [&](auto count, i64 first) {
-    constexpr int ROWS = decltype(count)::value;
-    for (i64 k0 = 0; k0 < K; k0 += DEPTH) {
-      const i64 depth = std::min<i64>(DEPTH, K - k0);
-      float total[ROWS] = {};
-      for (i64 k = 0; k < depth; ++k)
-        for (int i = 0; i < ROWS; ++i) total[i] += near[k * ROWS + i] = d[(k0 + k) * width + first + i];
-      if (sums) for (int i = 0; i < ROWS; ++i) sums[first + i] += total[i];
+// out [begin to end, columns] = d^T times a matrix, or added to what it is, of each of `outers`; and `sums` likewise of
+// the columns of d [K, stride].
+static void outer(const float* d, i64 stride, i64 K, i64 begin, i64 end, const Outer (&outers)[2], float* sums,
+                  bool add) {
+  // Of so many rows and columns of d at a time a copy, tile by tile, stays in the second cache.
+  constexpr int MOST = ACCUMULATORS / TWO, COLUMNS = 2 * MOST, DEPTH = 1024;
+  alignas(64) float near[DEPTH * COLUMNS];
+  for (i64 k0 = 0; k0 < std::max<i64>(K, 1); k0 += DEPTH, add = true) {
+    const i64 depth = std::min<i64>(DEPTH, K - k0);
+    for (i64 column = begin; column < end; column += COLUMNS) {
+      const i64 columns = std::min<i64>(COLUMNS, end - column);
+      by_rows<MOST>(columns, 0, [&](auto count, i64 first) {
+        constexpr int ROWS = decltype(count)::value;
+        float total[ROWS] = {}, *to = near + first * DEPTH;
+        for (i64 k = 0; k < depth; ++k)
+          for (int i = 0; i < ROWS; ++i) total[i] += to[k * ROWS + i] = d[(k0 + k) * stride + column + first + i];
+        if (sums)
+          for (int i = 0; i < ROWS; ++i) sums[column + first + i] = total[i] + (add ? sums[column + first + i] : 0.f);
+      });
       for (const Outer& o : outers)
         if (o.out)
           by_units<PADDING>(0, o.columns, [&](i64 u, auto left) {
-            V acc[ROWS][TWO];
-            float* out = o.out + first * o.columns + u;
-            EACH(i, ROWS) EACH(v, TWO) acc[i][v] = load(out + i * o.columns + v * LANES, left(v));
-            multiply(acc, near, 1, ROWS, o.panels + u * K + k0 * PADDING, depth);
-            EACH(i, ROWS) EACH(v, TWO) store(out + i * o.columns + v * LANES, acc[i][v], left(v));
+            by_rows<MOST>(columns, 0, [&](auto count, i64 first) {
+              constexpr int ROWS = decltype(count)::value;
+              V acc[ROWS][TWO];
+              float* out = o.out + (column + first) * o.columns + u;
+              EACH(i, ROWS) EACH(v, TWO) acc[i][v] = add ? load(out + i * o.columns + v * LANES, left(v)) : V{};
+              multiply(acc, near + first * DEPTH, 1, ROWS, o.panels + u * K + k0 * PADDING, depth);
+              EACH(i, ROWS) EACH(v, TWO) store(out + i * o.columns + v * LANES, acc[i][v], left(v));
+            });
           });
     }
-  });
+  }
 }
 
 template <int N> static inline float total(const float* from) {

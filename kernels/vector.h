@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 
 typedef int64_t i64;

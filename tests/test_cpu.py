@@ -10,7 +10,7 @@ from small import pair
 from torch import Tensor
 
 from rnn import compute
-from rnn.kernels import cells, host
+from rnn.kernels import cells, cpu
 from rnn.kernels.plan import Plan, Rows
 
 PLANS = [Plan("numpy"), Plan("torch"), Plan("native")]
@@ -84,8 +84,8 @@ def test_sizes(cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of few rows."""
-    monkeypatch.setattr(host, "WINDOW", 0)
-    monkeypatch.setattr(host, "WINDOW_ROWS", 24)
+    monkeypatch.setattr("rnn.kernels.plan.WINDOW", 0)
+    monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 24)
 
 
 @pytest.mark.parametrize("plan", PLANS[1:], ids=lambda plan: plan.backend)  # NumPy's products are too small
@@ -106,10 +106,10 @@ class TestWindows:
     def test_which_steps(self) -> None:
         """All of them, in order; all of a length but the last, so that its steps are enough to know them."""
         for T, B, width in ((1, 1, 1), (100, 3, 10), (100, 0, 10), (70, 400, 40), (5, 5000, 4096), (3000, 2, 10**6)):
-            found = host.Windows(Rows(T, [False], [B] * T), width).all
+            found = cpu.Windows(Rows(T, [False], [B] * T), width).all
             first = found[0][1]
             assert found == [(s, min(s + first, T)) for s in range(0, T, first)]
-        assert len(host.Windows(Rows(6, [False], [400] * 6), 340).all) > 2, "of test_many_rows"
+        assert len(cpu.Windows(Rows(6, [False], [400] * 6), 340).all) > 2, "of test_many_rows"
 
     @every_plan
     @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
