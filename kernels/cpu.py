@@ -2,6 +2,7 @@
 The plan's backend names the library. NumPy has the least overhead per call; torch has the faster large products and, in
 `addmm`, a product and a sum in one."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -197,6 +198,13 @@ class _Steps:
                 s[:size][self.masks[t, :size]] = 0
 
 
+def _working(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
+    """Working memory of these shapes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = working(like, sum(sizes))[: sum(sizes)].split(sizes)
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
+
+
 def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
             b_hh: Tensor | None, s0: Tensor, y: Tensor, states: Tensor | None, saved: Tensor | None,
             last: Tensor) -> None:
@@ -205,7 +213,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     windows = Windows(rows, N * G * H)
     most = windows.most()
     # The pre-activations of one gate have the place of y; else that of a window.
-    (gates,) = [y] if here else working(y, (N, most, G * H))
+    gates = y if here else _working(y, (N, most, G * H))[0]
     last.copy_(s0)
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
@@ -240,7 +248,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     N, G, H = len(rows.reverse), cell.gates, s0.shape[2]
     windows = Windows(rows, N * G * H)
     most = windows.most()
-    dr, came, *rest = working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
+    dr, came, *rest = _working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
     dx = rest[0] if rest else dr
     for grad, value in ((ds, dlast), *((grad, None) for grad in grads[1:])):
         if grad is not None:

@@ -3,7 +3,6 @@ work in. Tensors are contiguous and of one device; step t has the sizes[t] rows 
 kernels go through windows of time, few enough steps that their pre-activations stay in the caches, and do the products
 with the input and of the gradients window by window."""
 
-import math
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -25,15 +24,15 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def working(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
-    """Memory of these shapes, with whatever is in it, for one call: this thread's next call gets the same. Fresh memory
-    costs as much as the arithmetic of some steps."""
-    sizes, key = [math.prod(shape) for shape in shapes], (like.dtype, like.device)
+def working(like: Tensor, size: int) -> Tensor:
+    """Memory of that size or more, with whatever is in it, for one call: this thread's next call gets the same. Fresh
+    memory costs as much as the arithmetic of some steps."""
+    key = like.dtype, like.device
     memory = _kept.memory.get(key)
-    if memory is None or len(memory) < sum(sizes):
+    if memory is None or len(memory) < size:
         with torch.inference_mode(False):  # or it would be of no use outside of it
-            memory = _kept.memory[key] = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
-    return [part.view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes)]
+            memory = _kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return memory
 
 
 @cache

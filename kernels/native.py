@@ -88,7 +88,7 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
     most = min(R, window * B)
     inputs, hidden, gates = (-(-n // 64) * 64 + 64 for n in (I, H, G * H))  # as it pads them, or more
     width = 2 * gates + inputs + 2 * hidden if adjoint else gates
-    (memory,) = working(s0, (N * (gates * (inputs + hidden) + 2 * cell.states * B * hidden + most * width),))
+    memory = working(s0, N * (gates * (inputs + hidden) + 2 * cell.states * B * hidden + most * width))
     pointed = x, *given[:12], memory, *(given[12:] or [None] * 5), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
     numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), window

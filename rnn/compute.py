@@ -154,9 +154,10 @@ class Run:
             ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
             self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
         else:
-            T, starts = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes
-            ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
-            ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
+            T, starts, ends = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes, None
+            if self.plan.scope != "host":
+                ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
+                ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
             self.rows = Rows(T, reverse, batch_sizes.tolist(), ends, starts, resets)
 
     def kernel(self, name: str, *given: Any) -> Sequence[Any]:
