@@ -5,7 +5,8 @@ backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
 
 All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh; s: S states, of
 which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what flows back through W_hh: the
-recurrence adds that. A cell in which x and r meet only as x + r returns one and the same object as dx and dr.
+recurrence adds that. A cell in which x and r meet only as x + r returns one and the same object as dx and dr. A factor
+of ds in parentheses depends on nothing that the adjoint of another step gives: array operations do it for all at once.
 (Functions that Triton reads have no annotations.)"""
 
 from collections.abc import Callable
@@ -78,8 +79,8 @@ def _lstm(x, r, s):
 def _lstm_backward(saved, s, s_next, ds):
     i, f, g, o = saved
     tc = tanh(s_next[1])
-    dc = ds[1] + ds[0] * o * (1 - tc * tc)
-    d = (dc * g * i * (1 - i), dc * s[1] * f * (1 - f), dc * i * (1 - g * g), ds[0] * tc * o * (1 - o))
+    dc = ds[1] + ds[0] * (o * (1 - tc * tc))
+    d = (dc * (g * i * (1 - i)), dc * (s[1] * f * (1 - f)), dc * (i * (1 - g * g)), ds[0] * (tc * o * (1 - o)))
     return d, d, (zeros_like(dc), dc * f)
 
 
@@ -92,9 +93,9 @@ def _gru(x, r, s):
 
 def _gru_backward(saved, s, s_next, ds):
     reset, z, n, rn = saved
-    dn = ds[0] * (1 - z) * (1 - n * n)
-    dz = ds[0] * (s[0] - n) * z * (1 - z)
-    dreset = dn * rn * reset * (1 - reset)
+    dn = ds[0] * ((1 - z) * (1 - n * n))
+    dz = ds[0] * ((s[0] - n) * z * (1 - z))
+    dreset = dn * (rn * reset * (1 - reset))
     return (dreset, dz, dn), (dreset, dz, dn * reset), (ds[0] * z,)
 
 

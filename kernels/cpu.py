@@ -1,13 +1,12 @@
-"""The recurrence as array operations, step after step: in NumPy, in torch on the CPU, or in CuPy.
-The plan's backend names the library. NumPy has the least overhead per call; torch has the faster large products and, in
-`addmm`, a product and a sum in one."""
+"""The recurrence as array operations, step after step, in NumPy or CuPy; the plan "torch" has torch do the products of
+the steps, with its threads and the faster library, in the same memory."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,22 +18,19 @@ from .trace import Line, Value, trace
 
 Array = Any
 Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
-_ELEMENTWISE = ("add", "subtract", "multiply", "divide", "tanh", "sigmoid")
-# In NumPy (and CuPy) and in torch; {0} and {1} are arguments, {2} is where the result goes.
-_NUMPY = dict(copy="{2}[...] = {0}", relu="maximum({0}, 0, out={2})", matmul="matmul({0}, {1}, {2})",
+_ELEMENTWISE = ("add", "subtract", "multiply", "divide", "tanh")
+# {0} and {1} are arguments, {2} is where the result goes.
+_WORDS = dict(copy="{2}[...] = {0}", relu="maximum({0}, 0, out={2})",
               relu_grad="copyto({2}, 0), copyto({2}, {0}, where=~({1} <= 0))")
-_TORCH = dict(copy="{2}[...] = {0}", relu="clamp_min({0}, 0, out={2})", matmul="mm({0}, {1}, out={2})",
-              relu_grad="ops.aten.threshold_backward.grad_input({0}, {1}, 0, grad_input={2})")
 
 
-def _words(backend: str, name: str, given: Sequence[Any], result: Any) -> str:
-    text = (_TORCH if backend == "torch" else _NUMPY).get(name)
-    out = "out=" if backend == "torch" else ""
-    return text.format(*given, *[0] * (2 - len(given)), result) if text else (
-        f"{name}({', '.join(map(str, given))}, {out}{result})")
+def _words(line: Line) -> str:
+    name, given, result = line
+    word = _WORDS.get(name, f"{name}({', '.join(map(str, given))}, {{2}})")
+    return word.format(*given, *[0] * (2 - len(given)), result)
 
 
-def _pooled(lines: Sequence[Line]) -> int:
+def _pooled(lines: Sequence[Line], letter: str) -> int:
     """Give temporaries, t0, t1..., that are not needed at the same time one name: T0, T1... The number of names."""
     last = {id(value): i for i, (_, given, _) in enumerate(lines) for value in given if isinstance(value, Value)}
     free: list[str] = []
@@ -42,67 +38,97 @@ def _pooled(lines: Sequence[Line]) -> int:
     for i, (name, given, result) in enumerate(lines):
         # Operations on elements may write over what they read.
         values = (v for v in given if isinstance(v, Value))
-        done = {v.name for v in values if v.name[0] == "T" and last[id(v)] == i}
+        done = {v.name for v in values if v.name[0] == letter and last[id(v)] == i}
         free += done if name in _ELEMENTWISE else ()
         if result.name[0] == "t":
             if not free:
-                free.append(f"T{count}")
+                free.append(f"{letter}{count}")
                 count += 1
             result.name = free.pop()
         free += done if name not in _ELEMENTWISE else ()
     return count
 
 
+class _Program(NamedTuple):
+    """`before` is done for all steps of a segment at once, `run` step after step; and the names of what they are given,
+    `run` of the columns of steps, and of what is the same at all steps. NAME_ is a tensor that shares NAME's memory.
+    Going forward x and r are pre-activations, n and s the states after and before, a the activations, b and w bias and
+    W^T. In the adjoint w is W, d the gradient of n, p that of s, g what is given of d, x and r gradients, h what does
+    not depend on d. `run` returns the last states or gradients."""
+
+    before: Any
+    whole: Sequence[str]
+    run: Any
+    columns: Sequence[str]
+    others: Sequence[str]
+    early: int  # how many h, E, which are temporaries of `before`, and T, those of `run`
+    spare: int
+    pool: int
+
+
+def _function(library: Any, heading: str, body: Sequence[str], last: str = "") -> Any:
+    """Straight-line Python: a loop over operations would cost as much as they do at small sizes."""
+    scope = dict(vars(library), mm=torch.mm, addmm=torch.addmm)
+    exec("\n  ".join((heading, *body, "pass")) + last, scope)
+    return scope["run"]
+
+
 @lru_cache
-def _program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: int) -> tuple[Any, int]:
-    """The loop over time, run(steps, arrays...), and how many temporaries those end with. Going forward the columns
-    of `steps` are x, by gates if cell.split, the states after it and the activations, if they are wanted; the arrays
-    W^T, b or None, r, its gates, and the states that it begins with. In the adjoint the columns are the activations,
-    the states before and after, the gradients of those that are `given` (bits), dx if cell.split and dr, by gates, and
-    dr; the arrays W, the gradients of the states, and their successors. It returns the last states or gradients."""
-    library = import_module(backend)
-    G, S, A = cell.gates, cell.states, cell.saved
+def _program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: int) -> _Program:
+    twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
     x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
-    known = _ELEMENTWISE[: 6 if backend == "torch" else 5]
     if adjoint:
-        lines, results = trace(cell.backward, (a, s, n, d), known)
-        named = zip((*(x if cell.split else r), *r, *p), chain(*results))
+        lines, results = trace(cell.backward, (a, s, n, d), _ELEMENTWISE)
+        named = [*zip((*(x if cell.split else r), *r, *p), chain(*results))]
     else:
-        lines, results = trace(cell.forward, (x if cell.split else [""] * G, r, s), known)
-        named = zip((*n, *(a if save else ())), chain(*results))
+        lines, results = trace(cell.forward, (x if cell.split else [""] * G, r, s), _ELEMENTWISE)
+        named = [*zip((*n, *(a if save else ())), chain(*results))]
+    late: set[int] = set()  # what has to wait for the step
+    for _, arguments, result in lines:
+        if not adjoint or any(isinstance(v, Value) and (v.name in d or id(v) in late) for v in arguments):
+            late.add(id(result))
     alone = False
     for name, value in named:
         if name == "p0" and not isinstance(value, Value):
             alone = True
-        elif not isinstance(value, Value) or (value.name[0] != "t" and value.name != name):
+        elif not isinstance(value, Value) or id(value) not in late or (value.name[0] != "t" and value.name != name):
             lines.append(("copy", (value,), Value(lines, name)))
+            late.add(id(lines[-1][2]))
         else:
             value.name = name
-    pool = _pooled(lines)
-    body = [_words(backend, *line) for line in lines]
+    early, lines = ([line for line in lines if (id(line[2]) in late) == which] for which in (False, True))
+    used = {id(v): v for _, arguments, _ in lines for v in arguments if isinstance(v, Value)}
+    h = [v for v in (result for _, _, result in early) if id(v) in used]
+    for k, value in enumerate(h):
+        value.name = f"h{k}"
+    read = sorted({v.name for v in used.values() if v.name[0] in "asn"} if adjoint else ())
+    pools = _pooled(early, "E"), _pooled(lines, "T")
+    body, temporaries = [*map(_words, lines)], [f"T{k}" for k in range(pools[1])]
     if adjoint:
-        columns = [*a, *s, *n, *(f"g{k}" for k in range(S) if given >> k & 1), *(x if cell.split else ()), *r, "dr"]
-        body = [_words(backend, "add", (f"d{k}", f"g{k}"), f"d{k}") for k in range(S) if given >> k & 1] + body
+        g = [f"g{k}" for k in range(S) if given >> k & 1]
+        columns = [*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin]
+        body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body
         body += [f"d{k}, p{k} = p{k}, d{k}" for k in range(1, S)]
-        product, term = ("dr", "w"), None if alone else "p0"
-        others, out, names = ["w", *d, *p], "d0", d
+        product, term, out = f"dr{twin}, w", "" if alone else "p0", "d0"
+        others, names = ["w", *d, *p, *temporaries, *(v + twin for v in ("d0", "p0") if twin)], d
     else:
-        columns = [*(x if cell.split else ["x"]), *n, *(a if save else ())]
-        product, term, out = ("s0", "w"), ("b" if bias else None) if cell.split else "x", "r"
-        others, names = ["w", "b", "r", *r, *s], s
-        body += [f"s{k} = n{k}" for k in range(S)]
-    if term and backend == "torch":
-        before = [f"addmm({term}, {', '.join(product)}, out={out})"]
+        columns = [*(x if cell.split else ["x"]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
+        columns += ["x_"] if twin and not cell.split else []
+        product, term, out = f"s0{twin}, w", ("b" if bias else "") if cell.split else "x", "r"
+        others, names = ["w", "b", "r", *r, *s, *temporaries, *(("r_", "s0_") if twin else ())], s
+        body += [f"s{k} = n{k}" for k in range(S)] + (["s0_ = n0_"] if twin else [])
+    if twin:
+        term += "_" if term not in ("", "b") else ""
+        before = [f"addmm({term}, {product}, out={out}_)" if term else f"mm({product}, out={out}_)"]
     else:
-        before = [_words(backend, "matmul", product, out)]
-        before += [_words(backend, "add", (out, term), out)] if term else []
+        before = [f"matmul({product}, {out})", *([f"add({out}, {term}, {out})"] if term else [])]
     body = body + before if adjoint else before + body
-    others += [f"T{k}" for k in range(pool)]
-    text = f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:\n  "
-    text += "\n  ".join(body) + f"\n return {', '.join(names)},"
-    scope = dict(vars(library))
-    exec(text, scope)  # straight-line Python: a loop over operations would cost as much as they do at small sizes
-    return scope["run"], pool
+    library = import_module("cupy" if backend == "cupy" else "numpy")
+    run = _function(library, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,
+                    f"\n return {', '.join(names)},")
+    whole = [*a, *s, *n, *(v.name for v in h), *(f"E{k}" for k in range(pools[0]))] if adjoint else []
+    ahead = _function(library, f"def run({', '.join(whole)}):", [*map(_words, early)])
+    return _Program(ahead, whole, run, columns, others, len(h), *pools)
 
 
 class Windows:
@@ -148,9 +174,9 @@ class _Steps:
     """The steps of windows, recurrence after recurrence, in segments whose steps all have the same sequences and within
     which nothing is reset."""
 
-    def __init__(self, cell: Cell, plan: Plan, rows: Rows, windows: Windows, s0: Tensor) -> None:
-        self.backend, self.rows, self.windows, self.library = plan.backend, rows, windows, import_module(plan.backend)
-        self.G, (_, self.B, self.H) = cell.gates, s0.shape
+    def __init__(self, plan: Plan, rows: Rows, windows: Windows, H: int) -> None:
+        self.backend, self.rows, self.windows, self.H = plan.backend, rows, windows, H
+        self.library = import_module("cupy" if plan.backend == "cupy" else "numpy")
         self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
         (self.masks,) = self.take(rows.resets)
         sizes = rows.sizes
@@ -158,14 +184,12 @@ class _Steps:
 
     def take(self, *tensors: Tensor | None, own: bool = False) -> list[Array]:
         """As arrays, to be written if they are our `own`."""
-        if self.backend == "torch":
-            return [*tensors]
-        if own and self.backend == "numpy":
+        if own and self.backend != "cupy":
             return [t if t is None else t.numpy() for t in tensors]
         return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
 
     def empty(self, like: Array, *shape: int) -> Array:
-        return like.new_empty(shape) if self.backend == "torch" else self.library.empty(shape, like.dtype)
+        return self.library.empty(shape, like.dtype)
 
     def segments(self, window: Window, n: int) -> list[Window]:
         """Their steps, in the order of time; they themselves in that of the recurrence."""
@@ -179,15 +203,20 @@ class _Steps:
         parts = (array[i:j] if n is None else array[i:j, n * self.H : (n + 1) * self.H] for array in arrays)
         return [part.reshape((hi - lo, self.rows.sizes[lo], part.shape[1])) for part in parts]
 
-    def gates(self, array: Array) -> list[Array]:
+    def gates(self, array: Array, G: int) -> list[Array]:
         """[..., G*H] by gates."""
-        return [array[..., g * self.H : (g + 1) * self.H] for g in range(self.G)]
+        return [array[..., g * self.H : (g + 1) * self.H] for g in range(G)]
 
-    def zipped(self, arrays: Sequence[Array], back: int) -> Any:
-        """Step after step, in that order of time."""
-        if self.backend == "torch":
-            return zip(*(a.unbind(0)[::-1] if back else a.unbind(0) for a in arrays))
-        return zip(*(a[::-1] if back else a for a in arrays))
+    def factor(self, t: Tensor) -> Any:
+        """As the products take it."""
+        return t if self.backend == "torch" else self.take(t)[0]
+
+    def run(self, program: _Program, table: dict[str, Any], back: int) -> Any:
+        """The steps of a segment, in that order of time, with what `table` has by name."""
+        columns = (table[name] if name in table else torch.from_numpy(table[name[:-1]]).unbind(0)
+                   for name in program.columns)
+        others = (table[name] if name in table else torch.from_numpy(table[name[:-1]]) for name in program.others)
+        return program.run(zip(*(column[::-1] if back else column for column in columns)), *others)
 
     def cut(self, states: Iterable[Array], lo: int, hi: int, n: int) -> None:
         """Set to 0 what would cross the boundary at which a segment is entered, where that is a reset."""
@@ -198,11 +227,16 @@ class _Steps:
                 s[:size][self.masks[t, :size]] = 0
 
 
+def _named(groups: dict[str, Sequence[Array]], **others: Any) -> dict[str, Any]:
+    """`others`, and the members of each group with their number."""
+    return others | {f"{name}{k}": array for name, group in groups.items() for k, array in enumerate(group)}
+
+
 def _working(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
     """Working memory of these shapes."""
-    sizes = [math.prod(shape) for shape in shapes]
-    pieces = working(like, sum(sizes))[: sum(sizes)].split(sizes)
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
+    ends = [*accumulate(map(math.prod, shapes), initial=0)]
+    memory = working(like, ends[-1])
+    return [memory.narrow(0, lo, hi - lo).view(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
@@ -217,26 +251,32 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     last.copy_(s0)
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
-    run, pool = _program(plan.backend, cell, False, saved is not None, b_hh is not None, 0)
-    by = _Steps(cell, plan, rows, windows, last)
-    (w, b), (x, s, h, c, a) = by.take(w_hh, b_hh), by.take(gates, last, y, states, saved, own=True)
-    r, temporaries = by.empty(h, B, G * H), by.empty(h, pool, B, H)
+    program = _program(plan.backend, cell, False, saved is not None, b_hh is not None, 0)
+    by = _Steps(plan, rows, windows, H)
+    x, s, h, c, a = by.take(gates, last, y, states, saved, own=True)
+    # NumPy's product is up to twice as fast if W^T lies in order, which costs as much as one of some rows.
+    ordered = plan.backend == "numpy" and B >= 8
+    factors = [(by.factor(w.t().contiguous() if ordered else w.t()), b if b is None else by.factor(b))
+               for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
+    r, pool = by.empty(h, B, G * H), by.empty(h, program.pool, B, H)
     others = by.empty(h, S - 1, most if S > 1 else 0, H) if c is None else c  # of a window, if not kept
     for window in windows.all:
-        for n, (weight, bias) in enumerate(zip(w_ih.chunk(N), parts(b_ih, N))):
-            span, own = windows.rows(window, n), slice(n * G * H, (n + 1) * G * H)
-            out, given = gates[span, n * H : (n + 1) * H] if here else gates[n, : span.stop - span.start], inputs[span]
-            torch.mm(given, weight.T, out=out) if bias is None else torch.addmm(bias, given, weight.T, out=out)
+        for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
+            span = windows.rows(window, n)
+            first, count = span.start, span.stop - span.start
+            out = gates.narrow(0, first, count).narrow(1, n * H, H) if here else gates[n].narrow(0, 0, count)
+            product = inputs.narrow(0, first, count), weight.t()
+            torch.mm(*product, out=out) if bias is None else torch.addmm(bias, *product, out=out)
             for lo, hi in by.segments(window, n):
                 size = rows.sizes[lo]
                 now = [z[:size] for z in s[n * S : (n + 1) * S]]
                 by.cut(now, lo, hi, n)
-                (xs,) = by.columns([x], lo, hi, n) if here else by.columns([x[n]], lo, hi, start=span.start)
-                every = [*(by.gates(xs) if cell.split else [xs]), *by.columns([h], lo, hi, n)]
-                every += by.columns(others, lo, hi, *((None, span.start) if c is None else (n,)))
-                every += [] if a is None else by.columns(a, lo, hi, n)
-                found = run(by.zipped(every, rows.reverse[n]), w[own].T, b if b is None else b[own], r[:size],
-                            *by.gates(r[:size]), *now, *(z[:size] for z in temporaries))
+                (xs,) = by.columns([x], lo, hi, n) if here else by.columns([x[n]], lo, hi, start=first)
+                after = by.columns([h], lo, hi, n)
+                after += by.columns(others, lo, hi, *((None, first) if c is None else (n,)))
+                arrays = dict(x=by.gates(xs, G), r=by.gates(r[:size], G), s=now, n=after, T=pool[:, :size],
+                              a=() if a is None else by.columns(a, lo, hi, n))
+                found = by.run(program, _named(arrays, w=w, b=b, x=xs, r=r[:size]), rows.reverse[n])
                 for to, value in zip(now, found):
                     to[...] = value
 
@@ -250,20 +290,22 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     most = windows.most()
     dr, came, *rest = _working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
     dx = rest[0] if rest else dr
-    for grad, value in ((ds, dlast), *((grad, None) for grad in grads[1:])):
-        if grad is not None:
-            grad.zero_() if value is None else grad.copy_(value)
+    ds.zero_() if dlast is None else ds.copy_(dlast)
     steps = _adjoint(cell, plan, rows, windows, w_hh, s0, y, states, saved, dy, dstates, ds, dx, dr, came)
     for window in reversed(windows.all):
         for n, (w, *own) in enumerate(zip(parts(w_ih, N), *(parts(g, N) for g in grads[1:]))):
             steps(window, n)
-            span = windows.rows(window, n)
-            d, e, h = (t[n, : span.stop - span.start] for t in (dx, dr, came))
+            span, more = windows.rows(window, n), window[1] < rows.steps
+            place = 0, span.start, span.stop - span.start
+            d, e, h = (t[n].narrow(0, 0, place[2]) for t in (dx, dr, came))
             if grads[0] is not None:
-                torch.mm(d, w, out=grads[0][span]) if N == 1 else grads[0][span].addmm_(d, w)
-            for grad, left, right in zip(own, (d, e, d, e), (x[span], h, None, None)):
-                if grad is not None:
-                    grad.add_(left.sum(0)) if right is None else grad.addmm_(left.T, right)
+                out = grads[0].narrow(*place)
+                torch.mm(d, w, out=out) if N == 1 else out.addmm_(d, w)
+            for grad, left, right in zip(own, (d, e, d, e), (x.narrow(*place), h, None, None)):
+                if grad is not None and right is not None:
+                    grad.addmm_(left.t(), right) if more else torch.mm(left.t(), right, out=grad)
+                elif grad is not None:
+                    grad.add_(left.sum(0)) if more else torch.sum(left, 0, out=grad)
 
 
 def _adjoint(cell: Cell, plan: Plan, rows: Rows, windows: Windows, w_hh: Tensor, s0: Tensor, y: Tensor,
@@ -271,18 +313,19 @@ def _adjoint(cell: Cell, plan: Plan, rows: Rows, windows: Windows, w_hh: Tensor,
              dx: Tensor, dr: Tensor, came: Tensor) -> Callable[[Window, int], None]:
     """The adjoint of the steps of a window, in recurrence n. dx and dr [N, rows, G*H], one array unless cell.split, and
     came [N, rows, H], the h that came in, are for a window."""
-    S, GH = cell.states, cell.gates * s0.shape[2]
-    given = (dy is not None) + sum(2 << k for k in range(S - 1) if dstates is not None)
-    run, pool = _program(plan.backend, cell, True, True, False, given)
-    by = _Steps(cell, plan, rows, windows, ds)
-    (w, first, a), (d, dx, dr, came) = by.take(w_hh, s0, saved), by.take(ds, dx, dr, came, own=True)
-    kept, grads = ([*by.take(h), *by.take(*(() if c is None else c))] for h, c in ((y, states), (dy, dstates)))
-    grads = [z for z in grads if z is not None]
-    p, temporaries, others = (by.empty(w, count, size, by.H) for count, size in
-                              ((S, by.B), (pool, by.B), (S - 1, came.shape[1])))
+    S, G, H = cell.states, cell.gates, s0.shape[2]
+    given = [dy is not None, *[dstates is not None] * (S - 1)]
+    program = _program(plan.backend, cell, True, True, False, sum(there << k for k, there in enumerate(given)))
+    by = _Steps(plan, rows, windows, H)
+    w = [by.factor(part) for part in parts(w_hh, len(dr))]
+    (first, a), (d, dx, dr, came) = by.take(s0, saved), by.take(ds, dx, dr, came, own=True)
+    kept, grads = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
+                   for h, c in ((y, states), (dy, dstates)))
+    p, pool = (by.empty(d, count, rows.sizes[0], H) for count in (S, program.pool))
+    others, early, spare = (by.empty(d, count, came.shape[1], H) for count in (S - 1, program.early, program.spare))
 
     def steps(window: Window, n: int) -> None:
-        start, back, own = windows.rows(window, n).start, rows.reverse[n], slice(n * by.H, (n + 1) * by.H)
+        start, back, own = windows.rows(window, n).start, rows.reverse[n], slice(n * H, (n + 1) * H)
         edge, inner, shifted = (-1, slice(None, -1), slice(1, None)) if back else (0, slice(1, None), slice(None, -1))
         for lo, hi in reversed(by.segments(window, n)):
             size, before = rows.sizes[lo], hi if back else lo - 1
@@ -294,12 +337,15 @@ def _adjoint(cell: Cell, plan: Plan, rows: Rows, windows: Windows, w_hh: Tensor,
                 entered[edge, :ran] = z[i : i + ran, own]
                 entered[edge, ran:] = s[ran:size]
             by.cut((z[edge] for z in enters), lo, hi, n)
-            rs, *xs = by.columns((dr[n], *([dx[n]] if cell.split else [])), lo, hi, start=start)
-            every = [*([] if a is None else by.columns(a, lo, hi, n)), *enters, *after, *by.columns(grads, lo, hi, n)]
-            every += [gate for z in (*xs, rs) for gate in by.gates(z)]
+            rs, xs = by.columns((dr[n], dx[n]), lo, hi, start=start)
             now = [z[:size] for z in d[n * S : (n + 1) * S]]
-            found = run(by.zipped([*every, rs], not back), w[n * GH : (n + 1) * GH], *now,
-                        *(z[:size] for z in (*p, *temporaries)))
+            arrays = dict(a=() if a is None else by.columns(a, lo, hi, n), s=enters, n=after, d=now, p=p[:, :size],
+                          x=by.gates(xs, G), r=by.gates(rs, G), T=pool[:, :size],
+                          h=by.columns(early, lo, hi, start=start), E=by.columns(spare, lo, hi, start=start),
+                          g=[t if t is None else by.columns([t], lo, hi, n)[0] for t in grads])
+            table = _named(arrays, w=w[n], dr=rs)
+            program.before(*(table[name] for name in program.whole))
+            found = by.run(program, table, not back)
             for to, value in zip(now[1:], found[1:]):
                 to[...] = value
             by.cut(now, lo, hi, n)

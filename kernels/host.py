@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from .cells import Cell
 from .plan import Plan, Rows
 
+Part = TypeVar("Part", Tensor, Tensor | None)
 
 class _Kept(threading.local):
     def __init__(self) -> None:
@@ -71,6 +72,6 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     return [*grads, ds if needs[5] else None]
 
 
-def parts(t: Tensor | None, N: int) -> Sequence[Tensor | None]:
+def parts(t: Part, N: int) -> Sequence[Part]:
     """By recurrence."""
     return (t,) * N if t is None or N == 1 else t.chunk(N)
