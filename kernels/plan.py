@@ -44,11 +44,11 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one layer is computed. `backend` is "numpy", "torch", "cupy" (array operations), "native" (C++ on the CPU),
-    "onednn" (torch's own LSTM), "triton" or "cuda": the rest is for the last two. A block's tile is `units` hidden
-    units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or "tf32x3", which is as good
-    as float32. In Triton products are over `depth` units at a time, and `fused` has W_ih x_t + b computed in the step;
-    in CUDA C++ so many `blocks` share the units of a sequence."""
+    """How one layer is computed. `backend` is "numpy", "torch" (NumPy, but for the products), "cupy", "native" (C++ on
+    the CPU), "onednn" (torch's own LSTM), "triton" or "cuda": the rest is for the last two. A block's tile is `units`
+    hidden units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or "tf32x3", which is as
+    good as float32. In Triton products are over `depth` units at a time, and `fused` has W_ih x_t + b computed in the
+    step; in CUDA C++ so many `blocks` share the units of a sequence."""
 
     backend: str
     scope: str = "host"

@@ -102,8 +102,8 @@ def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plain: boo
 
 def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and torch's memory."""
-    if backend == "numpy" or not x.is_cuda:
-        return _QUIET() if backend == "numpy" else _HERE
+    if not x.is_cuda:
+        return _QUIET() if backend in ("numpy", "torch") else _HERE
     index = x.get_device()
     if backend != "cupy":
         return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)

@@ -11,9 +11,9 @@ from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Plan
 from .layers import _Stack
 
-_WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step", "torch": "torch operations, step by step",
-          "native": "C++, compiled for this machine", "onednn": "torch's own LSTM",
-          "block": "each block keeps all of W_hh",
+_WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step",
+          "torch": "NumPy and torch's products, step by step", "native": "C++, compiled for this machine",
+          "onednn": "torch's own LSTM", "block": "each block keeps all of W_hh",
           "cluster": "the blocks of a cluster keep a slice of W_hh each",
           "grid": "all blocks keep a slice of W_hh each", "launch": "one launch a step, which reads W_hh"}
 

@@ -26,7 +26,7 @@ import torch
 from triton.runtime import interpreter
 
 from rnn import compute
-from rnn.kernels import cpu, native
+from rnn.kernels import native, program
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +47,7 @@ def seeded() -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No decision, program or library is remembered, before or after."""
-    caches: list[Any] = [compute._served, compute._plan, compute.compiles, cpu._program, native.load]
+    caches: list[Any] = [compute._served, compute._plan, compute.compiles, program.program, native.load]
     for cache in caches:
         cache.cache_clear()
     yield

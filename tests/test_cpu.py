@@ -1,5 +1,6 @@
 """The recurrence on the CPU: every cell, in NumPy, in torch and in C++."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from cases import Case, check, check_recurrence, close, evaluate, operands, righ
 from small import pair
 from torch import Tensor
 
+import rnn
 from rnn import compute
 from rnn.kernels import cells, cpu
 from rnn.kernels.plan import Plan, Rows
@@ -106,10 +108,10 @@ class TestWindows:
     def test_which_steps(self) -> None:
         """All of them, in order; all of a length but the last, so that its steps are enough to know them."""
         for T, B, width in ((1, 1, 1), (100, 3, 10), (100, 0, 10), (70, 400, 40), (5, 5000, 4096), (3000, 2, 10**6)):
-            found = cpu.Windows(Rows(T, [False], [B] * T), width).all
+            found = cpu.Steps(Plan("numpy"), Rows(T, [False], [B] * T), 1, width).windows
             first = found[0][1]
             assert found == [(s, min(s + first, T)) for s in range(0, T, first)]
-        assert len(cpu.Windows(Rows(6, [False], [400] * 6), 340).all) > 2, "of test_many_rows"
+        assert len(cpu.Steps(Plan("numpy"), Rows(6, [False], [400] * 6), 1, 340).windows) > 2, "of test_many_rows"
 
     @every_plan
     @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
@@ -233,3 +235,19 @@ def test_large_arguments(cell: str, plan: Plan) -> None:
         close(got, evaluate(o, oracle=True), evaluate(o, dtype=torch.float64, oracle=True))
 
     thrice(compare)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_quiet(backend: str) -> None:
+    """What is infinite, or no number, goes its way without a warning, as in torch."""
+    layer, x = rnn.RNN(3, 4, plan=Plan(backend)), torch.full((3, 2, 3), torch.inf, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = layer(x)[0]
+        y.backward(torch.full_like(y, torch.inf))
+    want = torch.nn.RNN(3, 4)
+    want.load_state_dict(layer.state_dict())
+    other = x.detach().clone().requires_grad_()
+    want(other)[0].backward(torch.full_like(y, torch.inf))
+    assert x.grad is not None and other.grad is not None
+    assert x.grad.isnan().any() and torch.equal(x.grad.isnan(), other.grad.isnan())

@@ -116,7 +116,7 @@ def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts
     (rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True), 2, ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"]),
     (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "NumPy"]),
     (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own LSTM"]),
-    (rnn.GRU(3, 512), 2, ["torch operations, step by step", "1572864 multiplications a step"]),
+    (rnn.GRU(3, 512), 2, ["torch's products, step by step", "1572864 multiplications a step"]),
     (rnn.GRU(3, 9, dtype=torch.bfloat16), 2, ["float32 on cpu: NumPy", "torch.bfloat16 is cast"]),
     (rnn.RNN(3, 9, dtype=torch.complex64), 2, ["the formula"]),
 ], ids=str)
@@ -128,7 +128,7 @@ def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool
         pytest.skip("there is no C++ compiler that works")
     monkeypatch.setattr(compute, "compiles", lambda cell: compiler)
     if compiler:
-        others = "NumPy", "torch operations", "multiplications", "torch's own"
+        others = "NumPy", "torch's products", "multiplications", "torch's own"
         texts = ["C++, compiled" if any(word in text for word in others) else text for text in texts]
     x, ran, formula = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str](), compute.formula
     state = torch.get_rng_state()
@@ -150,7 +150,7 @@ def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool
     monkeypatch.setattr(compute, "formula", noted)
     layer(x)
     words = {"native": "C++, compiled", "onednn": "torch's own", "numpy": "NumPy, step",
-             "torch": "torch operations, step", "triton": "triton", "formula": "the formula"}
+             "torch": "torch's products, step", "triton": "triton", "formula": "the formula"}
     assert len(ran) == len(said.splitlines()) == layer.num_layers
     assert all(words[backend] in line for backend, line in zip(ran, said.splitlines()))
 

@@ -89,7 +89,7 @@ def test_no_compiler(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 3, 4)
     said = rnn.explain(layer, x)
     assert "NumPy, step by step" in said and "there is no C++ compiler" in said, said
-    assert "torch operations" in rnn.explain(rnn.GRU(4, 512), x)
+    assert "torch's products" in rnn.explain(rnn.GRU(4, 512), x)
     check(layer, theirs)
 
 
