@@ -1,0 +1,126 @@
+"""A cell's functions as Python loops over array operations, in NumPy or CuPy, generated and compiled once."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+
+from .cells import Cell
+from .trace import Line, Value, trace
+
+_ELEMENTWISE = ("add", "subtract", "multiply", "divide", "tanh")
+# {0} and {1} are arguments, {2} is where the result goes.
+_WORDS = dict(copy="{2}[...] = {0}", relu="maximum({0}, 0, out={2})",
+              relu_grad="copyto({2}, 0), copyto({2}, {0}, where=~({1} <= 0))")
+
+
+def _words(line: Line) -> str:
+    name, given, result = line
+    word = _WORDS.get(name, f"{name}({', '.join(map(str, given))}, {{2}})")
+    return word.format(*given, *[0] * (2 - len(given)), result)
+
+
+def _pooled(lines: Sequence[Line], letter: str) -> int:
+    """Give temporaries, t0, t1..., that are not needed at the same time one name: T0, T1... The number of names."""
+    last = {id(value): i for i, (_, given, _) in enumerate(lines) for value in given if isinstance(value, Value)}
+    free: list[str] = []
+    count = 0
+    for i, (name, given, result) in enumerate(lines):
+        # Operations on elements may write over what they read.
+        values = (v for v in given if isinstance(v, Value))
+        done = {v.name for v in values if v.name[0] == letter and last[id(v)] == i}
+        free += done if name in _ELEMENTWISE else ()
+        if result.name[0] == "t":
+            if not free:
+                free.append(f"{letter}{count}")
+                count += 1
+            result.name = free.pop()
+        free += done if name not in _ELEMENTWISE else ()
+    return count
+
+
+class Program(NamedTuple):
+    """`before` is done for all steps of a segment at once, `run` step after step; and the names of what they are given,
+    `run` of the columns of steps, and of what is the same at all steps. NAME_ is a tensor that shares NAME's memory.
+    Going forward x and r are pre-activations, n and s the states after and before, a the activations, b and w bias and
+    W^T. In the adjoint w is W, d the gradient of n, p that of s, g what is given of d, x and r gradients, h what does
+    not depend on d. `run` returns the last states or gradients."""
+
+    before: Any
+    whole: Sequence[str]
+    run: Any
+    columns: Sequence[str]
+    others: Sequence[str]
+    early: int  # how many h, E, which are temporaries of `before`, and T, those of `run`
+    spare: int
+    pool: int
+
+
+def _function(library: Any, heading: str, body: Sequence[str], last: str = "") -> Any:
+    """Straight-line Python: a loop over operations would cost as much as they do at small sizes."""
+    scope = dict(vars(library), mm=torch.mm, addmm=torch.addmm)
+    exec("\n  ".join((heading, *body, "pass")) + last, scope)
+    return scope["run"]
+
+
+@lru_cache
+def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: int) -> Program:
+    """Of a cell's forward, whose activations are to `save` or not and whose r has a `bias` or not; or of its adjoint,
+    with the gradients that are `given`, as bits."""
+    twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
+    x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
+    if adjoint:
+        lines, results = trace(cell.backward, (a, s, n, d), _ELEMENTWISE)
+        named = [*zip((*(x if cell.split else r), *r, *p), chain(*results))]
+    else:
+        lines, results = trace(cell.forward, (x if cell.split else [""] * G, r, s), _ELEMENTWISE)
+        named = [*zip((*n, *(a if save else ())), chain(*results))]
+    late: set[int] = set()  # what has to wait for the step
+    for _, arguments, result in lines:
+        if not adjoint or any(isinstance(v, Value) and (v.name in d or id(v) in late) for v in arguments):
+            late.add(id(result))
+    alone = False
+    for name, value in named:
+        if name == "p0" and not isinstance(value, Value):
+            alone = True
+        elif not isinstance(value, Value) or id(value) not in late or (value.name[0] != "t" and value.name != name):
+            lines.append(("copy", (value,), Value(lines, name)))
+            late.add(id(lines[-1][2]))
+        else:
+            value.name = name
+    early, lines = ([line for line in lines if (id(line[2]) in late) == which] for which in (False, True))
+    used = {id(v): v for _, arguments, _ in lines for v in arguments if isinstance(v, Value)}
+    h = [v for v in (result for _, _, result in early) if id(v) in used]
+    for k, value in enumerate(h):
+        value.name = f"h{k}"
+    read = sorted({v.name for v in used.values() if v.name[0] in "asn"} if adjoint else ())
+    pools = _pooled(early, "E"), _pooled(lines, "T")
+    body, temporaries = [*map(_words, lines)], [f"T{k}" for k in range(pools[1])]
+    if adjoint:
+        g = [f"g{k}" for k in range(S) if given >> k & 1]
+        columns = [*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin]
+        body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body
+        body += [f"d{k}, p{k} = p{k}, d{k}" for k in range(1, S)]
+        product, term, out = f"dr{twin}, w", "" if alone else "p0", "d0"
+        others, names = ["w", *d, *p, *temporaries, *(v + twin for v in ("d0", "p0") if twin)], d
+    else:
+        columns = [*(x if cell.split else ["x"]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
+        columns += ["x_"] if twin and not cell.split else []
+        product, term, out = f"s0{twin}, w", ("b" if bias else "") if cell.split else "x", "r"
+        others, names = ["w", "b", "r", *r, *s, *temporaries, *(("r_", "s0_") if twin else ())], s
+        body += [f"s{k} = n{k}" for k in range(S)] + (["s0_ = n0_"] if twin else [])
+    if twin:
+        term += "_" if term not in ("", "b") else ""
+        before = [f"addmm({term}, {product}, out={out}_)" if term else f"mm({product}, out={out}_)"]
+    else:
+        before = [f"matmul({product}, {out})", *([f"add({out}, {term}, {out})"] if term else [])]
+    body = body + before if adjoint else before + body
+    library = import_module("cupy" if backend == "cupy" else "numpy")
+    run = _function(library, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,
+                    f"\n return {', '.join(names)},")
+    whole = [*a, *s, *n, *(v.name for v in h), *(f"E{k}" for k in range(pools[0]))] if adjoint else []
+    ahead = _function(library, f"def run({', '.join(whole)}):", [*map(_words, early)])
+    return Program(ahead, whole, run, columns, others, len(h), *pools)
