@@ -58,10 +58,6 @@ class Steps:
         first, last = self.times(window, n)
         return self.starts[first], self.starts[last] - self.starts[first]
 
-    def most(self) -> int:
-        """Rows of a window."""
-        return max(self.span(window, n)[1] for window in self.windows for n in range(len(self.rows.reverse)))
-
     def take(self, *tensors: Tensor | None, own: bool = False) -> list[Array]:
         """As arrays, to be written if they are our `own`."""
         if own and self.backend != "cupy":
@@ -125,7 +121,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     """Fills y, `last`, and if given states and saved."""
     N, (_, B, H), G, S, here = len(rows.reverse), s0.shape, cell.gates, cell.states, cell.gates == 1 and not cell.split
     by = Steps(plan, rows, H, N * G * H)
-    most = by.most()
+    most = min(len(y), by.windows[0][1] * B)
     # The pre-activations of one gate have the place of y; else that of a window.
     gates = y if here else _working(y, (N, most, G * H))[0]
     last.copy_(s0)
@@ -165,7 +161,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     """Fills ds [N*S, B, H] and those of `grads` that there are, or with more than one recurrence adds to the first."""
     N, G, S, H = len(rows.reverse), cell.gates, cell.states, s0.shape[2]
     by = Steps(plan, rows, H, N * G * H)
-    most = by.most()
+    most = min(len(y), by.windows[0][1] * rows.sizes[0])
     # For a window: the gradients of x and r, one array unless cell.split, and the h that came into its steps.
     drs, hs, *rest = _working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
     dxs = rest[0] if rest else drs

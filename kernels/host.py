@@ -17,23 +17,24 @@ from .plan import Plan, Rows
 
 Part = TypeVar("Part", Tensor, Tensor | None)
 
+
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
-_kept = _Kept()
+kept = _Kept()
 
 
 def working(like: Tensor, size: int) -> Tensor:
     """Memory of that size or more, with whatever is in it, for one call: this thread's next call gets the same. Fresh
     memory costs as much as the arithmetic of some steps."""
     key = like.dtype, like.device
-    memory = _kept.memory.get(key)
-    if memory is None or len(memory) < size:
+    if key not in kept.memory or len(kept.memory[key]) < size:
+        kept.memory.pop(key, None)  # before there is another
         with torch.inference_mode(False):  # or it would be of no use outside of it
-            memory = _kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-    return memory
+            kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return kept.memory[key]
 
 
 @cache
@@ -63,7 +64,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     # One gradient serves both biases where it is the same.
     wanted = *needs[:3], needs[3] and cell.split, needs[4] or (needs[3] and not cell.split)
     shapes = x.shape, w_ih.shape, w_hh.shape, w_hh.shape[:1], w_hh.shape[:1]
-    grads: list[Tensor | None] = [y.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
+    grads: list[Tensor | None] = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
     if len(rows.reverse) > 1 and grads[0] is not None:
         grads[0].zero_()
     _kernel(plan.backend).backward(cell, plan, rows, x, w_ih, w_hh, s0, y, states, saved, dy, dstates, dlast, ds, grads)

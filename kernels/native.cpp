@@ -28,6 +28,7 @@ struct Given {
 struct Call : Given {
   static constexpr bool IN_PLACE = GATES == 1 && !SPLIT;
   i64 first = 0, end, most, padded, inputs, gates_width, buffer_width;
+  bool in_turn;  // with one window the panels of W_ih and those of W_hh have the same place, one after the other
   float *gates, *dx, *dr, *came, *input_panels, *panels, *buffer, *x_rows, *h_rows;
 
   Call(const Given& given, bool adjoint) : Given(given) {
@@ -37,7 +38,9 @@ struct Call : Given {
     inputs = adjoint ? pad(I, PADDING) : pad(GATES * H, INPUT_TILE);
     // Rows a power of 2 apart would have the same place in the caches.
     gates_width = IN_PLACE && !adjoint ? N * H : pad(GATES * H, LANES) + LANES, buffer_width = padded + LANES;
-    input_panels = take(N * inputs * (adjoint ? GATES * H : I)), panels = take(N * padded * GATES * H);
+    const i64 input_size = N * inputs * (adjoint ? GATES * H : I), size = N * padded * GATES * H;
+    in_turn = end == steps;
+    panels = take(in_turn ? std::max(size, input_size) : size), input_panels = in_turn ? panels : take(input_size);
     buffer = take((2 - adjoint) * N * STATES * B * buffer_width);
     if (!adjoint) {
       gates = IN_PLACE ? y : take(N * most * gates_width);
@@ -232,12 +235,15 @@ extern "C" void forward(const Given& given) {
     Call c(given, false);
     const Team team(c, WIDE * LANES);
     const i64 H = c.H, P = c.padded, I = c.I, half = c.N * STATES * c.B * c.buffer_width;
-    team.each(c.N * GATES * P / LANES, [&](i64 i) {  // of W_hh: by recurrence, tile, gate and vector of its units
-      const i64 n = i / (GATES * P / LANES), tile = i / (GATES * WIDE) % (P / LANES / WIDE), v = i % (GATES * WIDE);
-      const i64 unit = (tile * WIDE + v % WIDE) * LANES;
-      pack(c.panels + (n * P + tile * WIDE * LANES) * GATES * H + v * LANES, GATES * WIDE * LANES,
-           c.w_hh + (n * GATES * H + v / WIDE * H + unit) * H, H, H, H - unit, false);
-    });
+    auto pack_hidden = [&] {
+      team.each(c.N * GATES * P / LANES, [&](i64 i) {  // by recurrence, tile, gate and vector of its units
+        const i64 n = i / (GATES * P / LANES), tile = i / (GATES * WIDE) % (P / LANES / WIDE), v = i % (GATES * WIDE);
+        const i64 unit = (tile * WIDE + v % WIDE) * LANES;
+        pack(c.panels + (n * P + tile * WIDE * LANES) * GATES * H + v * LANES, GATES * WIDE * LANES,
+             c.w_hh + (n * GATES * H + v / WIDE * H + unit) * H, H, H, H - unit, false);
+      });
+    };
+    if (!c.in_turn) pack_hidden();
     team.each(c.N * c.inputs / LANES, [&](i64 i) {
       const i64 n = i / (c.inputs / LANES), row = i % (c.inputs / LANES) * LANES;
       pack(c.input_panels + (n * c.inputs + row / INPUT_TILE * INPUT_TILE) * I + row % INPUT_TILE, INPUT_TILE,
@@ -270,6 +276,10 @@ extern "C" void forward(const Given& given) {
           project(n, from + rows * team.thread / team.threads, from + rows * (team.thread + 1) / team.threads, 1);
         }
 #pragma omp barrier
+      if (c.in_turn) {
+        pack_hidden();
+#pragma omp barrier
+      }
       team.steps(c, false, forward_step, [](const Call&, const Part&, i64) {});
     }
   }
@@ -289,10 +299,12 @@ extern "C" void backward(const Given& given) {
         pack(to + u / PADDING * PADDING * rows + u % PADDING, PADDING, from + u, columns, rows, columns - u, true);
       });
     };
-    for (i64 n = 0; n < c.N; ++n) {
-      across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
-      if (c.x_grad) across(c.input_panels + n * K * inputs, c.w_ih + n * K * I, K, I, inputs);
-    }
+    auto pack_input = [&] {
+      for (i64 n = 0; c.x_grad && n < c.N; ++n)
+        across(c.input_panels + n * K * inputs, c.w_ih + n * K * I, K, I, inputs);
+    };
+    for (i64 n = 0; n < c.N; ++n) across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
+    if (!c.in_turn) pack_input();
     auto states = [&](auto copy) {
       team.parts(c, [&](const Part& part) {
         each_state(c, part, [&](i64 at, float* buffer, bool) { copy(at, buffer, 4 * (part.end - part.begin)); });
@@ -308,6 +320,10 @@ extern "C" void backward(const Given& given) {
 #pragma omp barrier
       team.steps(c, true, adjoint_step, adjoint_product);
 #pragma omp barrier
+      if (c.in_turn) {
+        pack_input();
+#pragma omp barrier
+      }
       for (i64 n = 0; n < c.N; ++n) {
         const i64 from = c.base(n), rows = c.bound(n) - from;
         const i64 begin = rows * team.thread / team.threads, end = rows * (team.thread + 1) / team.threads;

@@ -85,10 +85,12 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
         raise RuntimeError(f"The plan \"native\" is for float32 on the CPU, got {s0.dtype} on {s0.device}")
     (R, I), (_, B, H), N, G, adjoint = x.shape, s0.shape, len(rows.reverse), cell.gates, name == "backward"
     window = rows.window(N * G * H)
-    most = min(R, window * B)
-    inputs, hidden, gates = (-(-n // 64) * 64 + 64 for n in (I, H, G * H))  # as it pads them, or more
-    width = 2 * gates + inputs + 2 * hidden if adjoint else gates
-    memory = working(s0, N * (gates * (inputs + hidden) + 2 * cell.states * B * hidden + most * width))
+    most, K = min(R, window * B), G * H
+    inputs, hidden = (-(-n // 32) * 32 for n in (I, H))  # as it pads them, or more
+    panels = N * K * hidden, N * (K * inputs if adjoint else (K + 64) * I)
+    width = (2 * (K + 32) + inputs + H + hidden) if adjoint else K + 32
+    memory = working(s0, (max(panels) if window >= rows.steps else sum(panels)) + N * most * width
+                     + (2 - adjoint) * N * cell.states * B * (hidden + 32) + 256)
     pointed = x, *given[:12], memory, *(given[12:] or [None] * 5), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
     numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), window
@@ -96,10 +98,9 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, s0: Tensor, y: Tensor, states: Tensor | None, saved: Tensor | None,
-            last: Tensor) -> None:
+            b_hh: Tensor | None, s0: Tensor, *out: Tensor | None) -> None:
     """As `cpu.forward`."""
-    _call("forward", cell, rows, x, s0, w_ih, w_hh, b_ih, b_hh, s0, None, None, None, y, states, saved, last)
+    _call("forward", cell, rows, x, s0, w_ih, w_hh, b_ih, b_hh, s0, None, None, None, *out)
 
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,

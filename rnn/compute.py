@@ -19,7 +19,7 @@ from .kernels.cells import Cell, lstm
 from .kernels.plan import STEP_ROWS, Gpu, Plan, Rows, make_plan
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
-_ARRAYS: dict[str, Any] = {"numpy": torch.from_numpy, "cupy": torch.from_dlpack}  # the way back from their arrays
+_AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
 _CELLS: dict[str, Any] = dict(rnn_tanh=torch.rnn_tanh_cell, rnn_relu=torch.rnn_relu_cell, lstm=torch.lstm_cell,
                               gru=torch.gru_cell)
@@ -64,14 +64,14 @@ def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, 
 
 
 @lru_cache
-def _native() -> Any:
-    return import_module(".kernels.native", __package__)
+def _module(name: str) -> Any:
+    return import_module(f".kernels.{name}", __package__)
 
 
 @lru_cache
 def compiles(cell: Cell) -> bool:
     """Whether the cell's C++ can be compiled. A compiler that is there, and fails, is reported once."""
-    native = _native()
+    native = _module("native")
     try:
         return bool(native.compiler()) and native.load(cell) is not None
     except (OSError, RuntimeError) as error:
@@ -119,12 +119,6 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     return place
 
 
-@lru_cache
-def _module(backend: str) -> Any:
-    name = {"triton": "device", "cuda": "device", "onednn": "onednn"}.get(backend, "host")
-    return import_module(f".kernels.{name}", __package__)
-
-
 class Run:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
     end."""
@@ -165,7 +159,7 @@ class Run:
         backend, rows = self.plan.backend, self.rows
         with _place(backend, given[0]):
             read = (t.resolve_neg() if isinstance(t, Tensor) else t for t in given)
-            return getattr(_module(backend), name)(self.cell, self.plan, rows, *read)
+            return getattr(_module(_AROUND.get(backend, "host")), name)(self.cell, self.plan, rows, *read)
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
@@ -202,7 +196,7 @@ def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor |
 def step(cell: Cell, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> Any:
     """As `ops.one_step`: in C++, or where that is missing, or would have to pack W, by torch's own cell."""
     if x.dtype == torch.float32 and x.shape[1] <= STEP_ROWS and compiles(cell):
-        return _native().step(cell, x, *(weights if len(weights) > 2 else (*weights, None, None)), states)
+        return _module("native").step(cell, x, *(weights if len(weights) > 2 else (*weights, None, None)), states)
     h = [s[0] for s in states]
     found = _CELLS[cell.name](x[0], h if len(h) > 1 else h[0], *weights)
     after = [s.unsqueeze(0) for s in (found if len(h) > 1 else [found])]

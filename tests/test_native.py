@@ -159,3 +159,29 @@ def test_nothing_to_warn_of(cell: str, tmp_path: Path) -> None:
     done = subprocess.run([*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")], text=True,
                           input=native.program(getattr(cells, cell)), capture_output=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [1, 2**18])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("H", [1, 31, 32, 65])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_memory(bidirectional: bool, H: int, name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps to the memory that it asks for, and reads nothing there that it has not written."""
+    pieces: list[Tensor] = []
+
+    def working(like: Tensor, size: int) -> Tensor:
+        pieces.append(torch.full((size + 4096,), torch.nan))
+        pieces.append(pieces[-1][size:])
+        return pieces[-2]
+
+    monkeypatch.setattr(native, "working", working)
+    monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
+    monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 1)
+    layer = getattr(rnn, name)(5, H, bidirectional=bidirectional, plan=NATIVE)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    for lengths in (None, torch.tensor([2, 4, 1])):
+        y = layer(x, lengths=lengths)[0]
+        found = y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        assert not any(t.isnan().any() for t in found)
+    assert len(pieces) == 8 and all(piece.isnan().all() for piece in pieces[1::2])
