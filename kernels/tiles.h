@@ -93,6 +93,7 @@ static void product(float* out, i64 out_stride, const float* a, i64 stride, i64 
         if (b2) bias += load(b2 + u + v * LANES, left(v));
         const float* from = out + first * out_stride + u + v * LANES;
         EACH(i, ROWS) sums[i][v] = add ? load(from + i * out_stride, left(v)) : bias;
+        EACH(i, ROWS) __builtin_prefetch(from + i * out_stride, 1);  // by the time of the sums it is here
       }
       multiply(sums, a + first * stride, stride, 1, panels + u * K, K);
       EACH(i, ROWS) EACH(v, W) store(out + (first + i) * out_stride + u + v * LANES, sums[i][v], left(v));
