@@ -103,8 +103,9 @@ def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
     return [f"**{name}: {core['device']}**, {versions}; {core['date'][:10]}, at {commit}. Microseconds a step "
             "of ours, and in brackets torch.nn's time divided by ours.", "",
             *figures(core["rows"]), "",
-            "Geometric means and the least of those ratios; and the most that our peak memory (where torch.nn's is 1 "
-            "MiB or more) and our error against float64 come to, divided by torch.nn's.", "",
+            "Geometric means and the least of those ratios; and the most that our peak memory (with all that is kept "
+            "between calls, where torch.nn's is 1 MiB or more) and our error against float64 come to, divided by "
+            "torch.nn's.", "",
             *summary({suite: results["rows"] for (device, suite), results in sorted(found.items()) if device == kind})]
 
 

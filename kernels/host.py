@@ -1,7 +1,6 @@
 """What is around the kernels of the CPU, and of CuPy's arrays: the tensors that they write, and the memory that they
-work in. Tensors are contiguous and of one device; step t has the sizes[t] rows that follow those of step t - 1. The
-kernels go through windows of time, few enough steps that their pre-activations stay in the caches, and do the products
-with the input and of the gradients window by window."""
+work in. Tensors are contiguous and of one device; step t has the sizes[t] rows that follow those of step t - 1. Kernels
+go through windows of time, whose pre-activations stay in the caches, and do the large products window by window."""
 
 import threading
 from collections.abc import Sequence

@@ -94,13 +94,13 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
     by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
       V sums[ROWS][GATES * WIDE];
-      EACH(i, ROWS) EACH(v, GATES * WIDE) {
+      ROW(i, ROWS) EACH(v, GATES * WIDE) {
         const i64 unit = u + v % WIDE * LANES, b = part.first + (first + i) * part.stride, g = v / WIDE;
         const float* from = SPLIT ? bias : x + b * width;
         sums[i][v] = from ? load(from + g * H + unit, left(v % WIDE)) : V{};
       }
       multiply(sums, olds + (part.first + first * part.stride) * P, part.stride * P, 1, part.panel + u * GATES * H, H);
-      EACH(i, ROWS) EACH(v, WIDE) {
+      ROW(i, ROWS) EACH(v, WIDE) {
         const i64 unit = u + v * LANES, b = part.first + (first + i) * part.stride;
         if (left(v) <= 0) continue;
         const i64 to = ((row + b) * c.N + part.n) * H + unit;
@@ -166,9 +166,9 @@ static void adjoint_product(const Call& c, const Part& part, i64 t) {
       constexpr int ROWS = decltype(count)::value;
       const i64 b0 = part.first + first * part.stride;
       V sums[ROWS][TWO];
-      EACH(i, ROWS) EACH(v, TWO) sums[i][v] = load(ds + (b0 + i * part.stride) * P + u + v * LANES, LANES);
+      ROW(i, ROWS) EACH(v, TWO) sums[i][v] = load(ds + (b0 + i * part.stride) * P + u + v * LANES, LANES);
       multiply(sums, dr + b0 * width, part.stride * width, 1, part.panel + u * GATES * H, GATES * H);
-      EACH(i, ROWS) {
+      ROW(i, ROWS) {
         const i64 b = b0 + i * part.stride;
         const bool cut = part.cut(c, t, b);
         EACH(v, TWO) store(ds + b * P + u + v * LANES, cut ? V{} : sums[i][v], LANES);
@@ -369,7 +369,7 @@ extern "C" void step(const Step& c) {
         dots<ROWS>(x[g], c.x + b * c.I, c.w_ih + (g * H + u) * c.I, c.I, left);
         dots<ROWS>(r[g], c.s[0] + b * H, c.w_hh + (g * H + u) * H, H, left);
       }
-      EACH(i, ROWS) {
+      ROW(i, ROWS) {
         V gates[GATES], sums[GATES], o[STATES], n[STATES], a[SAVED + 1];
         EACH(g, GATES) {
           gates[g] = load(x[g][i], LANES), sums[g] = load(r[g][i], LANES);

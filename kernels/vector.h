@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
+#define ROW(i, n) _Pragma("GCC unroll 1") for (int i = 0; i < (n); ++i)  // or there is much code, slow to compile
 
 typedef int64_t i64;
 #if defined(__AVX512F__)
