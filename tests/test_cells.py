@@ -58,7 +58,9 @@ def _squares_backward(saved, s, s_next, ds):
     return d, d, (zeros_like(a), 0.5 * ds[1])
 
 
-@pytest.mark.parametrize("plan", [Plan("numpy"), Plan("torch"), Plan("native")], ids=lambda plan: plan.backend)
+@pytest.mark.parametrize("plan", [
+    Plan("numpy"), Plan("torch"), pytest.param(Plan("native"), marks=pytest.mark.slow)],  # the compiler takes its time
+    ids=lambda plan: plan.backend)
 def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
     cell = Cell("squares", _squares, _squares_backward, gates=1, states=2)
     if plan.backend == "native" and not rnn.compute.compiles(cell):
@@ -82,8 +84,8 @@ def mgu(x, r, s):
 
 def mgu_backward(saved, s, s_next, ds):
     f, n, rn = saved
-    dn = ds[0] * f * (1 - n * n)
-    df = (ds[0] * (n - s[0]) + dn * rn) * f * (1 - f)
+    dn = ds[0] * (f * (1 - n * n))
+    df = (ds[0] * (n - s[0]) + dn * rn) * (f * (1 - f))
     return (df, dn), (df, dn * f), (ds[0] * (1 - f),)
 
 
