@@ -3,7 +3,6 @@ the steps, with its threads and the faster library, in the same memory."""
 
 import math
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from .cells import Cell
 from .host import parts, working
 from .plan import Plan, Rows
-from .program import Program, program
+from .program import Program, library, program
 
 Array = Any
 Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
@@ -40,13 +39,14 @@ class Steps:
 
     def __init__(self, plan: Plan, rows: Rows, H: int, width: int) -> None:
         self.backend, self.rows, self.H, count = plan.backend, rows, H, rows.window(width)
-        self.library = import_module("cupy" if plan.backend == "cupy" else "numpy")
+        self.library = library(plan.backend)
         self.windows: list[Window] = [(s, min(s + count, rows.steps)) for s in range(0, rows.steps, count)]
         self.starts = [*accumulate(rows.sizes, initial=0)]  # of the steps, in memory
         self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
         (self.masks,) = self.take(rows.resets)
         sizes = rows.sizes
-        self.edges = [t for t in range(1, rows.steps) if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
+        ends = range(1, rows.steps) if self.resets or sizes[-1] < sizes[0] else ()
+        self.edges = [t for t in ends if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
 
     def times(self, window: Window, n: int) -> Window:
         """Its steps in recurrence n, in the order of time."""
@@ -76,8 +76,8 @@ class Steps:
     def columns(self, arrays: Iterable[Array], lo: int, hi: int, n: int | None = None, start: int = 0) -> list[Array]:
         """Of each [R, K] from row `start` on, or of recurrence n's units in it, the steps [hi - lo, sizes[lo], K]."""
         i, j = self.starts[lo] - start, self.starts[hi] - start
-        parts = (array[i:j] if n is None else array[i:j, n * self.H : (n + 1) * self.H] for array in arrays)
-        return [part.reshape((hi - lo, self.rows.sizes[lo], part.shape[1])) for part in parts]
+        found = (array[i:j] if n is None else array[i:j, n * self.H : (n + 1) * self.H] for array in arrays)
+        return [array.reshape((hi - lo, self.rows.sizes[lo], array.shape[1])) for array in found]
 
     def gates(self, array: Array, G: int) -> list[Array]:
         """[..., G*H] by gates."""
@@ -87,12 +87,12 @@ class Steps:
         """As the products take it."""
         return t if self.backend == "torch" else self.take(t)[0]
 
-    def run(self, program: Program, table: dict[str, Any], back: int) -> Any:
+    def run(self, loop: Program, table: dict[str, Any], back: int) -> Any:
         """The steps of a segment, in that order of time, with what `table` has by name."""
         columns = (table[name] if name in table else torch.from_numpy(table[name[:-1]]).unbind(0)
-                   for name in program.columns)
-        others = (table[name] if name in table else torch.from_numpy(table[name[:-1]]) for name in program.others)
-        return program.run(zip(*(column[::-1] if back else column for column in columns)), *others)
+                   for name in loop.columns)
+        others = (table[name] if name in table else torch.from_numpy(table[name[:-1]]) for name in loop.others)
+        return loop.run(zip(*(column[::-1] if back else column for column in columns)), *others)
 
     def cut(self, states: Iterable[Array], lo: int, hi: int, n: int) -> None:
         """Set to 0 what would cross the boundary at which a segment is entered, where that is a reset."""
@@ -127,14 +127,14 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     last.copy_(s0)
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
-    loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, 0)
+    loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, ())
     x, s, h, c, a = by.take(gates, last, y, states, saved, own=True)
     # NumPy's product is up to twice as fast if W^T lies in order, which costs as much as one of some rows.
     ordered = plan.backend == "numpy" and B >= 8
     factors = [(by.factor(w.t().contiguous() if ordered else w.t()), b if b is None else by.factor(b))
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
     r, pool = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H)
-    others = by.empty(h, S - 1, most if S > 1 else 0, H) if c is None else c  # of a window, if not kept
+    others = by.empty(h, S - 1, most, H) if c is None else c  # of a window, if not kept
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)
@@ -166,17 +166,17 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     drs, hs, *rest = _working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
     dxs = rest[0] if rest else drs
     ds.zero_() if dlast is None else ds.copy_(dlast)
-    given = [dy is not None, *[dstates is not None] * (S - 1)]
-    loop = program(plan.backend, cell, True, True, False, sum(there << k for k, there in enumerate(given)))
+    given = dy is not None, *[dstates is not None] * (S - 1)
+    loop = program(plan.backend, cell, True, True, False, given)
     (first, a), (d, dx, dr, came) = by.take(s0, saved), by.take(ds, dxs, drs, hs, own=True)
     kept, wanted = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
                     for h, c in ((y, states), (dy, dstates)))
     p, pool = (by.empty(d, count, rows.sizes[0], H) for count in (S, loop.pool))
     others, early, spare = (by.empty(d, count, most, H) for count in (S - 1, loop.early, loop.spare))
-    weights = [(part, by.factor(factor)) for part, factor in zip(parts(w_ih, N), parts(w_hh, N))]
+    own = [*zip(parts(w_ih, N), map(by.factor, parts(w_hh, N)), zip(*(parts(grad, N) for grad in grads[1:])))]
     for window in reversed(by.windows):
-        for n, (weight, w) in enumerate(weights):
-            (start, count), back, own = by.span(window, n), rows.reverse[n], slice(n * H, (n + 1) * H)
+        for n, (weight, w, sums) in enumerate(own):
+            (start, count), back, units = by.span(window, n), rows.reverse[n], slice(n * H, (n + 1) * H)
             edge, inner, shifted = (-1, slice(-1), slice(1, None)) if back else (0, slice(1, None), slice(-1))
             for lo, hi in reversed(by.segments(window, n)):
                 size, before = rows.sizes[lo], hi if back else lo - 1
@@ -185,7 +185,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                 after, enters = by.columns(kept, lo, hi, n), by.columns((came[n], *others), lo, hi, start=start)
                 for z, entered, later, s in zip(kept, enters, after, first[n * S :]):
                     entered[inner] = later[shifted]
-                    entered[edge, :ran] = z[i : i + ran, own]
+                    entered[edge, :ran] = z[i : i + ran, units]
                     entered[edge, ran:] = s[ran:size]
                 by.cut((z[edge] for z in enters), lo, hi, n)
                 h, free, (rs,), (xs,) = (by.columns(z, lo, hi, start=start) for z in (early, spare, [dr[n]], [dx[n]]))
@@ -203,8 +203,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
             if grads[0] is not None:
                 out = grads[0].narrow(0, start, count)
                 torch.mm(left[0], weight, out=out) if N == 1 else out.addmm_(left[0], weight)
-            for all_n, l, r in zip(grads[1:], left, right):
-                grad = parts(all_n, N)[n]
+            for grad, l, r in zip(sums, left, right):
                 if grad is not None and r is not None:
                     grad.addmm_(l.t(), r) if more else torch.mm(l.t(), r, out=grad)
                 elif grad is not None:

@@ -13,27 +13,28 @@ static inline void cell_backward(const V* a, const V* s, const V* n, const V* d,
 
 // What native.py gives: s0, dlast (zero if missing) and `last`, the last states or the gradients of the first ones,
 // [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [A, R, N, H] are written going forward, where they are
-// wanted, and read in the adjoint.
+// wanted, and read in the adjoint; `memory` has as many numbers as `needed` says.
 struct Given {
   const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *dy, *dstates, *dlast;
-  float *y, *states, *saved, *last, *memory;
+  float *y, *states, *saved, *last;
   float *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
   const i64* offsets;
   const bool* resets;
   i64 steps, B, R, I, H, N, reverses, threads, window;
+  float* memory;
 };
 
 // A window is some steps, first to end in the order of the recurrence; gates, dx, dr [N, most, G, H] and came
 // [N, most, H] have the rows of one window, or, going forward with one gate, gates is y.
 struct Call : Given {
   static constexpr bool IN_PLACE = GATES == 1 && !SPLIT;
-  i64 first = 0, end, most, padded, inputs, gates_width, buffer_width;
+  i64 first = 0, used = 0, end, most, padded, inputs, gates_width, buffer_width;
   bool in_turn;  // with one window the panels of W_ih and those of W_hh have the same place, one after the other
   float *gates, *dx, *dr, *came, *input_panels, *panels, *buffer, *x_rows, *h_rows;
 
   Call(const Given& given, bool adjoint) : Given(given) {
     auto pad = [](i64 n, i64 tile) { return (n + tile - 1) / tile * tile; };
-    auto take = [&](i64 size) { return std::exchange(memory, memory + pad(size, 16)); };
+    auto take = [&](i64 size) { return memory + std::exchange(used, used + pad(size, 16)); };
     end = std::min(window, steps), most = std::min(R, end * B), padded = pad(H, PADDING);
     inputs = adjoint ? pad(I, PADDING) : pad(GATES * H, INPUT_TILE);
     // Rows a power of 2 apart would have the same place in the caches.
@@ -42,12 +43,10 @@ struct Call : Given {
     in_turn = end == steps;
     panels = take(in_turn ? std::max(size, input_size) : size), input_panels = in_turn ? panels : take(input_size);
     buffer = take((2 - adjoint) * N * STATES * B * buffer_width);
-    if (!adjoint) {
-      gates = IN_PLACE ? y : take(N * most * gates_width);
-      return;
-    }
-    dr = take(N * most * gates_width), dx = SPLIT ? take(N * most * gates_width) : dr, came = take(N * most * H);
-    x_rows = take(N * most * inputs), h_rows = take(N * most * padded);
+    const i64 rows = N * most;
+    if (!adjoint) gates = IN_PLACE ? y : take(rows * gates_width);
+    else dr = take(rows * gates_width), dx = SPLIT ? take(rows * gates_width) : dr, came = take(rows * H),
+         x_rows = take(rows * inputs), h_rows = take(rows * padded);
   }
   i64 row(i64 t) const { return offsets ? t < steps ? offsets[t] : R : t * B; }
   i64 size(i64 t) const { return t < 0 || t >= steps ? 0 : row(t + 1) - row(t); }
@@ -81,7 +80,7 @@ struct Part {
   i64 rows(i64 size) const { return std::max<i64>(0, (std::min(size, bound) - first + stride - 1) / stride); }
 };
 
-// One step of a part. The states that come into it lie in buffer [2, N, S, B, padded H], half by half in turns.
+// One step of a part. The states that come into it lie in buffer [2, N, S, B, buffer_width], half by half in turns.
 static void forward_step(const Call& c, const Part& part, i64 t) {
   const i64 H = c.H, P = c.buffer_width, s = part.reverse ? c.steps - 1 - t : t, later = part.reverse ? t - 1 : t + 1;
   const i64 plane = c.R * c.N * H, states = c.B * P, row = c.row(t), half = c.N * STATES * states;
@@ -218,15 +217,20 @@ struct Team {
   }
 };
 
-// Calls body for each state of each sequence with where those of its units that the part has are: in s0 or `last`, and
-// in the buffer.
-template <typename Body> static void each_state(const Call& c, const Part& part, Body&& body) {
-  for (i64 k = 0; k < STATES; ++k)
-    for (i64 b = part.first; b < part.bound; b += part.stride) {
-      const i64 row = (part.n * STATES + k) * c.B + b;
-      body(row * c.H + part.begin, c.buffer + row * c.buffer_width + part.begin, !part.reverse && c.cut(0, b));
-    }
+// Calls body for each state of each sequence with where those of its units that a part has are, in s0 or `last` and in
+// the buffer, their bytes, and whether it is reset before the first step.
+template <typename Body> static void each_state(const Call& c, const Team& team, Body&& body) {
+  team.parts(c, [&](const Part& part) {
+    for (i64 k = 0; k < STATES; ++k)
+      for (i64 b = part.first; b < part.bound; b += part.stride) {
+        const i64 row = (part.n * STATES + k) * c.B + b;
+        body(row * c.H + part.begin, c.buffer + row * c.buffer_width + part.begin, 4 * (part.end - part.begin),
+             !part.reverse && c.cut(0, b));
+      }
+  });
 }
+
+extern "C" i64 needed(const Given& given, bool adjoint) { return Call(given, adjoint).used; }
 
 // All steps, in windows.
 extern "C" void forward(const Given& given) {
@@ -249,14 +253,11 @@ extern "C" void forward(const Given& given) {
       pack(c.input_panels + (n * c.inputs + row / INPUT_TILE * INPUT_TILE) * I + row % INPUT_TILE, INPUT_TILE,
            c.w_ih + (n * GATES * H + row) * I, I, I, GATES * H - row, false);
     });
-    team.parts(c, [&](const Part& part) {
-      const i64 bytes = 4 * (part.end - part.begin);
-      each_state(c, part, [&](i64 at, float* buffer, bool cut) {
-        std::memcpy(c.last + at, c.s0 + at, bytes);  // of sequences without a step, it stays
-        if (cut) std::memset(buffer, 0, bytes);
-        else std::memcpy(buffer, c.s0 + at, bytes);
-        std::memcpy(buffer + half, buffer, bytes);
-      });
+    each_state(c, team, [&](i64 at, float* buffer, i64 bytes, bool cut) {
+      std::memcpy(c.last + at, c.s0 + at, bytes);  // of sequences without a step, it stays
+      if (cut) std::memset(buffer, 0, bytes);
+      else std::memcpy(buffer, c.s0 + at, bytes);
+      std::memcpy(buffer + half, buffer, bytes);
     });
     for (; c.first < c.steps; c.first = c.end, c.end = std::min(c.steps, c.end + c.window)) {
 #pragma omp barrier
@@ -305,12 +306,7 @@ extern "C" void backward(const Given& given) {
     };
     for (i64 n = 0; n < c.N; ++n) across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
     if (!c.in_turn) pack_input();
-    auto states = [&](auto copy) {
-      team.parts(c, [&](const Part& part) {
-        each_state(c, part, [&](i64 at, float* buffer, bool) { copy(at, buffer, 4 * (part.end - part.begin)); });
-      });
-    };
-    states([&](i64 at, float* buffer, i64 bytes) {
+    each_state(c, team, [&](i64 at, float* buffer, i64 bytes, bool) {
       if (c.dlast) std::memcpy(buffer, c.dlast + at, bytes);
       else std::memset(buffer, 0, bytes);
     });
@@ -345,7 +341,7 @@ extern "C" void backward(const Given& given) {
         if (SPLIT) outer(c.dx + at, width, rows, begin, end, {x, none}, b_ih, add);
       }
     }
-    states([&](i64 at, float* buffer, i64 bytes) { std::memcpy(c.last + at, buffer, bytes); });
+    each_state(c, team, [&](i64 at, float* buffer, i64 bytes, bool) { std::memcpy(c.last + at, buffer, bytes); });
   }
 }
 

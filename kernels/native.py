@@ -63,11 +63,13 @@ def load(cell: Cell) -> Any:
     key = hashlib.sha256((machine + shlex.join(_FLAGS) + code).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fused_rnn"
     try:
-        return ctypes.CDLL(str(kept(folder / f"{key}.so", partial(build, code))))
+        library = ctypes.CDLL(str(kept(folder / f"{key}.so", partial(build, code))))
     except OSError:  # a disk that cannot be written to
         with tempfile.TemporaryDirectory() as temporary:
             build(code, Path(temporary) / "cell.so")
-            return ctypes.CDLL(str(Path(temporary) / "cell.so"))
+            library = ctypes.CDLL(str(Path(temporary) / "cell.so"))
+    library.needed.restype = ctypes.c_int64
+    return library
 
 
 _forked: list[bool] = []  # in a child of fork, in which OpenMP would wait for ever for the parent's threads
@@ -83,18 +85,13 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
     """Calls it with struct Given, of which `given` is w_ih to `last` and the gradients, and memory for itself."""
     if s0.dtype != torch.float32 or not s0.is_cpu:
         raise RuntimeError(f"The plan \"native\" is for float32 on the CPU, got {s0.dtype} on {s0.device}")
-    (R, I), (_, B, H), N, G, adjoint = x.shape, s0.shape, len(rows.reverse), cell.gates, name == "backward"
-    window = rows.window(N * G * H)
-    most, K = min(R, window * B), G * H
-    inputs, hidden = (-(-n // 32) * 32 for n in (I, H))  # as it pads them, or more
-    panels = N * K * hidden, N * (K * inputs if adjoint else (K + 64) * I)
-    width = (2 * (K + 32) + inputs + H + hidden) if adjoint else K + 32
-    memory = working(s0, (max(panels) if window >= rows.steps else sum(panels)) + N * most * width
-                     + (2 - adjoint) * N * cell.states * B * (hidden + 32) + 256)
-    pointed = x, *given[:12], memory, *(given[12:] or [None] * 5), rows.offsets, rows.resets
+    (R, I), (_, B, H), N, library = x.shape, s0.shape, len(rows.reverse), load(cell)
+    pointed = x, *given[:12], *(given[12:] or [None] * 5), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
-    numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), window
-    getattr(load(cell), name)(struct.pack("30q", *addresses, *numbers))
+    numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), rows.window(N * cell.gates * H)
+    call = struct.pack("29q", *addresses, *numbers)
+    memory = working(s0, library.needed(call + bytes(8), name == "backward"))
+    getattr(library, name)(call + struct.pack("q", memory.data_ptr()))
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,

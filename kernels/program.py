@@ -59,17 +59,21 @@ class Program(NamedTuple):
     pool: int
 
 
-def _function(library: Any, heading: str, body: Sequence[str], last: str = "") -> Any:
+def library(backend: str) -> Any:
+    return import_module("cupy" if backend == "cupy" else "numpy")
+
+
+def _function(backend: str, heading: str, body: Sequence[str], last: str = "") -> Any:
     """Straight-line Python: a loop over operations would cost as much as they do at small sizes."""
-    scope = dict(vars(library), mm=torch.mm, addmm=torch.addmm)
+    scope = dict(vars(library(backend)), mm=torch.mm, addmm=torch.addmm)
     exec("\n  ".join((heading, *body, "pass")) + last, scope)
     return scope["run"]
 
 
 @lru_cache
-def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: int) -> Program:
+def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: Sequence[bool]) -> Program:
     """Of a cell's forward, whose activations are to `save` or not and whose r has a `bias` or not; or of its adjoint,
-    with the gradients that are `given`, as bits."""
+    with which gradients of the states are `given`."""
     twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
     x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
     if adjoint:
@@ -93,14 +97,14 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
             value.name = name
     early, lines = ([line for line in lines if (id(line[2]) in late) == which] for which in (False, True))
     used = {id(v): v for _, arguments, _ in lines for v in arguments if isinstance(v, Value)}
-    h = [v for v in (result for _, _, result in early) if id(v) in used]
+    h = [result for _, _, result in early if id(result) in used]
     for k, value in enumerate(h):
         value.name = f"h{k}"
     read = sorted({v.name for v in used.values() if v.name[0] in "asn"} if adjoint else ())
     pools = _pooled(early, "E"), _pooled(lines, "T")
     body, temporaries = [*map(_words, lines)], [f"T{k}" for k in range(pools[1])]
     if adjoint:
-        g = [f"g{k}" for k in range(S) if given >> k & 1]
+        g = [f"g{k}" for k, there in enumerate(given) if there]
         columns = [*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin]
         body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body
         body += [f"d{k}, p{k} = p{k}, d{k}" for k in range(1, S)]
@@ -114,13 +118,12 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
         body += [f"s{k} = n{k}" for k in range(S)] + (["s0_ = n0_"] if twin else [])
     if twin:
         term += "_" if term not in ("", "b") else ""
-        before = [f"addmm({term}, {product}, out={out}_)" if term else f"mm({product}, out={out}_)"]
+        products = [f"addmm({term}, {product}, out={out}_)" if term else f"mm({product}, out={out}_)"]
     else:
-        before = [f"matmul({product}, {out})", *([f"add({out}, {term}, {out})"] if term else [])]
-    body = body + before if adjoint else before + body
-    library = import_module("cupy" if backend == "cupy" else "numpy")
-    run = _function(library, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,
+        products = [f"matmul({product}, {out})", *([f"add({out}, {term}, {out})"] if term else [])]
+    body = body + products if adjoint else products + body
+    run = _function(backend, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,
                     f"\n return {', '.join(names)},")
     whole = [*a, *s, *n, *(v.name for v in h), *(f"E{k}" for k in range(pools[0]))] if adjoint else []
-    ahead = _function(library, f"def run({', '.join(whole)}):", [*map(_words, early)])
+    ahead = _function(backend, f"def run({', '.join(whole)}):", [*map(_words, early)])
     return Program(ahead, whole, run, columns, others, len(h), *pools)
