@@ -57,6 +57,8 @@ def build(code: str, to: Path) -> None:
 @cache
 def load(cell: Cell) -> Any:
     """A cell's library, compiled if it is not on disk. Raises RuntimeError or OSError if that cannot be."""
+    if not compiler():
+        raise RuntimeError("The plan \"native\" needs a C++ compiler: c++, or what $CXX names")
     code = program(cell)
     # What the compiler says of itself and of this machine: other machines may share the disk.
     machine = _run([*compiler(), "-march=native", "-dM", "-E", "-x", "c++", "-"], "")

@@ -91,6 +91,8 @@ def test_no_compiler(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NumPy, step by step" in said and "there is no C++ compiler" in said, said
     assert "torch's products" in rnn.explain(rnn.GRU(4, 512), x)
     check(layer, theirs)
+    with pytest.raises(RuntimeError, match=r'"native" needs a C\+\+ compiler'):
+        rnn.GRU(4, 8, plan=NATIVE)(x)
 
 
 def test_compiler_that_fails(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
