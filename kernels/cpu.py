@@ -12,7 +12,7 @@ from torch import Tensor
 from .cells import Cell
 from .host import parts, working
 from .plan import Plan, Rows
-from .program import Program, library, program
+from .program import Program, in_place, library, program
 
 Array = Any
 Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
@@ -39,13 +39,13 @@ class Steps:
 
     def __init__(self, plan: Plan, rows: Rows, H: int, width: int) -> None:
         self.backend, self.rows, self.H, count = plan.backend, rows, H, rows.window(width)
-        self.library = library(plan.backend)
+        self.library, sizes = library(plan.backend), rows.sizes
         self.windows: list[Window] = [(s, min(s + count, rows.steps)) for s in range(0, rows.steps, count)]
-        self.starts = [*accumulate(rows.sizes, initial=0)]  # of the steps, in memory
+        even = sizes[0] == sizes[-1] > 0
+        self.starts = range(0, rows.steps * sizes[0] + 1, sizes[0]) if even else [*accumulate(sizes, initial=0)]
         self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
         (self.masks,) = self.take(rows.resets)
-        sizes = rows.sizes
-        ends = range(1, rows.steps) if self.resets or sizes[-1] < sizes[0] else ()
+        ends = range(1, rows.steps) if self.resets or not even else ()
         self.edges = [t for t in ends if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
 
     def times(self, window: Window, n: int) -> Window:
@@ -63,6 +63,15 @@ class Steps:
         if own and self.backend != "cupy":
             return [t if t is None else t.numpy() for t in tensors]
         return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
+
+    def tensor(self, array: Array) -> Tensor:
+        return torch.from_dlpack(array) if self.backend == "cupy" else torch.from_numpy(array)
+
+    def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
+        """Working memory of these shapes."""
+        ends = [*accumulate(map(math.prod, shapes), initial=0)]
+        (memory,) = self.take(working(like, ends[-1]), own=True)
+        return [memory[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 
     def empty(self, like: Array, *shape: int) -> Array:
         return self.library.empty(shape, like.dtype)
@@ -89,9 +98,8 @@ class Steps:
 
     def run(self, loop: Program, table: dict[str, Any], back: int) -> Any:
         """The steps of a segment, in that order of time, with what `table` has by name."""
-        columns = (table[name] if name in table else torch.from_numpy(table[name[:-1]]).unbind(0)
-                   for name in loop.columns)
-        others = (table[name] if name in table else torch.from_numpy(table[name[:-1]]) for name in loop.others)
+        columns = (table[name] if name in table else self.tensor(table[name[:-1]]).unbind(0) for name in loop.columns)
+        others = (table[name] if name in table else self.tensor(table[name[:-1]]) for name in loop.others)
         return loop.run(zip(*(column[::-1] if back else column for column in columns)), *others)
 
     def cut(self, states: Iterable[Array], lo: int, hi: int, n: int) -> None:
@@ -108,27 +116,23 @@ def _named(groups: dict[str, Sequence[Array]], **others: Any) -> dict[str, Any]:
     return others | {f"{name}{k}": array for name, group in groups.items() for k, array in enumerate(group)}
 
 
-def _working(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
-    """Working memory of these shapes."""
-    ends = [*accumulate(map(math.prod, shapes), initial=0)]
-    memory = working(like, ends[-1])
-    return [memory.narrow(0, lo, hi - lo).view(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
+def _rows(t: Tensor, first: int, count: int) -> Tensor:
+    return t if len(t) == count else t.narrow(0, first, count)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
             b_hh: Tensor | None, s0: Tensor, y: Tensor, states: Tensor | None, saved: Tensor | None,
             last: Tensor) -> None:
     """Fills y, `last`, and if given states and saved."""
-    N, (_, B, H), G, S, here = len(rows.reverse), s0.shape, cell.gates, cell.states, cell.gates == 1 and not cell.split
+    N, (_, B, H), G, S = len(rows.reverse), s0.shape, cell.gates, cell.states
     by = Steps(plan, rows, H, N * G * H)
     most = min(len(y), by.windows[0][1] * B)
-    # The pre-activations of one gate have the place of y; else that of a window.
-    gates = y if here else _working(y, (N, most, G * H))[0]
+    x = None if in_place(cell) else by.working(y, (N, most, G * H))[0]  # the pre-activations of a window
     last.copy_(s0)
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
     loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, ())
-    x, s, h, c, a = by.take(gates, last, y, states, saved, own=True)
+    s, h, c, a = by.take(last, y, states, saved, own=True)
     # NumPy's product is up to twice as fast if W^T lies in order, which costs as much as one of some rows.
     ordered = plan.backend == "numpy" and B >= 8
     factors = [(by.factor(w.t().contiguous() if ordered else w.t()), b if b is None else by.factor(b))
@@ -138,15 +142,15 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)
-            out = gates.narrow(0, first, count).narrow(1, n * H, H) if here else gates[n].narrow(0, 0, count)
-            product = inputs.narrow(0, first, count), weight.t()
+            place = h[first : first + count, n * H : (n + 1) * H] if x is None else x[n, :count]
+            out, product = by.tensor(place), (_rows(inputs, first, count), weight.t())
             torch.mm(*product, out=out) if bias is None else torch.addmm(bias, *product, out=out)
             for lo, hi in by.segments(window, n):
                 size = rows.sizes[lo]
                 now = [z[:size] for z in s[n * S : (n + 1) * S]]
                 by.cut(now, lo, hi, n)
-                (xs,) = by.columns([x], lo, hi, n) if here else by.columns([x[n]], lo, hi, start=first)
                 after = by.columns([h], lo, hi, n)
+                xs = after[0] if x is None else by.columns([x[n]], lo, hi, start=first)[0]
                 after += by.columns(others, lo, hi, *((None, first) if c is None else (n,)))
                 arrays = dict(x=by.gates(xs, G), r=by.gates(r[:size], G), s=now, n=after, T=pool[:, :size],
                               a=() if a is None else by.columns(a, lo, hi, n))
@@ -163,12 +167,12 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     by = Steps(plan, rows, H, N * G * H)
     most = min(len(y), by.windows[0][1] * rows.sizes[0])
     # For a window: the gradients of x and r, one array unless cell.split, and the h that came into its steps.
-    drs, hs, *rest = _working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
-    dxs = rest[0] if rest else drs
+    dr, came, *rest = by.working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
+    dx = rest[0] if rest else dr
     ds.zero_() if dlast is None else ds.copy_(dlast)
     given = dy is not None, *[dstates is not None] * (S - 1)
     loop = program(plan.backend, cell, True, True, False, given)
-    (first, a), (d, dx, dr, came) = by.take(s0, saved), by.take(ds, dxs, drs, hs, own=True)
+    (first, a), (d,) = by.take(s0, saved), by.take(ds, own=True)
     kept, wanted = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
                     for h, c in ((y, states), (dy, dstates)))
     p, pool = (by.empty(d, count, rows.sizes[0], H) for count in (S, loop.pool))
@@ -195,13 +199,13 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                               g=[t if t is None else by.columns([t], lo, hi, n)[0] for t in wanted])
                 table = _named(arrays, w=w, dr=rs)
                 loop.before(*(table[name] for name in loop.whole))
-                for to, value in zip(now[1:], by.run(loop, table, not back)[1:]):
+                for to, value in zip(now, by.run(loop, table, not back)):
                     to[...] = value
                 by.cut(now, lo, hi, n)
-            left, more = [z[n].narrow(0, 0, count) for z in (dxs, drs)] * 2, window[1] < rows.steps
-            right = x.narrow(0, start, count), hs[n].narrow(0, 0, count), None, None
+            left, more = [by.tensor(z[n, :count]) for z in (dx, dr)] * 2, window[1] < rows.steps
+            right = _rows(x, start, count), by.tensor(came[n, :count]), None, None
             if grads[0] is not None:
-                out = grads[0].narrow(0, start, count)
+                out = _rows(grads[0], start, count)
                 torch.mm(left[0], weight, out=out) if N == 1 else out.addmm_(left[0], weight)
             for grad, l, r in zip(sums, left, right):
                 if grad is not None and r is not None:

@@ -70,17 +70,24 @@ def _function(backend: str, heading: str, body: Sequence[str], last: str = "") -
     return scope["run"]
 
 
+def in_place(cell: Cell) -> bool:
+    """Whether its pre-activations can have the place of the state, the only thing that is made of them."""
+    return cell.gates == cell.states == 1 and not cell.split and not cell.saved
+
+
 @lru_cache
 def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: Sequence[bool]) -> Program:
     """Of a cell's forward, whose activations are to `save` or not and whose r has a `bias` or not; or of its adjoint,
     with which gradients of the states are `given`."""
     twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
     x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
+    x = n if in_place(cell) else x
+    whole, gates = "n0" if in_place(cell) else "x", x if twin and not cell.split else r  # torch adds W h to x itself
     if adjoint:
         lines, results = trace(cell.backward, (a, s, n, d), _ELEMENTWISE)
         named = [*zip((*(x if cell.split else r), *r, *p), chain(*results))]
     else:
-        lines, results = trace(cell.forward, (x if cell.split else [""] * G, r, s), _ELEMENTWISE)
+        lines, results = trace(cell.forward, (x if cell.split else [""] * G, gates, s), _ELEMENTWISE)
         named = [*zip((*n, *(a if save else ())), chain(*results))]
     late: set[int] = set()  # what has to wait for the step
     for _, arguments, result in lines:
@@ -104,24 +111,25 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
     pools = _pooled(early, "E"), _pooled(lines, "T")
     body, temporaries = [*map(_words, lines)], [f"T{k}" for k in range(pools[1])]
     if adjoint:
-        g = [f"g{k}" for k, there in enumerate(given) if there]
+        g, adds = [f"g{k}" for k, there in enumerate(given) if there], not alone
         columns = [*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin]
+        others, names = ["w", *d, *p, *temporaries, *(("d0_", "p0_") if twin else ())], d
         body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body
-        body += [f"d{k}, p{k} = p{k}, d{k}" for k in range(1, S)]
-        product, term, out = f"dr{twin}, w", "" if alone else "p0", "d0"
-        others, names = ["w", *d, *p, *temporaries, *(v + twin for v in ("d0", "p0") if twin)], d
+        body += [f"d{k}, p{k} = p{k}, d{k}" for k in (*(("0", "0_") if twin and adds else ()), *range(1, S))]
+        body += ["d0_.addmm_(dr_, w)" if adds else "mm(dr_, w, out=d0_)"] if twin else ["dr.dot(w, d0)"]
+        body += ["add(d0, p0, d0)"] if adds and not twin else []
     else:
-        columns = [*(x if cell.split else ["x"]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
-        columns += ["x_"] if twin and not cell.split else []
-        product, term, out = f"s0{twin}, w", ("b" if bias else "") if cell.split else "x", "r"
+        columns = [*(x if cell.split or twin else [whole]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
+        columns = [*dict.fromkeys(columns + ([f"{whole}_"] if twin and not cell.split else []))]
         others, names = ["w", "b", "r", *r, *s, *temporaries, *(("r_", "s0_") if twin else ())], s
-        body += [f"s{k} = n{k}" for k in range(S)] + (["s0_ = n0_"] if twin else [])
-    if twin:
-        term += "_" if term not in ("", "b") else ""
-        products = [f"addmm({term}, {product}, out={out}_)" if term else f"mm({product}, out={out}_)"]
-    else:
-        products = [f"matmul({product}, {out})", *([f"add({out}, {term}, {out})"] if term else [])]
-    body = body + products if adjoint else products + body
+        if not twin:
+            term = ("b" if bias else "") if cell.split else whole
+            product = ["s0.dot(w, r)", *([f"add(r, {term}, r)"] if term else [])]
+        elif cell.split:
+            product = ["addmm(b, s0_, w, out=r_)" if bias else "mm(s0_, w, out=r_)"]
+        else:
+            product = [f"{whole}_.addmm_(s0_, w)"]
+        body = [*product, *body, *(f"s{k} = n{k}" for k in range(S)), *(("s0_ = n0_",) if twin else ())]
     run = _function(backend, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,
                     f"\n return {', '.join(names)},")
     whole = [*a, *s, *n, *(v.name for v in h), *(f"E{k}" for k in range(pools[0]))] if adjoint else []
