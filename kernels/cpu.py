@@ -38,15 +38,19 @@ class Steps:
     recurrence, segments whose steps all have the same sequences and within which nothing is reset."""
 
     def __init__(self, plan: Plan, rows: Rows, H: int, width: int) -> None:
-        self.backend, self.rows, self.H, count = plan.backend, rows, H, rows.window(width)
-        self.library, sizes = library(plan.backend), rows.sizes
+        self.backend, self.rows, self.H, self.library = plan.backend, rows, H, library(plan.backend)
+        count, sizes = rows.window(width), rows.sizes
         self.windows: list[Window] = [(s, min(s + count, rows.steps)) for s in range(0, rows.steps, count)]
         even = sizes[0] == sizes[-1] > 0
+        # Where the steps start in memory.
         self.starts = range(0, rows.steps * sizes[0] + 1, sizes[0]) if even else [*accumulate(sizes, initial=0)]
-        self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
-        (self.masks,) = self.take(rows.resets)
-        ends = range(1, rows.steps) if self.resets or not even else ()
-        self.edges = [t for t in ends if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
+        self.resets: list[bool] = []
+        self.edges: list[int] = []
+        if rows.resets is not None:
+            (self.masks,), self.resets = self.take(rows.resets), rows.resets.any(1).tolist()
+        if self.resets or not even:
+            self.edges = [t for t in range(1, rows.steps)
+                          if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
 
     def times(self, window: Window, n: int) -> Window:
         """Its steps in recurrence n, in the order of time."""
@@ -135,7 +139,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     s, h, c, a = by.take(last, y, states, saved, own=True)
     # NumPy's product is up to twice as fast if W^T lies in order, which costs as much as one of some rows.
     ordered = plan.backend == "numpy" and B >= 8
-    factors = [(by.factor(w.t().contiguous() if ordered else w.t()), b if b is None else by.factor(b))
+    factors = [(by.factor(w.t().contiguous()) if ordered else by.factor(w).T, b if b is None else by.factor(b))
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
     r, pool = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H)
     others = by.empty(h, S - 1, most, H) if c is None else c  # of a window, if not kept
