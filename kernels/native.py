@@ -92,7 +92,7 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
     numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), rows.window(N * cell.gates * H)
     call = struct.pack("29q", *addresses, *numbers)
-    memory = working(s0, library.needed(call + bytes(8), name == "backward"))
+    memory = working(s0, library.needed(call + bytes(8)))
     getattr(library, name)(call + struct.pack("q", memory.data_ptr()))
 
 
