@@ -12,7 +12,7 @@ from torch import Tensor
 from .cells import Cell
 from .host import parts, working
 from .plan import Plan, Rows
-from .program import Program, in_place, library, program
+from .program import Program, library, program
 
 Array = Any
 Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
@@ -39,18 +39,15 @@ class Steps:
 
     def __init__(self, plan: Plan, rows: Rows, H: int, width: int) -> None:
         self.backend, self.rows, self.H, self.library = plan.backend, rows, H, library(plan.backend)
-        count, sizes = rows.window(width), rows.sizes
+        count, sizes, B = rows.window(width), rows.sizes, rows.sizes[0]
         self.windows: list[Window] = [(s, min(s + count, rows.steps)) for s in range(0, rows.steps, count)]
-        even = sizes[0] == sizes[-1] > 0
-        # Where the steps start in memory.
-        self.starts = range(0, rows.steps * sizes[0] + 1, sizes[0]) if even else [*accumulate(sizes, initial=0)]
-        self.resets: list[bool] = []
-        self.edges: list[int] = []
-        if rows.resets is not None:
-            (self.masks,), self.resets = self.take(rows.resets), rows.resets.any(1).tolist()
-        if self.resets or not even:
-            self.edges = [t for t in range(1, rows.steps)
-                          if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
+        even = sizes[-1] == B > 0
+        self.starts = range(0, rows.steps * B + 1, B) if even else [*accumulate(sizes, initial=0)]  # of the steps
+        self.most = min(self.starts[-1], self.windows[0][1] * B)  # rows of a window
+        self.resets = [] if rows.resets is None else rows.resets.any(1).tolist()
+        (self.masks,) = self.take(rows.resets)
+        ends = () if even and not self.resets else range(1, rows.steps)
+        self.edges = [t for t in ends if sizes[t] < sizes[t - 1] or (self.resets and self.resets[t])]
 
     def times(self, window: Window, n: int) -> Window:
         """Its steps in recurrence n, in the order of time."""
@@ -130,19 +127,18 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     """Fills y, `last`, and if given states and saved."""
     N, (_, B, H), G, S = len(rows.reverse), s0.shape, cell.gates, cell.states
     by = Steps(plan, rows, H, N * G * H)
-    most = min(len(y), by.windows[0][1] * B)
-    x = None if in_place(cell) else by.working(y, (N, most, G * H))[0]  # the pre-activations of a window
     last.copy_(s0)
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
     loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, ())
+    x = None if loop.in_place else by.working(y, (N, by.most, G * H))[0]  # the pre-activations of a window
     s, h, c, a = by.take(last, y, states, saved, own=True)
     # NumPy's product is up to twice as fast if W^T lies in order, which costs as much as one of some rows.
     ordered = plan.backend == "numpy" and B >= 8
     factors = [(by.factor(w.t().contiguous()) if ordered else by.factor(w).T, b if b is None else by.factor(b))
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
     r, pool = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H)
-    others = by.empty(h, S - 1, most, H) if c is None else c  # of a window, if not kept
+    others = by.empty(h, S - 1, by.most, H) if c is None else c  # of a window, if not kept
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)
@@ -158,8 +154,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
                 after += by.columns(others, lo, hi, *((None, first) if c is None else (n,)))
                 arrays = dict(x=by.gates(xs, G), r=by.gates(r[:size], G), s=now, n=after, T=pool[:, :size],
                               a=() if a is None else by.columns(a, lo, hi, n))
-                found = by.run(loop, _named(arrays, w=w, b=b, x=xs, r=r[:size]), rows.reverse[n])
-                for to, value in zip(now, found):
+                for to, value in zip(now, by.run(loop, _named(arrays, w=w, b=b, x=xs, r=r[:size]), rows.reverse[n])):
                     to[...] = value
 
 
@@ -169,18 +164,16 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     """Fills ds [N*S, B, H] and those of `grads` that there are, or with more than one recurrence adds to the first."""
     N, G, S, H = len(rows.reverse), cell.gates, cell.states, s0.shape[2]
     by = Steps(plan, rows, H, N * G * H)
-    most = min(len(y), by.windows[0][1] * rows.sizes[0])
     # For a window: the gradients of x and r, one array unless cell.split, and the h that came into its steps.
-    dr, came, *rest = by.working(y, (N, most, G * H), (N, most, H), *([(N, most, G * H)] if cell.split else []))
-    dx = rest[0] if rest else dr
+    *both, came = by.working(y, *[(N, by.most, G * H)] * (1 + cell.split), (N, by.most, H))
+    dx, dr = both[0], both[-1]
     ds.zero_() if dlast is None else ds.copy_(dlast)
-    given = dy is not None, *[dstates is not None] * (S - 1)
-    loop = program(plan.backend, cell, True, True, False, given)
+    loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
     (first, a), (d,) = by.take(s0, saved), by.take(ds, own=True)
     kept, wanted = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
                     for h, c in ((y, states), (dy, dstates)))
     p, pool = (by.empty(d, count, rows.sizes[0], H) for count in (S, loop.pool))
-    others, early, spare = (by.empty(d, count, most, H) for count in (S - 1, loop.early, loop.spare))
+    others, early, spare = (by.empty(d, count, by.most, H) for count in (S - 1, loop.early, loop.spare))
     own = [*zip(parts(w_ih, N), map(by.factor, parts(w_hh, N)), zip(*(parts(grad, N) for grad in grads[1:])))]
     for window in reversed(by.windows):
         for n, (weight, w, sums) in enumerate(own):

@@ -57,6 +57,7 @@ class Program(NamedTuple):
     early: int  # how many h, E, which are temporaries of `before`, and T, those of `run`
     spare: int
     pool: int
+    in_place: bool  # whether x is where n is, the only thing that is made of it
 
 
 def library(backend: str) -> Any:
@@ -70,19 +71,15 @@ def _function(backend: str, heading: str, body: Sequence[str], last: str = "") -
     return scope["run"]
 
 
-def in_place(cell: Cell) -> bool:
-    """Whether its pre-activations can have the place of the state, the only thing that is made of them."""
-    return cell.gates == cell.states == 1 and not cell.split and not cell.saved
-
-
 @lru_cache
 def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: Sequence[bool]) -> Program:
     """Of a cell's forward, whose activations are to `save` or not and whose r has a `bias` or not; or of its adjoint,
     with which gradients of the states are `given`."""
     twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
     x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
-    x = n if in_place(cell) else x
-    whole, gates = "n0" if in_place(cell) else "x", x if twin and not cell.split else r  # torch adds W h to x itself
+    in_place = G == S == 1 and not cell.split and not A
+    step, x = ("n0", n) if in_place else ("x", x)
+    gates = x if twin and not cell.split else r  # torch adds W h to x where it is
     if adjoint:
         lines, results = trace(cell.backward, (a, s, n, d), _ELEMENTWISE)
         named = [*zip((*(x if cell.split else r), *r, *p), chain(*results))]
@@ -119,19 +116,15 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
         body += ["d0_.addmm_(dr_, w)" if adds else "mm(dr_, w, out=d0_)"] if twin else ["dr.dot(w, d0)"]
         body += ["add(d0, p0, d0)"] if adds and not twin else []
     else:
-        columns = [*(x if cell.split or twin else [whole]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
-        columns = [*dict.fromkeys(columns + ([f"{whole}_"] if twin and not cell.split else []))]
+        columns = [*(x if cell.split or twin else [step]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
+        columns = [*dict.fromkeys(columns if cell.split or not twin else [*columns, step + "_"])]
         others, names = ["w", "b", "r", *r, *s, *temporaries, *(("r_", "s0_") if twin else ())], s
-        if not twin:
-            term = ("b" if bias else "") if cell.split else whole
-            product = ["s0.dot(w, r)", *([f"add(r, {term}, r)"] if term else [])]
-        elif cell.split:
-            product = ["addmm(b, s0_, w, out=r_)" if bias else "mm(s0_, w, out=r_)"]
-        else:
-            product = [f"{whole}_.addmm_(s0_, w)"]
+        term = step if not cell.split else "b" if bias else ""
+        sums = {step: f"{step}_.addmm_(s0_, w)", "b": "addmm(b, s0_, w, out=r_)", "": "mm(s0_, w, out=r_)"}
+        product = [sums[term]] if twin else ["s0.dot(w, r)", *([f"add(r, {term}, r)"] if term else [])]
         body = [*product, *body, *(f"s{k} = n{k}" for k in range(S)), *(("s0_ = n0_",) if twin else ())]
     run = _function(backend, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,
                     f"\n return {', '.join(names)},")
     whole = [*a, *s, *n, *(v.name for v in h), *(f"E{k}" for k in range(pools[0]))] if adjoint else []
     ahead = _function(backend, f"def run({', '.join(whole)}):", [*map(_words, early)])
-    return Program(ahead, whole, run, columns, others, len(h), *pools)
+    return Program(ahead, whole, run, columns, others, len(h), *pools, in_place)
