@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .host import parts, working
-from .plan import Plan, Rows
+from .plan import WINDOW, Plan, Rows
 from .program import Program, library, program
 
 Array = Any
@@ -69,7 +69,9 @@ class Steps:
         return torch.from_dlpack(array) if self.backend == "cupy" else torch.from_numpy(array)
 
     def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
-        """Working memory of these shapes."""
+        """Working memory of these shapes. It is kept for the next call where the first touch of it takes long."""
+        if sum(map(math.prod, shapes)) < WINDOW:
+            return self.take(*map(like.new_empty, shapes), own=True)
         ends = [*accumulate(map(math.prod, shapes), initial=0)]
         (memory,) = self.take(working(like, ends[-1]), own=True)
         return [memory[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
@@ -137,8 +139,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     ordered = plan.backend == "numpy" and B >= 8
     factors = [(by.factor(w.t().contiguous()) if ordered else by.factor(w).T, b if b is None else by.factor(b))
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
-    r, pool = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H)
-    others = by.empty(h, S - 1, by.most, H) if c is None else c  # of a window, if not kept
+    r, pool, others = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H), by.empty(h, S - 1, by.most, H)
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)
@@ -151,7 +152,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
                 by.cut(now, lo, hi, n)
                 after = by.columns([h], lo, hi, n)
                 xs = after[0] if x is None else by.columns([x[n]], lo, hi, start=first)[0]
-                after += by.columns(others, lo, hi, *((None, first) if c is None else (n,)))
+                after += by.columns(others, lo, hi, start=first) if c is None else by.columns(c, lo, hi, n)
                 arrays = dict(x=by.gates(xs, G), r=by.gates(r[:size], G), s=now, n=after, T=pool[:, :size],
                               a=() if a is None else by.columns(a, lo, hi, n))
                 for to, value in zip(now, by.run(loop, _named(arrays, w=w, b=b, x=xs, r=r[:size]), rows.reverse[n])):
@@ -200,11 +201,10 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                     to[...] = value
                 by.cut(now, lo, hi, n)
             left, more = [by.tensor(z[n, :count]) for z in (dx, dr)] * 2, window[1] < rows.steps
-            right = _rows(x, start, count), by.tensor(came[n, :count]), None, None
             if grads[0] is not None:
                 out = _rows(grads[0], start, count)
                 torch.mm(left[0], weight, out=out) if N == 1 else out.addmm_(left[0], weight)
-            for grad, l, r in zip(sums, left, right):
+            for grad, l, r in zip(sums, left, (_rows(x, start, count), by.tensor(came[n, :count]), None, None)):
                 if grad is not None and r is not None:
                     grad.addmm_(l.t(), r) if more else torch.mm(l.t(), r, out=grad)
                 elif grad is not None:

@@ -78,7 +78,7 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
     twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
     x, r, s, n, a, d, p = ([f"{c}{k}" for k in range(count)] for c, count in zip("xrsnadp", (G, G, S, S, A, S, S)))
     in_place = G == S == 1 and not cell.split and not A
-    step, x = ("n0", n) if in_place else ("x", x)
+    step, x, r = ("n0", n, ["dr"] if adjoint else r) if in_place else ("x", x, r)
     gates = x if twin and not cell.split else r  # torch adds W h to x where it is
     if adjoint:
         lines, results = trace(cell.backward, (a, s, n, d), _ELEMENTWISE)
@@ -109,7 +109,7 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
     body, temporaries = [*map(_words, lines)], [f"T{k}" for k in range(pools[1])]
     if adjoint:
         g, adds = [f"g{k}" for k, there in enumerate(given) if there], not alone
-        columns = [*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin]
+        columns = [*dict.fromkeys((*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin))]
         others, names = ["w", *d, *p, *temporaries, *(("d0_", "p0_") if twin else ())], d
         body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body
         body += [f"d{k}, p{k} = p{k}, d{k}" for k in (*(("0", "0_") if twin and adds else ()), *range(1, S))]
