@@ -89,8 +89,9 @@ def test_large_clusters(H: int, blocks: int, splits: int) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(("name", "form", "resets", "scope"), [
-    ("gru", "padded", True, "cuda block"), ("lstm", "lengths", True, "cuda cluster"),
-    ("rnn_relu", "packed", True, "cuda grid")])
+    ("lstm", "lengths", True, "cuda cluster"),
+    pytest.param("gru", "padded", True, "cuda block", marks=pytest.mark.slow),
+    pytest.param("rnn_relu", "packed", True, "cuda grid", marks=pytest.mark.slow)])
 def test_what_numbers_depend_on(name: str, form: str, resets: bool, scope: str) -> None:
     """Not by a bit on other sequences, nor on what lies around tensors in memory."""
     test_gpu.test_a_sequence_depends_on_no_other(name, form, resets, scope)

@@ -23,6 +23,7 @@ def test_two_processes_are_as_one(kind: str) -> None:
     torchrun("tests/distributed.py", kind)
 
 
+@pytest.mark.slow
 def test_language_model(tmp_path: Path) -> None:
     said = torchrun("examples/language_model.py", "--hidden", 32, "--batch", 8, "--length", 16, "--steps", 60,
                     "--rate", 0.01, "--plot", tmp_path / "curves.png")
