@@ -117,6 +117,7 @@ def test_kernels(rows: list[Row], capability: int) -> None:
     assert scopes == {"block", "grid", "launch"}
 
 
+@pytest.mark.slow
 def test_amd() -> None:
     """Only compiled: block at its largest, and launch."""
     rows: list[Row] = [("lstm", "bfloat16", 8, 64, 64, 1, []), ("rnn_tanh", "float16", 64, 1024, 1024, 2, ["graph"])]
@@ -133,6 +134,7 @@ def test_batch_sizes_and_steps_share_a_kernel() -> None:
     assert all(used["kinds"] == 1 for used in found), found
 
 
+@pytest.mark.slow
 def test_barrier_gives_up_when_debugging() -> None:
     """A program that waits in vain traps, instead of hanging, under TRITON_DEBUG=1."""
     plain, debug = ([used["gives_up"] for used in compiled([("rnn_tanh", "bfloat16", 8, 384, 384, 1, options)], 90)]
