@@ -70,9 +70,9 @@ class Steps:
 
     def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
         """Working memory of these shapes. It is kept for the next call where the first touch of it takes long."""
-        if sum(map(math.prod, shapes)) < WINDOW:
-            return self.take(*map(like.new_empty, shapes), own=True)
         ends = [*accumulate(map(math.prod, shapes), initial=0)]
+        if ends[-1] < WINDOW:
+            return self.take(*map(like.new_empty, shapes), own=True)
         (memory,) = self.take(working(like, ends[-1]), own=True)
         return [memory[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 

@@ -72,7 +72,7 @@ def _function(backend: str, heading: str, body: Sequence[str], last: str = "") -
 
 
 @lru_cache
-def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: Sequence[bool]) -> Program:
+def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, given: tuple[bool, ...]) -> Program:
     """Of a cell's forward, whose activations are to `save` or not and whose r has a `bias` or not; or of its adjoint,
     with which gradients of the states are `given`."""
     twin, G, S, A = "_" if backend == "torch" else "", cell.gates, cell.states, cell.saved
@@ -90,10 +90,10 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
     for _, arguments, result in lines:
         if not adjoint or any(isinstance(v, Value) and (v.name in d or id(v) in late) for v in arguments):
             late.add(id(result))
-    alone = False
+    adds = True  # W^T dr is added to p0, if there is one
     for name, value in named:
         if name == "p0" and not isinstance(value, Value):
-            alone = True
+            adds = False
         elif not isinstance(value, Value) or id(value) not in late or (value.name[0] != "t" and value.name != name):
             lines.append(("copy", (value,), Value(lines, name)))
             late.add(id(lines[-1][2]))
@@ -108,7 +108,7 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
     pools = _pooled(early, "E"), _pooled(lines, "T")
     body, temporaries = [*map(_words, lines)], [f"T{k}" for k in range(pools[1])]
     if adjoint:
-        g, adds = [f"g{k}" for k, there in enumerate(given) if there], not alone
+        g = [f"g{k}" for k, there in enumerate(given) if there]
         columns = [*dict.fromkeys((*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin))]
         others, names = ["w", *d, *p, *temporaries, *(("d0_", "p0_") if twin else ())], d
         body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body

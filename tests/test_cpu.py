@@ -85,8 +85,9 @@ def test_sizes(cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of few rows."""
+    """Windows of few rows, and working memory that is kept."""
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", 0)
+    monkeypatch.setattr("rnn.kernels.cpu.WINDOW", 0)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 24)
 
 
