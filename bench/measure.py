@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
-from rnn.kernels.host import kept
+from rnn.kernels.memory import release
 
 BATCH_SECONDS = 0.004  # of calls between two events on a GPU: beside it the events' own time is nothing
 
@@ -156,7 +156,7 @@ def _status(key: str) -> int:
 def peak(function: Callable[[], Any], device: str) -> int | None:
     """Bytes that a call needs at its peak beyond what there was before. On the CPU it is the growth of the process,
     which sees every library's memory, if the system lets its high-water mark be set back; else None."""
-    kept.memory.clear()  # so that it counts as well
+    release()  # so that what is kept counts as well
     gc.collect()
     if device == "cuda":
         synchronize(device)

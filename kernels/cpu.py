@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
-from .host import parts, working
+from .host import parts
+from .memory import working
 from .plan import WINDOW, Plan, Rows
 from .program import Program, library, program
 
@@ -139,7 +140,8 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     ordered = plan.backend == "numpy" and B >= 8
     factors = [(by.factor(w.t().contiguous()) if ordered else by.factor(w).T, b if b is None else by.factor(b))
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
-    r, pool, others = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H), by.empty(h, S - 1, by.most, H)
+    r, pool = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H)
+    others = by.empty(h, S - 1 if c is None else 0, by.most, H)
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)

@@ -1,8 +1,7 @@
-"""What is around the kernels of the CPU, and of CuPy's arrays: the tensors that they write, and the memory that they
-work in. Tensors are contiguous and of one device; step t has the sizes[t] rows that follow those of step t - 1. Kernels
-go through windows of time, whose pre-activations stay in the caches, and do the large products window by window."""
+"""What is around the kernels of the CPU, and of CuPy's arrays: the tensors that they write. Tensors are contiguous and
+of one device; step t has the sizes[t] rows that follow those of step t - 1. Kernels go through windows of time, whose
+pre-activations stay in the caches, and do the large products window by window."""
 
-import threading
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -12,28 +11,10 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
+from .memory import lasting
 from .plan import Plan, Rows
 
 Part = TypeVar("Part", Tensor, Tensor | None)
-
-
-class _Kept(threading.local):
-    def __init__(self) -> None:
-        self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-kept = _Kept()
-
-
-def working(like: Tensor, size: int) -> Tensor:
-    """Memory of that size or more, with whatever is in it, for one call: this thread's next call gets the same. Fresh
-    memory costs as much as the arithmetic of some steps."""
-    key = like.dtype, like.device
-    if key not in kept.memory or len(kept.memory[key]) < size:
-        kept.memory.pop(key, None)  # before there is another
-        with torch.inference_mode(False):  # or it would be of no use outside of it
-            kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-    return kept.memory[key]
 
 
 @cache
@@ -47,9 +28,9 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
     keep >= 1 the other states of every step [S-1, R, N*H], the last states [N*S, B, H], and with keep >= 2 the
     activations for the adjoint [A, R, N*H]; None for what is not."""
     N, S, A, R, H = len(rows.reverse), cell.states, cell.saved, len(x), s0.shape[2]
-    y, last = x.new_empty((R, N * H)), torch.empty_like(s0)
-    states = x.new_empty((S - 1, R, N * H)) if S > 1 and keep else None
-    saved = x.new_empty((A, R, N * H)) if A and keep > 1 else None
+    y, last = lasting(x, R, N * H), torch.empty_like(s0)
+    states = lasting(x, S - 1, R, N * H) if S > 1 and keep else None
+    saved = lasting(x, A, R, N * H) if A and keep > 1 else None
     _kernel(plan.backend).forward(cell, plan, rows, x, w_ih, w_hh, b_ih, b_hh, s0, y, states, saved, last)
     return y, states, last, saved
 
@@ -63,7 +44,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     # One gradient serves both biases where it is the same.
     wanted = *needs[:3], needs[3] and cell.split, needs[4] or (needs[3] and not cell.split)
     shapes = x.shape, w_ih.shape, w_hh.shape, w_hh.shape[:1], w_hh.shape[:1]
-    grads: list[Tensor | None] = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
+    grads: list[Tensor | None] = [lasting(x, *shape) if want else None for shape, want in zip(shapes, wanted)]
     if len(rows.reverse) > 1 and grads[0] is not None:
         grads[0].zero_()
     _kernel(plan.backend).backward(cell, plan, rows, x, w_ih, w_hh, s0, y, states, saved, dy, dstates, dlast, ds, grads)

@@ -13,7 +13,7 @@ static inline void cell_backward(const V* a, const V* s, const V* n, const V* d,
 
 // What native.py gives: s0, dlast (zero if missing) and `last`, the last states or the gradients of the first ones,
 // [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [A, R, N, H] are written going forward, where they are
-// wanted, and read in the adjoint; `memory` has as many numbers as `needed` says.
+// wanted, and read in the adjoint.
 struct Given {
   const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *dy, *dstates, *dlast;
   float *y, *states, *saved, *last;
@@ -21,7 +21,6 @@ struct Given {
   const i64* offsets;
   const bool* resets;
   i64 steps, B, R, I, H, N, reverses, threads, window;
-  float* memory;
 };
 
 // A window is some steps, first to end in the order of the recurrence; gates, dx, dr [N, most, G, H] and came
@@ -32,9 +31,13 @@ struct Call : Given {
   bool in_turn;  // with one window the panels of W_ih and those of W_hh have the same place, one after the other
   float *gates, *dx, *dr, *came, *input_panels, *panels, *buffer, *x_rows, *h_rows;
 
-  Call(const Given& given, bool adjoint) : Given(given) {
+  // `memory` has as many numbers as `needed` says.
+  Call(const Given& given, bool adjoint, float* memory) : Given(given) {
     auto pad = [](i64 n, i64 tile) { return (n + tile - 1) / tile * tile; };
-    auto take = [&](i64 size) { return memory + std::exchange(used, used + pad(size, 16)); };
+    auto take = [&](i64 size) {
+      const i64 at = std::exchange(used, used + pad(size, 16));
+      return memory ? memory + at : nullptr;
+    };
     end = std::min(window, steps), most = std::min(R, end * B), padded = pad(H, PADDING);
     inputs = adjoint ? pad(I, PADDING) : pad(GATES * H, INPUT_TILE);
     // Rows a power of 2 apart would have the same place in the caches.
@@ -231,13 +234,15 @@ template <typename Body> static void each_state(const Call& c, const Team& team,
 }
 
 // The same for both directions, so that they share it: what is never touched takes no memory.
-extern "C" i64 needed(const Given& given) { return std::max(Call(given, false).used, Call(given, true).used); }
+extern "C" i64 needed(const Given& given) {
+  return std::max(Call(given, false, nullptr).used, Call(given, true, nullptr).used);
+}
 
 // All steps, in windows.
-extern "C" void forward(const Given& given) {
+extern "C" void forward(const Given& given, float* memory) {
 #pragma omp parallel num_threads(given.threads)
   {
-    Call c(given, false);
+    Call c(given, false, memory);
     const Team team(c, WIDE * LANES);
     const i64 H = c.H, P = c.padded, I = c.I, half = c.N * STATES * c.B * c.buffer_width;
     auto pack_hidden = [&] {
@@ -288,10 +293,10 @@ extern "C" void forward(const Given& given) {
 }
 
 // The adjoint, likewise. With more than one recurrence the gradient of x is added to.
-extern "C" void backward(const Given& given) {
+extern "C" void backward(const Given& given, float* memory) {
 #pragma omp parallel num_threads(given.threads)
   {
-    Call c(given, true);
+    Call c(given, true, memory);
     const Team team(c, PADDING);
     const i64 H = c.H, I = c.I, K = GATES * H, P = c.padded, inputs = c.inputs, width = c.gates_width;
     // The columns of `from` [rows, columns] into panels.

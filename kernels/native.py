@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .disk import kept
-from .host import working
+from .memory import working
 from .plan import STEP_PRODUCT, Plan, Rows
 from .trace import statements
 
@@ -71,6 +71,7 @@ def load(cell: Cell) -> Any:
             build(code, Path(temporary) / "cell.so")
             library = ctypes.CDLL(str(Path(temporary) / "cell.so"))
     library.needed.restype = ctypes.c_int64
+    library.forward.argtypes = library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library
 
 
@@ -92,8 +93,7 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
     numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), rows.window(N * cell.gates * H)
     call = struct.pack("29q", *addresses, *numbers)
-    memory = working(s0, library.needed(call + bytes(8)))
-    getattr(library, name)(call + struct.pack("q", memory.data_ptr()))
+    getattr(library, name)(call, working(s0, library.needed(call)).data_ptr())
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,

@@ -1,0 +1,66 @@
+"""Memory of the CPU's kernels that is kept from call to call: the first touch of fresh memory takes as long as the
+arithmetic of the step that writes it, and malloc gives back what is large."""
+
+import math
+import mmap
+import threading
+import weakref
+from collections import defaultdict
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from .plan import power_of_2
+
+LASTING = 2**23  # bytes up to which malloc does well: nothing is asked of the system, at least not at every call
+HUGE_PAGE = 2**21
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+kept = _Kept()
+spare: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # by size
+
+
+def working(like: Tensor, size: int) -> Tensor:
+    """Memory of that size or more, with whatever is in it, for one call: this thread's next call gets the same."""
+    key = like.dtype, like.device
+    if key not in kept.memory or len(kept.memory[key]) < size:
+        kept.memory.pop(key, None)  # before there is another
+        with torch.inference_mode(False):  # or it would be of no use outside of it
+            kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return kept.memory[key]
+
+
+def _give_back(memory: mmap.mmap) -> None:
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_FREE)  # until it is written to again, the system takes it if it needs some
+        spare[len(memory)].append(memory)
+
+
+def lasting(like: Tensor, *shape: int) -> Tensor:
+    """As `like.new_empty(shape)`. If it is large, the memory is kept once the tensor is no more."""
+    numbers = math.prod(shape)
+    size = numbers * like.element_size()
+    if size <= LASTING or not like.is_cpu or not hasattr(mmap, "MADV_FREE"):
+        return like.new_empty(shape)
+    rounded = power_of_2(size, 1)  # what is never written to is not there
+    try:
+        memory = spare[rounded].pop()
+    except IndexError:
+        memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE)
+        with suppress(OSError, AttributeError):  # a system without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE, 0, size // HUGE_PAGE * HUGE_PAGE)
+    view = memoryview(memory)
+    weakref.finalize(view, _give_back, memory).atexit = False
+    return torch.frombuffer(view, dtype=like.dtype, count=numbers).view(shape)
+
+
+def release() -> None:
+    """Give all of it back to the system that is not in use, but for what other threads work in."""
+    kept.memory.clear()
+    spare.clear()

@@ -1,0 +1,169 @@
+"""Memory that is kept from call to call: whose it is, how much there is of it, and that the system can have it back."""
+
+import copy
+import gc
+import io
+import mmap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import check_recurrence
+from torch import Tensor, nn
+
+import rnn
+from rnn.kernels import memory
+from rnn.kernels.plan import Plan
+
+pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily")
+T, B, H = 6, 3, 5
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """All that lasts is in memory that is kept, which holds NaN when it is had; the pieces that the system gave."""
+    made: list[Any] = []
+    read = torch.frombuffer
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        made.append(mmap.mmap(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(memory, "LASTING", 0)
+    monkeypatch.setattr(memory.torch, "frombuffer", lambda *a, **k: read(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
+    memory.release()
+    yield made
+    gc.collect()
+    memory.release()
+
+
+def layers(name: str) -> tuple[Any, Any]:
+    ours, theirs = getattr(rnn, name)(H, H), getattr(nn, name)(H, H)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs.double()
+
+
+def gradients(layer: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+    return [t.double() for t in torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+
+def near(found: list[Tensor], exact: list[Tensor]) -> None:
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
+    """Each has memory of its own, until its last tensor is gone; and the next one has it then."""
+    ours, theirs = layers(name)
+    counts = []
+    for _ in range(3):
+        xs = [torch.randn(T, B, H, requires_grad=True) for _ in range(3)]
+        ys, exact = [ours(x)[0] for x in xs], [theirs(x.double())[0] for x in xs]
+        for k in (1, 2, 0):
+            near(gradients(ours, xs[k], ys[k]), gradients(theirs, xs[k], exact[k]))
+        near([y.double() for y in ys], exact)
+        del ys
+        gc.collect()
+        counts.append(len(pieces))
+    assert counts[0] == counts[1] == counts[2] > 0
+    assert sum(map(len, memory.spare.values())) == counts[0]
+
+
+def test_views_keep_it(pieces: list[Any]) -> None:
+    layer = rnn.GRU(H, H)
+    with torch.no_grad():
+        row = layer(torch.randn(T, B, H))[0][2, 1:]
+        was = row.clone()
+        layer(torch.randn(T, B, H))
+    assert len(pieces) == 2 and row.equal(was)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
+def test_nothing_unwritten_is_read(cell: str, backend: str, form: str) -> None:
+    check_recurrence(cell, Plan(backend), (T, B, 4, H), (False, True), form)
+
+
+def test_threads() -> None:
+    ours, theirs = layers("LSTM")
+    failed: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for steps in range(1, 40):
+                x = torch.randn(steps, B, H, generator=generator, requires_grad=True)
+                near(gradients(ours, x, ours(x)[0]), gradients(theirs, x, theirs(x.double())[0]))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed[0]
+
+
+def test_lengths_that_vary(pieces: list[Any]) -> None:
+    """A factor of 2 in size at most is between those that have the same memory: few pieces, whatever lengths come."""
+    layer = rnn.RNN(H, H)
+    with torch.no_grad():
+        for steps in range(1, 200):
+            layer(torch.zeros(steps, B, H))
+    assert len({len(piece) for piece in pieces}) == len(pieces) <= 9
+
+
+def test_the_system_can_have_it() -> None:
+    lazy = Path("/proc/self/smaps_rollup")
+    if not lazy.exists() or "LazyFree" not in lazy.read_text():
+        pytest.skip("this system does not say how much memory it may take")
+
+    def free() -> int:
+        return sum(int(line.split()[1]) for line in lazy.read_text().splitlines() if line.startswith("LazyFree"))
+
+    y = memory.lasting(torch.zeros(1), 2**22).zero_()
+    before = free()
+    del y
+    assert free() - before >= 2**14  # KiB
+
+
+@pytest.mark.parametrize("fault", ["missing", "refused"])
+def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is memory like any other."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: Any) -> None:
+            raise OSError("no")
+
+    there = vars(mmap).items() if fault == "refused" else [(k, v) for k, v in vars(mmap).items() if k[:4] != "MADV"]
+    monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**dict(there), "mmap": Refusing}))
+    ours, theirs = layers("LSTM")
+    for _ in range(2):
+        x = torch.randn(T, B, H, requires_grad=True)
+        near(gradients(ours, x, ours(x)[0]), gradients(theirs, x, theirs(x.double())[0]))
+    assert not any(memory.spare.values())
+
+
+def test_as_any_tensor(pieces: list[Any]) -> None:
+    """What users do with an output."""
+    layer, x = rnn.RNN(H, H), torch.randn(T, B, H)
+    y = layer(x)[0].detach()
+    assert len(pieces) == 1
+    was, file = y.clone(), io.BytesIO()
+    assert y.untyped_storage().nbytes() == 4 * T * B * H
+    torch.save(y, file)
+    file.seek(0)
+    assert torch.load(file).equal(was) and copy.deepcopy(y).equal(was) and y.numpy().shape == (T, B, H)
+    assert len(file.getvalue()) < 4000
+    y.share_memory_()
+    layer(x)
+    assert y.is_shared() and y.equal(was)
+    assert y.mul_(2).equal(2 * was)
