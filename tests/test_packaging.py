@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [["kernels.cells"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
-          ["kernels.host", "kernels.program"],
+          ["kernels.memory", "kernels.program"], ["kernels.host"],
           ["kernels.cpu", "kernels.native", "kernels.onednn", "kernels.gpu", "kernels.cuda"],
           ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"], ["replace", "explain"]]
 
