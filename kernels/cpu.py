@@ -168,15 +168,15 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     N, G, S, H = len(rows.reverse), cell.gates, cell.states, s0.shape[2]
     by = Steps(plan, rows, H, N * G * H)
     # For a window: the gradients of x and r, one array unless cell.split, and the h that came into its steps.
-    *both, came = by.working(y, *[(N, by.most, G * H)] * (1 + cell.split), (N, by.most, H))
+    loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
+    *both, came, others, early, spare = by.working(y, *[(N, by.most, G * H)] * (1 + cell.split), *(
+        (count, by.most, H) for count in (N, S - 1, loop.early, loop.spare)))
     dx, dr = both[0], both[-1]
     ds.zero_() if dlast is None else ds.copy_(dlast)
-    loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
     (first, a), (d,) = by.take(s0, saved), by.take(ds, own=True)
     kept, wanted = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
                     for h, c in ((y, states), (dy, dstates)))
     p, pool = (by.empty(d, count, rows.sizes[0], H) for count in (S, loop.pool))
-    others, early, spare = (by.empty(d, count, by.most, H) for count in (S - 1, loop.early, loop.spare))
     own = [*zip(parts(w_ih, N), map(by.factor, parts(w_hh, N)), zip(*(parts(grad, N) for grad in grads[1:])))]
     for window in reversed(by.windows):
         for n, (weight, w, sums) in enumerate(own):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .plan import power_of_2
 
-LASTING = 2**23  # bytes up to which malloc does well: nothing is asked of the system, at least not at every call
+LASTING = 2**22  # bytes from which malloc does not do well: two calls of madvise cost less than the first touch
 HUGE_PAGE = 2**21
 
 
@@ -46,13 +46,16 @@ def lasting(like: Tensor, *shape: int) -> Tensor:
     """As `like.new_empty(shape)`. If it is large, the memory is kept once the tensor is no more."""
     numbers = math.prod(shape)
     size = numbers * like.element_size()
-    if size <= LASTING or not like.is_cpu or not hasattr(mmap, "MADV_FREE"):
+    if size < LASTING or not like.is_cpu or not hasattr(mmap, "MADV_FREE"):
         return like.new_empty(shape)
     rounded = power_of_2(size, 1)  # what is never written to is not there
     try:
         memory = spare[rounded].pop()
     except IndexError:
-        memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE)
+        try:
+            memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE)
+        except OSError:  # there may not be as much as that
+            return like.new_empty(shape)
         with suppress(OSError, AttributeError):  # a system without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE, 0, size // HUGE_PAGE * HUGE_PAGE)
     view = memoryview(memory)

@@ -33,7 +33,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         made.append(mmap.mmap(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(memory, "LASTING", 0)
+    monkeypatch.setattr(memory, "LASTING", 1)
     monkeypatch.setattr(memory.torch, "frombuffer", lambda *a, **k: read(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
     memory.release()
@@ -135,16 +135,16 @@ def test_the_system_can_have_it() -> None:
     assert free() - before >= 2**14  # KiB
 
 
-@pytest.mark.parametrize("fault", ["missing", "refused"])
+@pytest.mark.parametrize("fault", ["missing", "refused", "full"])
 def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is memory like any other."""
 
-    class Refusing(mmap.mmap):
-        def madvise(self, *_: Any) -> None:
-            raise OSError("no")
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no")
 
-    there = vars(mmap).items() if fault == "refused" else [(k, v) for k, v in vars(mmap).items() if k[:4] != "MADV"]
-    monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**dict(there), "mmap": Refusing}))
+    there = {k: v for k, v in vars(mmap).items() if fault != "missing" or k[:4] != "MADV"}
+    kind = type("Refusing", (mmap.mmap,), {"madvise": refuse})
+    monkeypatch.setattr(memory, "mmap", SimpleNamespace(**there | {"mmap": refuse if fault == "full" else kind}))
     ours, theirs = layers("LSTM")
     for _ in range(2):
         x = torch.randn(T, B, H, requires_grad=True)
