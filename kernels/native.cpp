@@ -49,7 +49,7 @@ struct Call : Given {
     const i64 rows = N * most;
     if (!adjoint) gates = IN_PLACE ? y : take(rows * gates_width);
     else dr = take(rows * gates_width), dx = SPLIT ? take(rows * gates_width) : dr, came = take(rows * H),
-         x_rows = take(rows * inputs), h_rows = take(rows * padded);
+         x_rows = I == PADDING ? nullptr : take(rows * inputs), h_rows = H == PADDING ? came : take(rows * padded);
   }
   i64 row(i64 t) const { return offsets ? t < steps ? offsets[t] : R : t * B; }
   i64 size(i64 t) const { return t < 0 || t >= steps ? 0 : row(t + 1) - row(t); }
@@ -333,14 +333,16 @@ extern "C" void backward(const Given& given, float* memory) {
           product<TWO>(c.x_grad + (from + begin) * I, I, c.dx + (n * c.most + begin) * width, width, end - begin, 1, 0,
                        c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
 #pragma omp barrier
-        if (c.w_ih_grad) across(c.x_rows + n * c.most * inputs, c.x + from * I, rows, I, inputs);
-        if (c.w_hh_grad) across(c.h_rows + n * c.most * P, c.came + n * c.most * H, rows, H, P);
+        // Rows of that width are a panel as they are.
+        if (c.w_ih_grad && I != PADDING) across(c.x_rows + n * c.most * inputs, c.x + from * I, rows, I, inputs);
+        if (c.w_hh_grad && H != PADDING) across(c.h_rows + n * c.most * P, c.came + n * c.most * H, rows, H, P);
       }
 #pragma omp barrier
       for (i64 n = 0; n < c.N; ++n) {
         const i64 rows = c.bound(n) - c.base(n), begin = K * team.thread / team.threads;
         const i64 end = K * (team.thread + 1) / team.threads, at = n * c.most * width;
-        const Outer x = {c.x_rows + n * c.most * inputs, c.w_ih_grad ? c.w_ih_grad + n * K * I : nullptr, I};
+        const float* x_rows = I == PADDING ? c.x + c.base(n) * I : c.x_rows + n * c.most * inputs;
+        const Outer x = {x_rows, c.w_ih_grad ? c.w_ih_grad + n * K * I : nullptr, I};
         const Outer h = {c.h_rows + n * c.most * P, c.w_hh_grad ? c.w_hh_grad + n * K * H : nullptr, H}, none = {};
         float *b_ih = c.b_ih_grad ? c.b_ih_grad + n * K : nullptr, *b_hh = c.b_hh_grad ? c.b_hh_grad + n * K : nullptr;
         outer(c.dr + at, width, rows, begin, end, {h, SPLIT ? none : x}, b_hh, add);

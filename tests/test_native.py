@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import check_recurrence
 from small import pair
 from torch import Tensor
 
@@ -187,3 +188,16 @@ def test_memory(bidirectional: bool, H: int, name: str, window: int, monkeypatch
         found = y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
         assert not any(t.isnan().any() for t in found)
     assert len(pieces) == 8 and all(piece.isnan().all() for piece in pieces[1::2])
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [1, 2**18])
+@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("I", [16, 32, 33])
+@pytest.mark.parametrize("H", [16, 32])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_rows_of_a_panel(cell: str, H: int, I: int, form: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of x or h of a panel's width are multiplied with as they are, where windows begin and in both directions."""
+    monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
+    monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 10)
+    check_recurrence(cell, NATIVE, (7, 3, I, H), (False, True), form, True)
