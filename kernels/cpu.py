@@ -167,8 +167,9 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     """Fills ds [N*S, B, H] and those of `grads` that there are, or with more than one recurrence adds to the first."""
     N, G, S, H = len(rows.reverse), cell.gates, cell.states, s0.shape[2]
     by = Steps(plan, rows, H, N * G * H)
-    # For a window: the gradients of x and r, one array unless cell.split, and the h that came into its steps.
     loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
+    # For a window: the gradients of x and r, one array unless cell.split, the h and the other states that came into its
+    # steps, and temporaries.
     *both, came, others, early, spare = by.working(y, *[(N, by.most, G * H)] * (1 + cell.split), *(
         (count, by.most, H) for count in (N, S - 1, loop.early, loop.spare)))
     dx, dr = both[0], both[-1]
