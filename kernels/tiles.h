@@ -13,7 +13,7 @@ __attribute__((noinline)) static void multiply(V (&sums)[R][NV], const float* a,
   for (; k + CHAINS <= K; k += CHAINS)
     EACH(c, CHAINS) {
       V w[NV];
-      EACH(v, NV) w[v] = load(panel + ((k + c) * NV + v) * LANES, LANES);
+      EACH(v, NV) w[v] = held(load(panel + ((k + c) * NV + v) * LANES, LANES));
       EACH(i, R) EACH(v, NV) chains[c][i][v] += a[i * stride + (k + c) * step] * w[v];
     }
   for (; k < K; ++k)

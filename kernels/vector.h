@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 #define ROW(i, n) _Pragma("GCC unroll 1") for (int i = 0; i < (n); ++i)  // or there is much code, slow to compile
 
@@ -30,6 +31,15 @@ static inline V load(const float* from, int n) {
 static inline void store(float* to, V v, int n) {
   if (n >= LANES) *reinterpret_cast<Unaligned*>(to) = v;
   else if (n > 0) std::memcpy(to, &v, 4 * n);
+}
+// In a register from here on: GCC would read memory again for each product of a small tile, more than a core can load.
+static inline V held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 static inline V number(float v) { return V{} + v; }
