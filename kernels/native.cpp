@@ -57,30 +57,39 @@ struct Call : Given {
   bool reverse(i64 n) const { return reverses >> n & 1; }
   i64 base(i64 n) const { return row(reverse(n) ? steps - end : first); }  // the first row of the window
   i64 bound(i64 n) const { return row(reverse(n) ? steps - first : end); }
+  // The first sequence of a group, where each has about as many rows of the window as the others.
+  i64 first_of(i64 group, i64 groups, i64 n) const {
+    const i64 from = reverse(n) ? steps - end : first, all = bound(n) - base(n);
+    i64 length = end - first;
+    for (i64 b = 0, rows = 0; group < groups; rows += length, ++b) {
+      while (length && size(from + length - 1) <= b) --length;
+      if ((2 * rows + length) * groups >= 2 * all * group) return b;
+    }
+    return B;
+  }
   float* gates_of(i64 n, i64 row) const {
     return IN_PLACE ? y + (row * N + n) * H : gates + (n * most + row - base(n)) * gates_width;
   }
 };
 
-// What a thread has of the work: of recurrence n the sequences first, first + stride... before `bound`, neighbours
-// unless some end early, and of the units some tiles.
+// What a thread has of a window: of recurrence n the sequences from `first` on, before `bound`, and of the units some
+// tiles.
 struct Part {
-  i64 n, first, stride, bound, begin, end;
+  i64 n, first, bound, begin, end;
   bool reverse;
   const float* panel;
 
   Part(const Call& c, i64 item, i64 groups, i64 share, i64 shares, int tile) {
     const i64 tiles = (c.H + tile - 1) / tile, group = item % groups;
     n = item / groups, reverse = c.reverse(n);
-    first = c.offsets ? group : c.B * group / groups, stride = c.offsets ? groups : 1;
-    bound = c.offsets ? c.B : c.B * (group + 1) / groups;
+    first = c.first_of(group, groups, n), bound = c.first_of(group + 1, groups, n);
     begin = share * tiles / shares * tile, end = std::min(c.H, (share + 1) * tiles / shares * tile);
     panel = c.panels + n * GATES * c.H * c.padded;
   }
   i64 before(i64 t) const { return reverse ? t + 1 : t - 1; }
   // Whether the states that came into step t of sequence b were reset.
   bool cut(const Call& c, i64 t, i64 b) const { return (!reverse || b < c.size(t + 1)) && c.cut(t + reverse, b); }
-  i64 rows(i64 size) const { return std::max<i64>(0, (std::min(size, bound) - first + stride - 1) / stride); }
+  i64 rows(i64 size) const { return std::max<i64>(0, std::min(size, bound) - first); }
 };
 
 // One step of a part. The states that come into it lie in buffer [2, N, S, B, buffer_width], half by half in turns.
@@ -97,13 +106,13 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
       constexpr int ROWS = decltype(count)::value;
       V sums[ROWS][GATES * WIDE];
       ROW(i, ROWS) EACH(v, GATES * WIDE) {
-        const i64 unit = u + v % WIDE * LANES, b = part.first + (first + i) * part.stride, g = v / WIDE;
+        const i64 unit = u + v % WIDE * LANES, b = part.first + first + i, g = v / WIDE;
         const float* from = SPLIT ? bias : x + b * width;
         sums[i][v] = from ? load(from + g * H + unit, left(v % WIDE)) : V{};
       }
-      multiply(sums, olds + (part.first + first * part.stride) * P, part.stride * P, 1, part.panel + u * GATES * H, H);
+      multiply(sums, olds + (part.first + first) * P, P, 1, part.panel + u * GATES * H, H);
       ROW(i, ROWS) EACH(v, WIDE) {
-        const i64 unit = u + v * LANES, b = part.first + (first + i) * part.stride;
+        const i64 unit = u + v * LANES, b = part.first + first + i;
         if (left(v) <= 0) continue;
         const i64 to = ((row + b) * c.N + part.n) * H + unit;
         V gates[GATES], r[GATES], o[STATES], n[STATES], a[SAVED + 1];
@@ -129,7 +138,7 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
   const i64 H = c.H, P = c.buffer_width, before = part.before(t), plane = c.R * c.N * H, states = c.B * P;
   float* const ds = c.buffer + part.n * STATES * states;
   for (i64 i = 0; i < part.rows(c.size(t)); ++i) {
-    const i64 b = part.first + i * part.stride, at = ((c.row(t) + b) * c.N + part.n) * H;
+    const i64 b = part.first + i, at = ((c.row(t) + b) * c.N + part.n) * H;
     const i64 row = part.n * c.most + c.row(t) - c.base(part.n) + b;
     const bool ran = b < c.size(before), cut = part.cut(c, t, b);
     const i64 came = ran ? ((c.row(before) + b) * c.N + part.n) * H : 0;
@@ -166,12 +175,12 @@ static void adjoint_product(const Call& c, const Part& part, i64 t) {
   for (i64 u = part.begin; u < part.end; u += PADDING)
     by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
-      const i64 b0 = part.first + first * part.stride;
+      const i64 b0 = part.first + first;
       V sums[ROWS][TWO];
-      ROW(i, ROWS) EACH(v, TWO) sums[i][v] = load(ds + (b0 + i * part.stride) * P + u + v * LANES, LANES);
-      multiply(sums, dr + b0 * width, part.stride * width, 1, part.panel + u * GATES * H, GATES * H);
+      ROW(i, ROWS) EACH(v, TWO) sums[i][v] = load(ds + (b0 + i) * P + u + v * LANES, LANES);
+      multiply(sums, dr + b0 * width, width, 1, part.panel + u * GATES * H, GATES * H);
       ROW(i, ROWS) {
-        const i64 b = b0 + i * part.stride;
+        const i64 b = b0 + i;
         const bool cut = part.cut(c, t, b);
         EACH(v, TWO) store(ds + b * P + u + v * LANES, cut ? V{} : sums[i][v], LANES);
       }
@@ -181,21 +190,25 @@ static void adjoint_product(const Call& c, const Part& part, i64 t) {
 // Each thread has sequences of its own, which it takes through time alone; or, where they are too few, units of some,
 // and then all threads meet in every step, between `first` and `second`.
 struct Team {
-  i64 thread = 0, threads = 1, groups, shares, N;
+  i64 thread = 0, threads = 1, groups, shares;
   int tile;
+  std::vector<Part> parts;  // of this thread
+  bool shared, alone;       // whether parts are of some units only; whether they are of many sequences of one length
 
-  Team(const Call& c, int tile) : N(c.N), tile(tile) {
+  Team(const Call& c, int tile) : tile(tile) {
 #ifdef _OPENMP
     thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
     const i64 least = GATES * c.H * c.H * 4 > CACHE ? ACCUMULATORS : 4;
-    groups = std::max<i64>(1, std::min((threads + N - 1) / N, (c.B + least - 1) / least));
-    shares = std::max<i64>(1, std::min(threads / (N * groups), (c.H + tile - 1) / tile));
+    groups = std::max<i64>(1, std::min((threads + c.N - 1) / c.N, (c.B + least - 1) / least));
+    shares = std::max<i64>(1, std::min(threads / (c.N * groups), (c.H + tile - 1) / tile));
+    shared = shares > 1, alone = !shared && !c.offsets && c.B / groups >= ACCUMULATORS / 2;
+    split(c);
   }
-  bool alone(const Call& c) const { return shares == 1 && !c.offsets && c.B / groups >= ACCUMULATORS / 2; }
-  template <typename Body> void parts(const Call& c, Body&& body) const {
-    for (i64 part = thread; part < N * groups * shares; part += threads)
-      body(Part(c, part / shares, groups, part % shares, shares, tile));
+  void split(const Call& c) {
+    parts.clear();
+    for (i64 i = thread; i < c.N * groups * shares; i += threads)
+      parts.push_back(Part(c, i / shares, groups, i % shares, shares, tile));
   }
   template <typename Body> void each(i64 count, Body&& body) const {
     for (i64 i = thread; i < count; i += threads) body(i);
@@ -207,15 +220,14 @@ struct Team {
       return part.reverse ? c.steps - 1 - s : s;
     };
     const i64 count = c.end - c.first;
-    if (shares == 1)
-      parts(c, [&](const Part& part) {
+    if (!shared)
+      for (const Part& part : parts)
         for (i64 i = 0; i < count; ++i) first(c, part, time(part, i)), second(c, part, time(part, i));
-      });
     else
       for (i64 i = 0; i < count; ++i) {
-        parts(c, [&](const Part& part) { first(c, part, time(part, i)); });
+        for (const Part& part : parts) first(c, part, time(part, i));
 #pragma omp barrier
-        parts(c, [&](const Part& part) { second(c, part, time(part, i)); });
+        for (const Part& part : parts) second(c, part, time(part, i));
       }
   }
 };
@@ -223,14 +235,13 @@ struct Team {
 // Calls body for each state of each sequence with where those of its units that a part has are, in s0 or `last` and in
 // the buffer, their bytes, and whether it is reset before the first step.
 template <typename Body> static void each_state(const Call& c, const Team& team, Body&& body) {
-  team.parts(c, [&](const Part& part) {
+  for (const Part& part : team.parts)
     for (i64 k = 0; k < STATES; ++k)
-      for (i64 b = part.first; b < part.bound; b += part.stride) {
+      for (i64 b = part.first; b < part.bound; ++b) {
         const i64 row = (part.n * STATES + k) * c.B + b;
         body(row * c.H + part.begin, c.buffer + row * c.buffer_width + part.begin, 4 * (part.end - part.begin),
              !part.reverse && c.cut(0, b));
       }
-  });
 }
 
 // The same for both directions, so that they share it: what is never touched takes no memory.
@@ -243,7 +254,7 @@ extern "C" void forward(const Given& given, float* memory) {
 #pragma omp parallel num_threads(given.threads)
   {
     Call c(given, false, memory);
-    const Team team(c, WIDE * LANES);
+    Team team(c, WIDE * LANES);
     const i64 H = c.H, P = c.padded, I = c.I, half = c.N * STATES * c.B * c.buffer_width;
     auto pack_hidden = [&] {
       team.each(c.N * GATES * P / LANES, [&](i64 i) {  // by recurrence, tile, gate and vector of its units
@@ -267,16 +278,16 @@ extern "C" void forward(const Given& given, float* memory) {
     });
     for (; c.first < c.steps; c.first = c.end, c.end = std::min(c.steps, c.end + c.window)) {
 #pragma omp barrier
+      team.split(c);
       auto project = [&](i64 n, i64 begin, i64 end, i64 blocks) {
         const float* b = c.b_ih ? c.b_ih + n * GATES * H : nullptr;
         const float* b2 = b && !SPLIT ? c.b_hh + n * GATES * H : nullptr;
         product<INPUT_WIDE>(c.gates_of(n, begin), c.gates_width, c.x + begin * I, I, end - begin, blocks, c.B,
                             c.input_panels + n * c.inputs * I, I, GATES * H, b, b2, false);
       };
-      if (team.alone(c))  // of its own sequences, as it is the one to read it
-        team.parts(c, [&](const Part& part) {
+      if (team.alone)
+        for (const Part& part : team.parts)  // as it is the one to read it
           project(part.n, c.base(part.n) + part.first, c.base(part.n) + part.bound, c.end - c.first);
-        });
       else
         for (i64 n = 0; n < c.N; ++n) {
           const i64 from = c.base(n), rows = c.bound(n) - from;
@@ -297,7 +308,7 @@ extern "C" void backward(const Given& given, float* memory) {
 #pragma omp parallel num_threads(given.threads)
   {
     Call c(given, true, memory);
-    const Team team(c, PADDING);
+    Team team(c, PADDING);
     const i64 H = c.H, I = c.I, K = GATES * H, P = c.padded, inputs = c.inputs, width = c.gates_width;
     // The columns of `from` [rows, columns] into panels.
     auto across = [&](float* to, const float* from, i64 rows, i64 columns, i64 padded) {
@@ -319,6 +330,7 @@ extern "C" void backward(const Given& given, float* memory) {
     for (c.first = (c.steps - 1) / c.window * c.window; c.first >= 0; c.first -= c.window) {
       c.end = std::min(c.steps, c.first + c.window);
       const bool add = c.end < c.steps;
+      team.split(c);
 #pragma omp barrier
       team.steps(c, true, adjoint_step, adjoint_product);
 #pragma omp barrier
