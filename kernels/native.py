@@ -30,7 +30,7 @@ def program(cell: Cell) -> str:
     """The text of a cell's library."""
     choices = dict(GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=int(cell.split),
                    FORWARD=statements(cell, False), BACKWARD=statements(cell, True))
-    files = (Path(__file__).parent / name for name in ("vector.h", "tiles.h", "native.cpp"))
+    files = (Path(__file__).parent / name for name in ("vector.h", "tiles.h", "parts.h", "native.cpp"))
     return "".join((*(f"#define {k} {v}\n" for k, v in choices.items()), *(file.read_text() for file in files)))
 
 

@@ -78,25 +78,29 @@ static void pack(float* to, i64 stride, const float* from, i64 width, i64 K, i64
   }
 }
 
-// out [rows, columns] = a [rows, K] times a matrix in panels, plus two biases, or added to what it is; and likewise of
-// `blocks` in all, each `jump` rows after the one before it.
-template <int W>
-static void product(float* out, i64 out_stride, const float* a, i64 stride, i64 rows, i64 blocks, i64 jump,
-                    const float* panels, i64 K, i64 columns, const float* b, const float* b2, bool add) {
+// Rows of `columns` numbers = rows of K numbers times a matrix in panels, plus two biases, or added to what they are.
+// `runs` calls its argument with some rows at a time: where row i of the result is, to(i), the first of their factors
+// and how many there are.
+template <int W, typename Runs>
+static void product(Runs&& runs, i64 stride, const float* panels, i64 K, i64 columns, const float* b, const float* b2,
+                    bool add) {
   constexpr int MOST = ACCUMULATORS / W;
   by_units<W * LANES>(0, columns, [&](i64 u, auto left) {
-    for (i64 block = 0; block < blocks; ++block) by_rows<MOST>(rows, block * jump, [&](auto count, i64 first) {
-      constexpr int ROWS = decltype(count)::value;
-      V sums[ROWS][W];
-      EACH(v, W) {
-        V bias = b ? load(b + u + v * LANES, left(v)) : V{};
-        if (b2) bias += load(b2 + u + v * LANES, left(v));
-        const float* from = out + first * out_stride + u + v * LANES;
-        EACH(i, ROWS) sums[i][v] = add ? load(from + i * out_stride, left(v)) : bias;
-        EACH(i, ROWS) __builtin_prefetch(from + i * out_stride, 1);  // by the time of the sums it is here
-      }
-      multiply(sums, a + first * stride, stride, 1, panels + u * K, K);
-      EACH(i, ROWS) EACH(v, W) store(out + (first + i) * out_stride + u + v * LANES, sums[i][v], left(v));
+    runs([&](auto&& to, const float* a, i64 rows) {
+      by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
+        constexpr int ROWS = decltype(count)::value;
+        V sums[ROWS][W];
+        float* out[ROWS];
+        EACH(i, ROWS) out[i] = to(first + i) + u;
+        EACH(v, W) {
+          V bias = b ? load(b + u + v * LANES, left(v)) : V{};
+          if (b2) bias += load(b2 + u + v * LANES, left(v));
+          EACH(i, ROWS) sums[i][v] = add ? load(out[i] + v * LANES, left(v)) : bias;
+          EACH(i, ROWS) __builtin_prefetch(out[i] + v * LANES, 1);  // by the time of the sums it is here
+        }
+        multiply(sums, a + first * stride, stride, 1, panels + u * K, K);
+        EACH(i, ROWS) EACH(v, W) store(out[i] + v * LANES, sums[i][v], left(v));
+      });
     });
   });
 }
