@@ -99,6 +99,19 @@ static void adjoint_product(const Call& c, const Part& part, i64 t) {
     });
 }
 
+// Where a group sums up the gradients of W of a recurrence, those that are wanted: the first one in their place.
+struct Sums {
+  float *w_ih, *w_hh, *b_ih, *b_hh;
+
+  Sums(const Call& c, i64 n, i64 group) {
+    const i64 K = GATES * c.H;
+    float* const own = group ? c.sums + (n * (c.groups - 1) + group - 1) * c.sum_size() : nullptr;
+    auto place = [&](float* grad, i64 size, i64 at) { return !grad ? nullptr : group ? own + at : grad + n * size; };
+    w_ih = place(c.w_ih_grad, K * c.I, 0), w_hh = place(c.w_hh_grad, K * c.H, K * c.I);
+    b_ih = place(c.b_ih_grad, K, K * (c.I + c.H)), b_hh = place(c.b_hh_grad, K, K * (c.I + c.H + 1));
+  }
+};
+
 // Each thread has parts of its own, whose sequences it takes through time alone; or, where these are too few, threads
 // have parts of the same sequences, and then all meet in every step, between `first` and `second`.
 struct Team {
@@ -268,16 +281,38 @@ extern "C" void backward(const Given& given, float* memory) {
         }
 #pragma omp barrier
       }
-      for (i64 n = 0; n < c.N; ++n) {
-        const i64 rows = c.rows(n), begin = K * team.thread / team.threads;
-        const i64 end = K * (team.thread + 1) / team.threads, at = n * c.most * width;
+      auto sum = [&](const Sums& to, i64 n, i64 slot, i64 count, i64 begin, i64 end) {
+        const i64 rows = c.rows(n), at = (n * c.most + slot) * width;
         const float* x_rows = c.as_it_is() ? c.x + c.base(n) * I : c.x_rows + n * c.most * inputs;
-        const Outer x = {x_rows, c.w_ih_grad ? c.w_ih_grad + n * K * I : nullptr, I};
-        const Outer h = {c.h_rows + n * c.most * P, c.w_hh_grad ? c.w_hh_grad + n * K * H : nullptr, H}, none = {};
-        float *b_ih = c.b_ih_grad ? c.b_ih_grad + n * K : nullptr, *b_hh = c.b_hh_grad ? c.b_hh_grad + n * K : nullptr;
-        outer(c.dr + at, width, rows, begin, end, {h, SPLIT ? none : x}, b_hh, add);
-        if (SPLIT) outer(c.dx + at, width, rows, begin, end, {x, none}, b_ih, add);
-      }
+        const Outer x = {x_rows + slot * PADDING, to.w_ih, rows, I}, none = {};
+        const Outer h = {c.h_rows + n * c.most * P + slot * PADDING, to.w_hh, rows, H};
+        outer(c.dr + at, width, count, begin, end, {h, SPLIT ? none : x}, to.b_hh, add);
+        if (SPLIT) outer(c.dx + at, width, count, begin, end, {x, none}, to.b_ih, add);
+      };
+      if (c.apart)
+        for (const Part& part : team.parts) {
+          // Of just as many rows each: nearly all are the part's own.
+          const i64 all = c.rows(part.n), slot = all * part.group / c.groups;
+          sum(Sums(c, part.n, part.group), part.n, slot, all * (part.group + 1) / c.groups - slot,
+              K * part.share / c.shares, K * (part.share + 1) / c.shares);
+        }
+      else
+        for (i64 n = 0; n < c.N; ++n)
+          sum(Sums(c, n, 0), n, 0, c.rows(n), K * team.thread / team.threads, K * (team.thread + 1) / team.threads);
+    }
+    if (c.apart) {
+#pragma omp barrier
+      for (i64 n = 0; n < c.N; ++n)
+        for (i64 group = 1; group < c.groups; ++group) {
+          const Sums to(c, n, 0), from(c, n, group);
+          auto add = [&](float* to, const float* from, i64 size) {
+            if (to) team.each(size / 64 + 1, [&](i64 i) {
+              for (i64 k = i * 64; k < std::min(size, i * 64 + 64); ++k) to[k] += from[k];
+            });
+          };
+          add(to.w_ih, from.w_ih, K * I), add(to.w_hh, from.w_hh, K * H);
+          add(to.b_ih, from.b_ih, K), add(to.b_hh, from.b_hh, K);
+        }
     }
   }
 }

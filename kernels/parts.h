@@ -1,6 +1,6 @@
 // Windows of time, and who does what in them. GATES, STATES and SPLIT come before this text.
-constexpr int CACHE = 1 << 19;   // bytes of W_hh that a core keeps near, whatever else it reads
-constexpr i64 APART = 1 << 10;   // numbers between what two threads write at once, as cores fetch ahead
+constexpr int CACHE = 1 << 19;  // bytes that a core keeps near, whatever else it reads
+constexpr i64 APART = 1 << 10;  // numbers between what two threads write at once, as cores fetch ahead
 constexpr int WIDE = GATES == 1 ? 2 : 1;  // vectors of hidden units of a tile, of each gate, going forward
 constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  // of all gates, in the product with x
 
@@ -18,14 +18,15 @@ struct Given {
 
 // A window is some steps, first to end in the order of the recurrence, whose rows are in gates, dx and dr
 // [N, most, G, H] and in the panels x_rows and h_rows. Each of `groups` has sequences of its own, whose rows are
-// `together` where that pays: threads keep to memory of their own. Where there are too few sequences, the units of a
-// group are cut in `shares`. Going forward gates is y if there is one gate, and x_rows are rows of x in the same order.
+// `together` where that pays, and which sums up its gradients of W `apart` from the others, if these are small: threads
+// keep to memory of their own. Where there are too few sequences, the units of a group are cut in `shares`. Going
+// forward gates is y if there is one gate, and x_rows are rows of x in the same order.
 struct Call : Given {
   static constexpr bool IN_PLACE = GATES == 1 && !SPLIT;
   i64 first = 0, used = 0, end, most, tile, groups, shares, turns, padded, inputs, gates_width, buffer_width;
   bool in_turn;  // with one window the panels of W_ih and those of W_hh have the same place, one after the other
-  bool together;
-  float *gates, *dx, *dr, *input_panels, *panels, *buffer, *x_rows, *h_rows;
+  bool together, apart;
+  float *gates, *dx, *dr, *input_panels, *panels, *buffer, *x_rows, *h_rows, *sums;
 
   // `memory` has as many numbers as `needed` says.
   Call(const Given& given, bool adjoint, float* memory) : Given(given) {
@@ -50,11 +51,13 @@ struct Call : Given {
     float* const same = take(IN_PLACE && !adjoint ? 0 : rows * gates_width);
     panels = take(in_turn ? std::max(size, input_size) : size), input_panels = in_turn ? panels : take(input_size);
     turns = 2 - adjoint, buffer = take(turns * N * STATES * B * buffer_width + N * groups * APART);
+    apart = adjoint && together && GATES * H * (I + H) * 4 <= CACHE;
     if (adjoint)
       dr = same, dx = SPLIT ? take(rows * gates_width) : dr, h_rows = take(rows * padded),
-      x_rows = as_it_is() ? nullptr : take(rows * inputs);
+      sums = take(apart ? N * (groups - 1) * sum_size() : 0), x_rows = as_it_is() ? nullptr : take(rows * inputs);
     else gates = IN_PLACE ? y : same, x_rows = together ? take(rows * I) : nullptr;
   }
+  i64 sum_size() const { return GATES * H * (I + H + 2); }  // of the gradients of W_ih, W_hh and both biases
   bool as_it_is() const { return I == PADDING && !together; }
   i64 row(i64 t) const { return offsets ? t < steps ? offsets[t] : R : t * B; }
   i64 size(i64 t) const { return t < 0 || t >= steps ? 0 : row(t + 1) - row(t); }
@@ -90,7 +93,7 @@ struct Run {
 // What a thread has of a window: of recurrence n the sequences from `first` on, before `bound`, of their units begin to
 // end, and of the products of their rows a share.
 struct Part {
-  i64 n, first, bound, share, begin, end;
+  i64 n, group, first, bound, share, begin, end;
   bool reverse;
   const float* panel;
   float* buffer;                  // [turns, S, sequences, buffer_width] the states between two steps, by turns
@@ -98,7 +101,8 @@ struct Part {
   std::vector<Run> runs;          // what it multiplies with W_ih
 
   Part(const Call& c, i64 item) : n(item / c.shares / c.groups), share(item % c.shares), reverse(c.reverse(n)) {
-    const i64 tiles = (c.H + c.tile - 1) / c.tile, group = item / c.shares % c.groups, from = c.begin(n);
+    group = item / c.shares % c.groups;
+    const i64 tiles = (c.H + c.tile - 1) / c.tile, from = c.begin(n);
     first = c.first_of(group, n), bound = c.first_of(group + 1, n);
     begin = share * tiles / c.shares * c.tile, end = std::min(c.H, (share + 1) * tiles / c.shares * c.tile);
     panel = c.panels + n * GATES * c.H * c.padded;

@@ -105,11 +105,11 @@ static void product(Runs&& runs, i64 stride, const float* panels, i64 K, i64 col
   });
 }
 
-// A matrix in panels, of `columns`, and what is added to by its product with the transpose of another.
+// Rows of a matrix [rows, columns] in panels, and what is added to by their product with the transpose of another.
 struct Outer {
   const float* panels;
   float* out;
-  i64 columns;
+  i64 rows, columns;
 };
 
 // out [begin to end, columns] = d^T times a matrix, or added to what it is, of each of `outers`; and `sums` likewise of
@@ -139,7 +139,7 @@ static void outer(const float* d, i64 stride, i64 K, i64 begin, i64 end, const O
               V acc[ROWS][TWO];
               float* out = o.out + (column + first) * o.columns + u;
               EACH(i, ROWS) EACH(v, TWO) acc[i][v] = add ? load(out + i * o.columns + v * LANES, left(v)) : V{};
-              multiply(acc, near + first * DEPTH, 1, ROWS, o.panels + u * K + k0 * PADDING, depth);
+              multiply(acc, near + first * DEPTH, 1, ROWS, o.panels + u * o.rows + k0 * PADDING, depth);
               EACH(i, ROWS) EACH(v, TWO) store(out + i * o.columns + v * LANES, acc[i][v], left(v));
             });
           });
