@@ -36,7 +36,7 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
         EACH(k, STATES) o[k] = load(part.near(c, k, b, s % 2) + unit, LANES);
         cell_forward(gates, r, o, n, a);
         store(c.y + to, n[0], left(v));
-        EACH(k, SAVED) if (c.saved) store(c.saved + k * plane + to, a[k], left(v));
+        EACH(k, SAVED) if (c.saved) store(c.saved + (to - unit) * SAVED + k * H + unit, a[k], left(v));
         const bool cut = later >= 0 && later < c.steps && c.cut(later + part.reverse, b);
         EACH(k, STATES) {
           if (k && c.states) store(c.states + (k - 1) * plane + to, n[k], left(v));
@@ -58,7 +58,7 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
     float* const h_row = c.h_rows + part.n * c.most * c.padded + (slot - part.n * c.most + i) * PADDING;
     by_units<LANES>(part.begin, part.end, [&](i64 u, auto left) {
       V a[SAVED + 1], o[STATES], n[STATES], d[STATES], x[GATES], r[GATES], p[STATES];
-      EACH(k, SAVED) a[k] = load(c.saved + k * plane + at + u, left(0));
+      EACH(k, SAVED) a[k] = load(c.saved + at * SAVED + k * H + u, left(0));
       EACH(k, STATES) {
         const float* kept = k ? c.states + (k - 1) * plane : c.y;
         const float* given = k ? c.dstates ? c.dstates + (k - 1) * plane : nullptr : c.dy;

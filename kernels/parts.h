@@ -5,7 +5,7 @@ constexpr int WIDE = GATES == 1 ? 2 : 1;  // vectors of hidden units of a tile, 
 constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  // of all gates, in the product with x
 
 // What native.py gives: s0, dlast (zero if missing) and `last`, the last states or the gradients of the first ones,
-// [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [A, R, N, H] are written going forward, where they are
+// [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they are
 // wanted, and read in the adjoint.
 struct Given {
   const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *dy, *dstates, *dlast;
