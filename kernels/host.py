@@ -26,7 +26,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
             b_hh: Tensor | None, s0: Tensor, keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """x [R, I], w_ih [N*G*H, I], w_hh [N*G*H, H], b_ih and b_hh [N*G*H], s0 [N*S, B, H]. Returns y [R, N*H], with
     keep >= 1 the other states of every step [S-1, R, N*H], the last states [N*S, B, H], and with keep >= 2 the
-    activations for the adjoint [A, R, N*H]; None for what is not."""
+    activations for the adjoint [A, R, N*H], in an order of the kernel's own; None for what is not."""
     N, S, A, R, H = len(rows.reverse), cell.states, cell.saved, len(x), s0.shape[2]
     y, last = lasting(x, R, N * H), torch.empty_like(s0)
     states = lasting(x, S - 1, R, N * H) if S > 1 and keep else None

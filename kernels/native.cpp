@@ -75,8 +75,8 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
       store(h_row + u / PADDING * PADDING * rows + u % PADDING, o[0], LANES);
       EACH(k, STATES) store(part.near(c, k, b) + u, cut && k ? V{} : p[k], LANES);
     });
-    if (part.end == H && (H - 1) % PADDING < LANES)
-      store(h_row + (H - 1) / PADDING * PADDING * rows + LANES, V{}, LANES);
+    if (const i64 rest = H % PADDING; part.end == H && rest && rest <= LANES)
+      store(h_row + (H - rest) * rows + LANES, V{}, LANES);
   }
 }
 

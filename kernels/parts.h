@@ -17,7 +17,7 @@ struct Given {
 };
 
 // A window is some steps, first to end in the order of the recurrence, whose rows are in gates, dx and dr
-// [N, most, G, H] and in the panels x_rows and h_rows. Each of `groups` has sequences of its own, whose rows are
+// [N, most, gates_width] and in the panels x_rows and h_rows. Each of `groups` has sequences of its own, whose rows are
 // `together` where that pays, and which sums up its gradients of W `apart` from the others, if these are small: threads
 // keep to memory of their own. Where there are too few sequences, the units of a group are cut in `shares`. Going
 // forward gates is y if there is one gate, and x_rows are rows of x in the same order.
@@ -91,14 +91,14 @@ struct Run {
 };
 
 // What a thread has of a window: of recurrence n the sequences from `first` on, before `bound`, of their units begin to
-// end, and of the products of their rows a share.
+// end, and runs of rows, most of them theirs, to multiply a share of with W_ih.
 struct Part {
   i64 n, group, first, bound, share, begin, end;
   bool reverse;
   const float* panel;
   float* buffer;                  // [turns, S, sequences, buffer_width] the states between two steps, by turns
-  std::vector<i64> slots, index;  // of each step its first row in the window's memory
-  std::vector<Run> runs;          // what it multiplies with W_ih
+  std::vector<i64> slots, index;  // of each step its first row in the window's memory; which rows they are, together
+  std::vector<Run> runs;
 
   Part(const Call& c, i64 item) : n(item / c.shares / c.groups), share(item % c.shares), reverse(c.reverse(n)) {
     group = item / c.shares % c.groups;
