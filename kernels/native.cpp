@@ -191,20 +191,18 @@ extern "C" void forward(const Given& given, float* memory) {
         });
         const float* b = c.b_ih ? c.b_ih + n * GATES * H : nullptr;
         const float* b2 = b && !SPLIT ? c.b_hh + n * GATES * H : nullptr;
-        if (c.together)
-          part.mine(c, 0, c.R, [&](const Run& run) {
-            for (i64 i = 0; i < run.count; ++i)
-              std::memcpy(c.x_rows + (n * c.most + run.slot + i) * I, c.x + (c.base(n) + run[i]) * I, 4 * I);
-          });
-        auto runs = [&](auto&& body) {
-          part.mine(c, 0, c.R, [&](const Run& run) {
-            auto to = [&](i64 i) {
-              return Call::IN_PLACE ? c.y + ((c.base(n) + run[i]) * c.N + n) * H
-                                    : c.gates + (n * c.most + run.slot + i) * c.gates_width;
-            };
-            body(to, c.together ? c.x_rows + (n * c.most + run.slot) * I : c.x + (c.base(n) + run.row) * I, run.count);
-          });
-        };
+        std::vector<Rows> runs;
+        for (const Run& run : part.mine(c, 0, c.R)) {
+          const float* x = c.x + (c.base(n) + run.row) * I;
+          if (c.together) {
+            float* const rows = c.x_rows + (n * c.most + run.slot) * I;
+            for (i64 i = 0; i < run.count; ++i) std::memcpy(rows + i * I, c.x + (c.base(n) + run[i]) * I, 4 * I);
+            x = rows;
+          }
+          float* const out = Call::IN_PLACE ? c.y + ((c.base(n) + run.row) * c.N + n) * H
+                                            : c.gates + (n * c.most + run.slot) * c.gates_width;
+          runs.push_back({out, c.gates_width, nullptr, x, run.count});
+        }
         product<INPUT_WIDE>(runs, I, c.input_panels + n * c.inputs * I, I, GATES * H, b, b2, false);
       }
 #pragma omp barrier
@@ -263,21 +261,19 @@ extern "C" void backward(const Given& given, float* memory) {
       for (i64 round = 0; round < c.N; ++round) {  // in which each recurrence has rows of x of its own
         for (const Part& part : team.parts) {
           const i64 n = part.n, base = c.base(n), area = (n + round) % c.N;
-          auto runs = [&](auto&& body) {
-            part.mine(c, c.R * area / c.N - base, c.R * (area + 1) / c.N - base, [&](const Run& run) {
-              auto to = [&](i64 i) { return c.x_grad + (base + run[i]) * I; };
-              body(to, c.dx + (n * c.most + run.slot) * width, run.count);
-            });
-          };
-          if (c.x_grad)
+          if (c.x_grad) {
+            std::vector<Rows> runs;
+            for (const Run& run : part.mine(c, c.R * area / c.N - base, c.R * (area + 1) / c.N - base))
+              runs.push_back({c.x_grad + (base + (run.index ? 0 : run.row)) * I, I, run.index,
+                              c.dx + (n * c.most + run.slot) * width, run.count});
             product<TWO>(runs, width, c.input_panels + n * K * inputs, K, I, nullptr, nullptr, c.N > 1);
+          }
           if (round == 0 && c.w_ih_grad && !c.as_it_is())
-            part.mine(c, 0, c.R, [&](const Run& run) {
+            for (const Run& run : part.mine(c, 0, c.R))
               for (i64 i = 0; i < run.count; ++i)
                 for (i64 u = 0; u < inputs; u += LANES)
                   store(c.x_rows + n * c.most * inputs + u / PADDING * PADDING * c.rows(n) + (run.slot + i) * PADDING +
                         u % PADDING, load(c.x + (base + run[i]) * I + u, static_cast<int>(I - u)), LANES);
-            });
         }
 #pragma omp barrier
       }

@@ -137,12 +137,13 @@ struct Part {
     for (i64 k = 0; k < STATES; ++k)
       for (i64 b = first; b < bound; ++b) body(k, b);
   }
-  // Calls body with runs of its share of the rows that are `from` to `to` in the caller's window.
-  template <typename Body> void mine(const Call& c, i64 from, i64 to, Body&& body) const {
+  // Runs of its share of the rows that are `from` to `to` in the caller's window.
+  std::vector<Run> mine(const Call& c, i64 from, i64 to) const {
+    std::vector<Run> found;
     for (const Run& run : runs) {
       const i64 low = run.place(from), count = run.place(to) - low;
-      const Run some = run.cut(low + count * share / c.shares, low + count * (share + 1) / c.shares);
-      if (some.count) body(some);
+      found.push_back(run.cut(low + count * share / c.shares, low + count * (share + 1) / c.shares));
     }
+    return found;
   }
 };

@@ -78,30 +78,38 @@ static void pack(float* to, i64 stride, const float* from, i64 width, i64 K, i64
   }
 }
 
+// Rows of a product, one after the other or those of `index`, and its first factor's, one after the other.
+struct Rows {
+  float* out;
+  i64 width;
+  const i64* index;
+  const float* a;
+  i64 count;
+
+  float* operator[](i64 i) const { return out + (index ? index[i] : i) * width; }
+};
+
 // Rows of `columns` numbers = rows of K numbers times a matrix in panels, plus two biases, or added to what they are.
-// `runs` calls its argument with some rows at a time: where row i of the result is, to(i), the first of their factors
-// and how many there are.
-template <int W, typename Runs>
-static void product(Runs&& runs, i64 stride, const float* panels, i64 K, i64 columns, const float* b, const float* b2,
-                    bool add) {
+template <int W>
+static void product(const std::vector<Rows>& runs, i64 stride, const float* panels, i64 K, i64 columns, const float* b,
+                    const float* b2, bool add) {
   constexpr int MOST = ACCUMULATORS / W;
   by_units<W * LANES>(0, columns, [&](i64 u, auto left) {
-    runs([&](auto&& to, const float* a, i64 rows) {
-      by_rows<MOST>(rows, 0, [&](auto count, i64 first) {
+    for (const Rows& rows : runs)
+      by_rows<MOST>(rows.count, 0, [&](auto count, i64 first) {
         constexpr int ROWS = decltype(count)::value;
         V sums[ROWS][W];
         float* out[ROWS];
-        EACH(i, ROWS) out[i] = to(first + i) + u;
+        EACH(i, ROWS) out[i] = rows[first + i] + u;
         EACH(v, W) {
           V bias = b ? load(b + u + v * LANES, left(v)) : V{};
           if (b2) bias += load(b2 + u + v * LANES, left(v));
           EACH(i, ROWS) sums[i][v] = add ? load(out[i] + v * LANES, left(v)) : bias;
           EACH(i, ROWS) __builtin_prefetch(out[i] + v * LANES, 1);  // by the time of the sums it is here
         }
-        multiply(sums, a + first * stride, stride, 1, panels + u * K, K);
+        multiply(sums, rows.a + first * stride, stride, 1, panels + u * K, K);
         EACH(i, ROWS) EACH(v, W) store(out[i] + v * LANES, sums[i][v], left(v));
       });
-    });
   });
 }
 
