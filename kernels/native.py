@@ -91,8 +91,9 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
     (R, I), (_, B, H), N, library = x.shape, s0.shape, len(rows.reverse), load(cell)
     pointed = x, *given[:12], *(given[12:] or [None] * 5), rows.offsets, rows.resets
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
-    numbers = rows.steps, B, R, I, H, N, rows.reverses, _threads(), rows.window(N * cell.gates * H)
-    call = struct.pack("29q", *addresses, *numbers)
+    # Going forward there are no gradients of W to be read once more for a window.
+    windows = [rows.window(N * cell.gates * H, share) for share in (8, 1)]
+    call = struct.pack("30q", *addresses, rows.steps, B, R, I, H, N, rows.reverses, _threads(), *windows)
     getattr(library, name)(call, working(s0, library.needed(call)).data_ptr())
 
 

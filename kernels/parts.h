@@ -6,14 +6,14 @@ constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  
 
 // What native.py gives: s0, dlast (zero if missing) and `last`, the last states or the gradients of the first ones,
 // [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they are
-// wanted, and read in the adjoint. Windows of time have about as many rows as `window` steps of B.
+// wanted, and read in the adjoint. Windows of time have about as many rows as so many steps of B, forward and back.
 struct Given {
   const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *dy, *dstates, *dlast;
   float *y, *states, *saved, *last;
   float *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
   const i64* offsets;
   const bool* resets;
-  i64 steps, B, R, I, H, N, reverses, threads, window;
+  i64 steps, B, R, I, H, N, reverses, threads, window[2];
 };
 
 // Sequences that are taken through time together, the longest first, and how many steps each has.
@@ -66,7 +66,7 @@ struct Call : Given {
     groups = std::max<i64>(1, std::min((threads + N - 1) / N, (B + least - 1) / least));
     shares = std::max<i64>(1, std::min(threads / (N * groups), (H + tile - 1) / tile));
     deal();
-    const i64 wanted = std::max<i64>(1, window * B / groups);
+    const i64 wanted = std::max<i64>(1, window[adjoint] * B / groups);
     for (const Group& g : group) windows = std::max(windows, (g.rows + wanted - 1) / wanted);
     for (const Group& g : group) most = std::max(most, std::min(g.rows, g.rows / windows + g.size()));
     inputs = adjoint ? pad(I, PADDING) : pad(GATES * H, INPUT_TILE);

@@ -78,9 +78,10 @@ class Rows(NamedTuple):
         """Which recurrences run backwards, as bits."""
         return sum(back << n for n, back in enumerate(self.reverse))
 
-    def window(self, width: int) -> int:
-        """Steps of a window of time on the CPU, where a row has `width` pre-activations."""
-        return max(1, max(WINDOW // max(1, width), WINDOW_ROWS) // max(1, self.sizes[0]))
+    def window(self, width: int, share: int = 1) -> int:
+        """Steps of a window of time on the CPU, where a row has `width` pre-activations, and a share of WINDOW_ROWS is
+        enough."""
+        return max(1, max(WINDOW // max(1, width), WINDOW_ROWS // share) // max(1, self.sizes[0]))
 
 
 def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
