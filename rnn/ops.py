@@ -228,15 +228,21 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
 def one_step(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor]) -> Any:
     """One step on the CPU of what asks for no gradients: x [1, B, I], `weights` w_ih to b_hh (or without biases),
     states [1, B, H] each, to y and the next states. None where that cannot be, or `recurrence` has to see it."""
-    w_ih, w_hh = weights[:2]
-    H = states[0].shape[2]
-    if (_transformed() or _traced(x, *states, *weights) or torch._C._is_any_autocast_enabled()
-            or w_ih.shape != (cell.gates * H, x.shape[2]) or w_hh.shape != (cell.gates * H, H)
-            or any(b.shape != (cell.gates * H,) for b in weights[2:])
-            or x.dtype not in (torch.float32, torch.float64)):
+    dtype = x.dtype
+    if (_transformed() or _traced() or torch._C._is_any_autocast_enabled()
+            or (dtype is not torch.float32 and dtype is not torch.float64)):
         return None
     for t in (x, *states, *weights):
-        if t.dtype is not x.dtype or not t.is_cpu or not t.is_contiguous() or t.is_neg():
+        kind = type(t)  # a parametrized weight is None
+        if ((kind is not Tensor and kind is not Parameter) or t.dtype is not dtype or not t.is_cpu
+                or not t.is_contiguous() or t.is_neg()):
+            return None
+    (w_ih, w_hh, *biases), H = weights, states[0].shape[2]
+    G = cell.gates * H
+    if w_ih.shape != (G, x.shape[2]) or w_hh.shape != (G, H):
+        return None
+    for b in biases:
+        if b.shape != (G,):
             return None
     return compute.step(cell, x, weights, states)
 
