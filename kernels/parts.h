@@ -70,8 +70,9 @@ struct Call : Given {
     for (const Group& g : group) windows = std::max(windows, (g.rows + wanted - 1) / wanted);
     for (const Group& g : group) most = std::max(most, std::min(g.rows, g.rows / windows + g.size()));
     inputs = adjoint ? pad(I, PADDING) : pad(GATES * H, INPUT_TILE);
-    // Rows a power of 2 apart would have the same place in the caches.
-    gates_width = IN_PLACE && !adjoint ? N * H : pad(GATES * H, LANES) + LANES, buffer_width = padded + LANES;
+    // Long rows a power of 2 apart would have the same place in the caches.
+    auto odd = [](i64 n) { return n < 256 ? n : n + LANES; };
+    gates_width = IN_PLACE && !adjoint ? N * H : odd(pad(GATES * H, LANES)), buffer_width = odd(padded);
     const i64 input_panel = N * inputs * (adjoint ? GATES * H : I), panel = N * padded * GATES * H;
     const i64 slots = N * groups * most;
     in_turn = windows == 1;
