@@ -191,12 +191,12 @@ extern "C" void forward(const Given& given, float* memory) {
            c.w_ih + (n * GATES * H + row) * I, I, I, GATES * H - row, false);
     });
     for (const Part& part : team.parts)
-      for (i64 turn = 0; turn < c.turns; ++turn)
-        part.each(c, turn, [&](i64 b, i64 at, float* near, i64 bytes) {
-          std::memcpy(c.last + at, c.s0 + at, bytes);  // of sequences without a step, it stays
+      part.each(c, [&](i64 b, i64 at, float* near, i64 bytes) {
+        std::memcpy(c.last + at, c.s0 + at, bytes);  // of sequences without a step, it stays
+        for (i64 turn = 0; turn < c.turns; ++turn, near += STATES * part.state_size)
           if (!part.reverse && c.cut(0, b)) std::memset(near, 0, bytes);
           else std::memcpy(near, c.s0 + at, bytes);
-        });
+      });
     meet(true);
     for (i64 w = 0; w < c.windows; ++w) {
       for (Part& part : team.parts) {
@@ -234,7 +234,7 @@ extern "C" void backward(const Given& given, float* memory) {
     for (i64 n = 0; n < c.N; ++n) across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
     if (!c.in_turn) pack_input();
     for (const Part& part : team.parts)
-      part.each(c, 0, [&](i64, i64 at, float* near, i64 bytes) {
+      part.each(c, [&](i64, i64 at, float* near, i64 bytes) {
         if (c.dlast) std::memcpy(near, c.dlast + at, bytes);
         else std::memset(near, 0, bytes);
       });
@@ -273,7 +273,7 @@ extern "C" void backward(const Given& given, float* memory) {
         }
     }
     for (const Part& part : team.parts)
-      part.each(c, 0, [&](i64, i64 at, float* near, i64 bytes) { std::memcpy(c.last + at, near, bytes); });
+      part.each(c, [&](i64, i64 at, float* near, i64 bytes) { std::memcpy(c.last + at, near, bytes); });
     if (c.apart) {
       meet(true);
       for (i64 n = 0; n < c.N; ++n)

@@ -177,11 +177,11 @@ struct Part {
   float* near(const Call& c, i64 k, i64 i, i64 turn = 0) const {
     return buffer + (turn * STATES + k) * state_size + i * c.buffer_width;
   }
-  // Calls body with each sequence, where a state of it is among all, where in the memory of that turn, and its bytes.
-  template <typename Body> void each(const Call& c, i64 turn, Body&& body) const {
+  // Calls body with each sequence, where a state of it is among all, where between two steps, and its bytes.
+  template <typename Body> void each(const Call& c, Body&& body) const {
     for (i64 k = 0; k < STATES; ++k)
       for (i64 i = 0; i < static_cast<i64>(sequences.size()); ++i)
-        body(sequences[i], state(c, k, sequences[i]) + begin, near(c, k, i, turn) + begin, 4 * (end - begin));
+        body(sequences[i], state(c, k, sequences[i]) + begin, near(c, k, i) + begin, 4 * (end - begin));
   }
   // Of its share of the window's rows those whose numbers are in a range: the first one, and the one past the last.
   std::pair<i64, i64> mine(const Call& c, i64 low, i64 high) const {

@@ -79,8 +79,8 @@ class Rows(NamedTuple):
         return sum(back << n for n, back in enumerate(self.reverse))
 
     def window(self, width: int, share: int = 1) -> int:
-        """Steps of a window of time on the CPU, where a row has `width` pre-activations, and a share of WINDOW_ROWS is
-        enough."""
+        """Steps of a window of time on the CPU, where a row has `width` pre-activations: enough for WINDOW_ROWS / share
+        rows, at least."""
         return max(1, max(WINDOW // max(1, width), WINDOW_ROWS // share) // max(1, self.sizes[0]))
 
 

@@ -141,11 +141,11 @@ class _Stack(nn.RNNBase):
                                    f"{list(resets.shape)}")
             resets = resets.index_select(1, order)
         D, last, every, alone = 1 + self.bidirectional, [], [], len(layers) == 1
+        masks = lengths, batch_sizes, resets
         for i, weights in enumerate(layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             first = given if given is None or alone else [s[i * D : (i + 1) * D] for s in given]
-            masks = lengths, batch_sizes, resets
             steps, ends = self._layer(operator, x, weights, first, masks, int(return_states), restore)
             x = steps[0]
             every.append(steps)
