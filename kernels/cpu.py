@@ -3,6 +3,7 @@ the steps, with its threads and the faster library, in the same memory."""
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -12,10 +13,14 @@ from torch import Tensor
 from .cells import Cell
 from .host import parts
 from .memory import working
-from .plan import WINDOW, Plan, Rows
+from .plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
 from .program import Program, library, program
 
 Array = Any
+# oneDNN's x w^T + b, an operator for torch's compiler: half the time of MKL's where that does not know a processor's
+# wide vectors.
+_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
+_ROWS, _PART = 256, 2**16  # of what it returns at once: so many numbers, but not fewer rows
 Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
 
 
@@ -72,13 +77,9 @@ class Steps:
     def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
         """Working memory of these shapes. It is kept for the next call where the first touch of it takes long."""
         ends = [*accumulate(map(math.prod, shapes), initial=0)]
-        if ends[-1] < WINDOW:
-            return self.take(*map(like.new_empty, shapes), own=True)
-        (memory,) = self.take(working(like, ends[-1]), own=True)
-        return [memory[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
-
-    def empty(self, like: Array, *shape: int) -> Array:
-        return self.library.empty(shape, like.dtype)
+        memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else working(like, ends[-1])
+        (array,) = self.take(memory, own=True)
+        return [array[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 
     def segments(self, window: Window, n: int) -> list[Window]:
         """Their steps, in the order of time; they themselves in that of the recurrence."""
@@ -102,6 +103,7 @@ class Steps:
 
     def run(self, loop: Program, table: dict[str, Any], back: int) -> Any:
         """The steps of a segment, in that order of time, with what `table` has by name."""
+        table["product"] = partial(product, least=ONEDNN_STEP)
         columns = (table[name] if name in table else self.tensor(table[name[:-1]]).unbind(0) for name in loop.columns)
         others = (table[name] if name in table else self.tensor(table[name[:-1]]) for name in loop.others)
         return loop.run(zip(*(column[::-1] if back else column for column in columns)), *others)
@@ -120,8 +122,30 @@ def _named(groups: dict[str, Sequence[Array]], **others: Any) -> dict[str, Any]:
     return others | {f"{name}{k}": array for name, group in groups.items() for k, array in enumerate(group)}
 
 
-def _rows(t: Tensor, first: int, count: int) -> Tensor:
-    return t if len(t) == count else t.narrow(0, first, count)
+def _wide(a: Tensor, M: int, least: tuple[int, int]) -> bool:
+    R, K = a.shape
+    return (least[0] <= R * K * M and least[1] <= min(K, M) and _LINEAR is not None and a.dtype == torch.float32
+            and a.is_cpu and torch._C._get_mkldnn_enabled())
+
+
+def product(a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False,
+            least: tuple[int, int] = ONEDNN_WINDOW) -> None:
+    """out = a w + bias, or out += a w; by oneDNN if it is no smaller than `least`."""
+    if a.stride(1) == 1 and _wide(a, w.shape[1], least):
+        rows = max(_ROWS, _PART // w.shape[1])
+        for part, to in zip(a.split(rows), out.split(rows)):
+            (to.add_ if add else to.copy_)(_LINEAR(part, w.t(), bias, "none", [], ""))
+    elif add:
+        out.addmm_(a, w)
+    elif bias is None:
+        torch.mm(a, w, out=out)
+    else:
+        torch.addmm(bias, a, w, out=out)
+
+
+def _turned(a: Tensor, width: int, memory: Tensor) -> Tensor:
+    """a^T for a product with [len(a), width]: a copy in `memory` where that makes it one for oneDNN."""
+    return memory[: a.numel()].view(a.mT.shape).copy_(a.mT) if _wide(a, width, ONEDNN_WINDOW) else a.mT
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
@@ -134,26 +158,25 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
     loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, ())
-    x = None if loop.in_place else by.working(y, (N, by.most, G * H))[0]  # the pre-activations of a window
     s, h, c, a = by.take(last, y, states, saved, own=True)
+    # The pre-activations of a window, and of its steps the other states, if they are not kept.
+    x, r, pool, others = by.working(y, (0 if loop.in_place else N, by.most, G * H), (B, G * H), (loop.pool, B, H),
+                                    (S - 1 if c is None else 0, by.most, H))
     # NumPy's product is up to twice as fast if W^T lies in order, which costs as much as one of some rows.
     ordered = plan.backend == "numpy" and B >= 8
     factors = [(by.factor(w.t().contiguous()) if ordered else by.factor(w).T, b if b is None else by.factor(b))
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
-    r, pool = by.empty(h, B, G * H), by.empty(h, loop.pool, B, H)
-    others = by.empty(h, S - 1 if c is None else 0, by.most, H)
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)
-            place = h[first : first + count, n * H : (n + 1) * H] if x is None else x[n, :count]
-            out, product = by.tensor(place), (_rows(inputs, first, count), weight.t())
-            torch.mm(*product, out=out) if bias is None else torch.addmm(bias, *product, out=out)
+            place = h[first : first + count, n * H : (n + 1) * H] if loop.in_place else x[n, :count]
+            product(inputs.narrow(0, first, count), weight.t(), by.tensor(place), bias)
             for lo, hi in by.segments(window, n):
                 size = rows.sizes[lo]
                 now = [z[:size] for z in s[n * S : (n + 1) * S]]
                 by.cut(now, lo, hi, n)
                 after = by.columns([h], lo, hi, n)
-                xs = after[0] if x is None else by.columns([x[n]], lo, hi, start=first)[0]
+                xs = after[0] if loop.in_place else by.columns([x[n]], lo, hi, start=first)[0]
                 after += by.columns(others, lo, hi, start=first) if c is None else by.columns(c, lo, hi, n)
                 arrays = dict(x=by.gates(xs, G), r=by.gates(r[:size], G), s=now, n=after, T=pool[:, :size],
                               a=() if a is None else by.columns(a, lo, hi, n))
@@ -170,14 +193,14 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
     # For a window: the gradients of x and r, one array unless cell.split, the h and the other states that came into its
     # steps, and temporaries.
-    *both, came, others, early, spare = by.working(y, *[(N, by.most, G * H)] * (1 + cell.split), *(
-        (count, by.most, H) for count in (N, S - 1, loop.early, loop.spare)))
+    *both, came, others, early, spare, p, pool = by.working(
+        y, *[(N, by.most, G * H)] * (1 + cell.split), *((count, by.most, H) for count in (
+            N, S - 1, max(loop.early, G), loop.spare)), *((count, rows.sizes[0], H) for count in (S, loop.pool)))
     dx, dr = both[0], both[-1]
     ds.zero_() if dlast is None else ds.copy_(dlast)
     (first, a), (d,) = by.take(s0, saved), by.take(ds, own=True)
     kept, wanted = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
                     for h, c in ((y, states), (dy, dstates)))
-    p, pool = (by.empty(d, count, rows.sizes[0], H) for count in (S, loop.pool))
     own = [*zip(parts(w_ih, N), map(by.factor, parts(w_hh, N)), zip(*(parts(grad, N) for grad in grads[1:])))]
     for window in reversed(by.windows):
         for n, (weight, w, sums) in enumerate(own):
@@ -203,12 +226,15 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                 for to, value in zip(now, by.run(loop, table, not back)):
                     to[...] = value
                 by.cut(now, lo, hi, n)
-            left, more = [by.tensor(z[n, :count]) for z in (dx, dr)] * 2, window[1] < rows.steps
+            more, memory, last = window[1] < rows.steps, by.tensor(early).view(-1), None
             if grads[0] is not None:
-                out = _rows(grads[0], start, count)
-                torch.mm(left[0], weight, out=out) if N == 1 else out.addmm_(left[0], weight)
-            for grad, l, r in zip(sums, left, (_rows(x, start, count), by.tensor(came[n, :count]), None, None)):
-                if grad is not None and r is not None:
-                    grad.addmm_(l.t(), r) if more else torch.mm(l.t(), r, out=grad)
-                elif grad is not None:
-                    grad.add_(l.sum(0)) if more else torch.sum(l, 0, out=grad)
+                product(by.tensor(dx[n, :count]), weight, grads[0].narrow(0, start, count), add=N > 1)
+            for z, r, dw, db in ((dx, x.narrow(0, start, count), sums[0], sums[2]),
+                                 (dr, by.tensor(came[n, :count]), sums[1], sums[3])):
+                l = by.tensor(z[n, :count])
+                if dw is not None:
+                    if z is not last:
+                        left, last = _turned(l, H, memory), z
+                    product(left, r, dw, add=more)
+                if db is not None:
+                    db.add_(l.sum(0)) if more else torch.sum(l, 0, out=db)

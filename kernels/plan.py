@@ -29,6 +29,8 @@ NUMPY_PRODUCT = 2**18
 # Numbers of the pre-activations of a window of time on the CPU, what the caches hold; but not fewer rows than these,
 # for which W is read once more.
 WINDOW, WINDOW_ROWS = 2**18, 1024
+# Multiplications, and sides of W, from which oneDNN's product is faster than MKL's: in a step, and once a window.
+ONEDNN_STEP, ONEDNN_WINDOW = (2**22, 256), (2**24, 128)
 STEP_PRODUCT = 2**16  # multiplications up to which a single step in C++ stays on one thread
 STEP_ROWS = 32  # of a batch, up to which it takes W as it is
 

@@ -6,8 +6,6 @@ from importlib import import_module
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
-
 from .cells import Cell
 from .trace import Line, Value, trace
 
@@ -24,21 +22,21 @@ def _words(line: Line) -> str:
 
 
 def _pooled(lines: Sequence[Line], letter: str) -> int:
-    """Give temporaries, t0, t1..., that are not needed at the same time one name: T0, T1... The number of names."""
-    last = {id(value): i for i, (_, given, _) in enumerate(lines) for value in given if isinstance(value, Value)}
+    """Give temporaries, t0, t1..., that are not needed at the same time one name: T0, T1..., or that of an h whose turn
+    is yet to come. The number of names."""
     free: list[str] = []
     count = 0
-    for i, (name, given, result) in enumerate(lines):
+    for name, given, result in reversed(lines):
         # Operations on elements may write over what they read.
-        values = (v for v in given if isinstance(v, Value))
-        done = {v.name for v in values if v.name[0] == letter and last[id(v)] == i}
-        free += done if name in _ELEMENTWISE else ()
-        if result.name[0] == "t":
-            if not free:
-                free.append(f"{letter}{count}")
-                count += 1
-            result.name = free.pop()
-        free += done if name not in _ELEMENTWISE else ()
+        values = (result, *given) if name in _ELEMENTWISE else (*given, result)
+        for value in (v for v in values if isinstance(v, Value)):
+            if value.name[0] == "t":
+                if not free:
+                    free.append(f"{letter}{count}")
+                    count += 1
+                value.name = free.pop()
+            if value is result and value.name[0] in (letter, "h"):
+                free.append(value.name)
     return count
 
 
@@ -66,7 +64,7 @@ def library(backend: str) -> Any:
 
 def _function(backend: str, heading: str, body: Sequence[str], last: str = "") -> Any:
     """Straight-line Python: a loop over operations would cost as much as they do at small sizes."""
-    scope = dict(vars(library(backend)), mm=torch.mm, addmm=torch.addmm)
+    scope = dict(vars(library(backend)))
     exec("\n  ".join((heading, *body, "pass")) + last, scope)
     return scope["run"]
 
@@ -110,17 +108,17 @@ def program(backend: str, cell: Cell, adjoint: bool, save: bool, bias: bool, giv
     if adjoint:
         g = [f"g{k}" for k, there in enumerate(given) if there]
         columns = [*dict.fromkeys((*read, *(v.name for v in h), *g, *(x if cell.split else ()), *r, "dr" + twin))]
-        others, names = ["w", *d, *p, *temporaries, *(("d0_", "p0_") if twin else ())], d
+        others, names = ["w", *d, *p, *temporaries, *(("product", "d0_", "p0_") if twin else ())], d
         body = [f"add(d{v[1:]}, {v}, d{v[1:]})" for v in g] + body
         body += [f"d{k}, p{k} = p{k}, d{k}" for k in (*(("0", "0_") if twin and adds else ()), *range(1, S))]
-        body += ["d0_.addmm_(dr_, w)" if adds else "mm(dr_, w, out=d0_)"] if twin else ["dr.dot(w, d0)"]
+        body += [f"product(dr_, w, d0_, add={adds})"] if twin else ["dr.dot(w, d0)"]
         body += ["add(d0, p0, d0)"] if adds and not twin else []
     else:
         columns = [*(x if cell.split or twin else [step]), *n, *(a if save else ()), *(("n0_",) if twin else ())]
         columns = [*dict.fromkeys(columns if cell.split or not twin else [*columns, step + "_"])]
-        others, names = ["w", "b", "r", *r, *s, *temporaries, *(("r_", "s0_") if twin else ())], s
+        others, names = ["w", "b", "r", *r, *s, *temporaries, *(("product", "r_", "s0_") if twin else ())], s
         term = step if not cell.split else "b" if bias else ""
-        sums = {step: f"{step}_.addmm_(s0_, w)", "b": "addmm(b, s0_, w, out=r_)", "": "mm(s0_, w, out=r_)"}
+        sums = {step: f"product(s0_, w, {step}_, add=True)", "b": "product(s0_, w, r_, b)", "": "product(s0_, w, r_)"}
         product = [sums[term]] if twin else ["s0.dot(w, r)", *([f"add(r, {term}, r)"] if term else [])]
         body = [*product, *body, *(f"s{k} = n{k}" for k in range(S)), *(("s0_ = n0_",) if twin else ())]
     run = _function(backend, f"def run(steps, {', '.join(others)}):\n for {', '.join(columns)}, in steps:", body,

@@ -107,6 +107,56 @@ def test_threads(cell: str, plan: Plan, sizes: tuple[int, int, int, int], revers
         check_recurrence(cell, plan, sizes, reverse, form)
 
 
+@pytest.mark.skipif(cpu._LINEAR is None, reason="torch has another library's products, or none of oneDNN's")
+class TestProducts:
+    """oneDNN's, of the plan "torch"."""
+
+    @pytest.fixture
+    def used(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """The shapes of its products."""
+        shapes: list[Any] = []
+        linear = cpu._LINEAR
+
+        def count(a: Tensor, w: Tensor, *rest: Any) -> Any:
+            shapes.append((*a.shape, len(w)))
+            return linear(a, w, *rest)
+
+        monkeypatch.setattr(cpu, "_LINEAR", count)
+        return shapes
+
+    @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+    @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False)], ids=str)
+    @every_cell
+    def test_of_any_size(self, cell: str, reverse: tuple[bool, ...], form: str, few: None, used: list[Any],
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+        """In parts of few rows, whether it is worth it or not."""
+        monkeypatch.setattr(cpu, "_wide", lambda a, M, least: a.numel() * M > 0 and a.dtype == torch.float32)
+        monkeypatch.setattr(cpu, "_ROWS", 5)
+        monkeypatch.setattr(cpu, "_PART", 1)
+        for sizes in ((20, 4, 3, 9), (3, 7, 1, 1), (2, 1, 40, 33)):
+            check_recurrence(cell, Plan("torch"), sizes, reverse, form, True)
+        assert max(shape[0] for shape in used) <= 5
+
+    @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
+    def test_of_large_ones(self, cell: str, used: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of steps, of windows, and of gradients of W; not where torch is told to do without oneDNN."""
+        T, B, I, H = sizes = 4, 256, 130, 257  # one window
+        monkeypatch.setattr(cpu, "_PART", 1)  # of B rows all
+        with monkeypatch.context() as told:
+            told.setattr(torch.backends.mkldnn, "enabled", False)
+            check_recurrence(cell, Plan("torch"), sizes)
+        assert not used
+        check_recurrence(cell, Plan("torch"), sizes)
+        width = getattr(cells, cell).gates * H
+        assert {(B, H, width), (B, width, H), (B, I, width), (B, width, I)} < set(used), "there and back"
+        assert {(B, T * B, H), (B, T * B, I)} < set(used), "of the gradients of W"
+
+    def test_not_of_small_ones(self, used: list[Any]) -> None:
+        check_recurrence("rnn_tanh", Plan("torch"), (4, 64, 128, 128))
+        check_recurrence("rnn_tanh", Plan("torch"), (4, 260, 257, 257), dtype=torch.float64)
+        assert not used
+
+
 class TestWindows:
     def test_which_steps(self) -> None:
         """All of them, in order; all of a length but the last, so that its steps are enough to know them."""

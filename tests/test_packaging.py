@@ -74,10 +74,10 @@ def test_without_triton() -> None:
 
 
 def test_size() -> None:
-    """Small enough to be read in an afternoon: 2,600 lines, and what the CPU has of its own: C++ and memory."""
+    """Small enough to be read in an afternoon: 2,600 lines, and what the CPU has of its own: C++, memory, products."""
     lines = {p: p.read_text().splitlines() for folder in ("kernels", "rnn") for kind in ("py", "cu", "cuh", "cpp", "h")
              for p in (ROOT / folder).glob(f"*.{kind}")}
-    assert sum(map(len, lines.values())) < 3860
+    assert sum(map(len, lines.values())) < 3890
     assert max(map(len, lines.values())) <= 400
     assert all(len(line) <= 120 for text in lines.values() for line in text)
 
