@@ -137,13 +137,13 @@ class TestProducts:
             check_recurrence(cell, Plan("torch"), sizes, reverse, form, True)
         assert max(shape[0] for shape in used) <= 5
 
+    @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # what `flags` says where there is no GPU of Intel's
     @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
     def test_of_large_ones(self, cell: str, used: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """Of steps, of windows, and of gradients of W; not where torch is told to do without oneDNN."""
         T, B, I, H = sizes = 4, 256, 130, 257  # one window
         monkeypatch.setattr(cpu, "_PART", 1)  # of B rows all
-        with monkeypatch.context() as told:
-            told.setattr(torch.backends.mkldnn, "enabled", False)
+        with torch.backends.mkldnn.flags(enabled=False):
             check_recurrence(cell, Plan("torch"), sizes)
         assert not used
         check_recurrence(cell, Plan("torch"), sizes)
