@@ -13,7 +13,10 @@ from torch import Tensor
 
 from .plan import power_of_2
 
-LASTING = 2**22  # bytes from which malloc does not do well: two calls of madvise cost less than the first touch
+LASTING = 2**20  # bytes from which malloc may not do well: what it keeps depends on what the process happens to free
+# Bytes up to which FEW pieces of a size stay ours, for madvise would take up to a tenth of their call. (It takes less
+# than the first touch of fresh memory.)
+LARGE, FEW = 2**22, 4
 HUGE_PAGE = 2**21
 
 
@@ -38,7 +41,8 @@ def working(like: Tensor, size: int) -> Tensor:
 
 def _give_back(memory: mmap.mmap) -> None:
     with suppress(OSError):
-        memory.madvise(mmap.MADV_FREE)  # until it is written to again, the system takes it if it needs some
+        if len(memory) > LARGE or len(spare[len(memory)]) >= FEW:
+            memory.madvise(mmap.MADV_FREE)  # until it is written to again, the system takes it if it needs some
         spare[len(memory)].append(memory)
 
 

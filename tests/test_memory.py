@@ -130,14 +130,19 @@ def test_the_system_can_have_it() -> None:
         return sum(int(line.split()[1]) for line in lazy.read_text().splitlines() if line.startswith("LazyFree"))
 
     y = memory.lasting(torch.zeros(1), 2**22).zero_()
+    few = [memory.lasting(torch.zeros(1), 2**20).zero_() for _ in range(memory.FEW + 3)]
     before = free()
     del y
     assert free() - before >= 2**14  # KiB
+    before = free()
+    few.clear()
+    assert 3 * 2**12 <= free() - before < 4 * 2**12, "of small ones a few stay"
 
 
 @pytest.mark.parametrize("fault", ["missing", "refused", "full"])
 def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is memory like any other."""
+    monkeypatch.setattr(memory, "FEW", 0)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no")
