@@ -3,7 +3,6 @@ the steps, with its threads and the faster library, in the same memory."""
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,10 +16,9 @@ from .plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
 from .program import Program, library, program
 
 Array = Any
-# oneDNN's x w^T + b, an operator for torch's compiler: half the time of MKL's where that does not know a processor's
-# wide vectors.
+# oneDNN's x w^T + b, of torch's compiler: half the time of MKL's where that does not know a processor's wide vectors.
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
-_ROWS, _PART = 256, 2**16  # of what it returns at once: so many numbers, but not fewer rows
+_PART, _ROWS = 2**17, (256, 512)  # numbers, and least and most rows, of what it returns at once
 Window = tuple[int, int]  # its first step and the one after its last, in the order of the recurrence
 
 
@@ -103,7 +101,8 @@ class Steps:
 
     def run(self, loop: Program, table: dict[str, Any], back: int) -> Any:
         """The steps of a segment, in that order of time, with what `table` has by name."""
-        table["product"] = partial(product, least=ONEDNN_STEP)
+        if self.backend == "torch":
+            table["product"] = _onednns if _wide(table["n0"].shape[1], table["w"], ONEDNN_STEP) else _torchs
         columns = (table[name] if name in table else self.tensor(table[name[:-1]]).unbind(0) for name in loop.columns)
         others = (table[name] if name in table else self.tensor(table[name[:-1]]) for name in loop.others)
         return loop.run(zip(*(column[::-1] if back else column for column in columns)), *others)
@@ -122,30 +121,32 @@ def _named(groups: dict[str, Sequence[Array]], **others: Any) -> dict[str, Any]:
     return others | {f"{name}{k}": array for name, group in groups.items() for k, array in enumerate(group)}
 
 
-def _wide(a: Tensor, M: int, least: tuple[int, int]) -> bool:
-    R, K = a.shape
-    return (least[0] <= R * K * M and least[1] <= min(K, M) and _LINEAR is not None and a.dtype == torch.float32
-            and a.is_cpu and torch._C._get_mkldnn_enabled())
+def _wide(rows: int, w: Tensor, least: tuple[int, int]) -> bool:
+    """Whether a product of so many rows and w is no smaller than `least`, and one for oneDNN."""
+    K, M = w.shape
+    return (least[0] <= rows * K * M and least[1] <= min(K, M) and _LINEAR is not None and w.dtype == torch.float32
+            and w.is_cpu and torch._C._get_mkldnn_enabled())
 
 
-def product(a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False,
-            least: tuple[int, int] = ONEDNN_WINDOW) -> None:
-    """out = a w + bias, or out += a w; by oneDNN if it is no smaller than `least`."""
-    if a.stride(1) == 1 and _wide(a, w.shape[1], least):
-        rows = max(_ROWS, _PART // w.shape[1])
-        for part, to in zip(a.split(rows), out.split(rows)):
-            (to.add_ if add else to.copy_)(_LINEAR(part, w.t(), bias, "none", [], ""))
-    elif add:
-        out.addmm_(a, w)
-    elif bias is None:
-        torch.mm(a, w, out=out)
-    else:
-        torch.addmm(bias, a, w, out=out)
+def _torchs(a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
+    """out = a w + bias, or out += a w."""
+    out.addmm_(a, w) if add else torch.mm(a, w, out=out) if bias is None else torch.addmm(bias, a, w, out=out)
 
 
-def _turned(a: Tensor, width: int, memory: Tensor) -> Tensor:
-    """a^T for a product with [len(a), width]: a copy in `memory` where that makes it one for oneDNN."""
-    return memory[: a.numel()].view(a.mT.shape).copy_(a.mT) if _wide(a, width, ONEDNN_WINDOW) else a.mT
+def _onednns(a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
+    rows = min(_ROWS[1], max(_ROWS[0], _PART // w.shape[1]))
+    for part, to in zip(a.split(rows), out.split(rows)):
+        (to.add_ if add else to.copy_)(_LINEAR(part, w.t(), bias, "none", [], ""))
+
+
+def _product(a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
+    """That of a window."""
+    (_onednns if a.stride(1) == 1 and _wide(len(a), w, ONEDNN_WINDOW) else _torchs)(a, w, out, bias, add)
+
+
+def _turned(a: Tensor, w: Tensor, memory: Tensor) -> Tensor:
+    """a^T for a product with w: a copy in `memory` where that makes it one for oneDNN."""
+    return memory[: a.numel()].view(a.mT.shape).copy_(a.mT) if _wide(a.shape[1], w, ONEDNN_WINDOW) else a.mT
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
@@ -170,7 +171,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
             first, count = by.span(window, n)
             place = h[first : first + count, n * H : (n + 1) * H] if loop.in_place else x[n, :count]
-            product(inputs.narrow(0, first, count), weight.t(), by.tensor(place), bias)
+            _product(inputs.narrow(0, first, count), weight.t(), by.tensor(place), bias)
             for lo, hi in by.segments(window, n):
                 size = rows.sizes[lo]
                 now = [z[:size] for z in s[n * S : (n + 1) * S]]
@@ -226,15 +227,14 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                 for to, value in zip(now, by.run(loop, table, not back)):
                     to[...] = value
                 by.cut(now, lo, hi, n)
-            more, memory, last = window[1] < rows.steps, by.tensor(early).view(-1), None
+            more, last, h_rows = window[1] < rows.steps, None, by.tensor(came[n, :count])
             if grads[0] is not None:
-                product(by.tensor(dx[n, :count]), weight, grads[0].narrow(0, start, count), add=N > 1)
-            for z, r, dw, db in ((dx, x.narrow(0, start, count), sums[0], sums[2]),
-                                 (dr, by.tensor(came[n, :count]), sums[1], sums[3])):
+                _product(by.tensor(dx[n, :count]), weight, grads[0].narrow(0, start, count), add=N > 1)
+            for z, r, dw, db in ((dx, x.narrow(0, start, count), sums[0], sums[2]), (dr, h_rows, sums[1], sums[3])):
                 l = by.tensor(z[n, :count])
                 if dw is not None:
                     if z is not last:
-                        left, last = _turned(l, H, memory), z
-                    product(left, r, dw, add=more)
+                        left, last = _turned(l, h_rows, by.tensor(early).view(-1)), z
+                    _product(left, r, dw, add=more)
                 if db is not None:
                     db.add_(l.sum(0)) if more else torch.sum(l, 0, out=db)

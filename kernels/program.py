@@ -43,7 +43,7 @@ def _pooled(lines: Sequence[Line], letter: str) -> int:
 class Program(NamedTuple):
     """`before` is done for all steps of a segment at once, `run` step after step; and the names of what they are given,
     `run` of the columns of steps, and of what is the same at all steps. NAME_ is a tensor that shares NAME's memory,
-    for `cpu.product`. Going forward x and r are pre-activations, n and s the states after and before, a the
+    for `product`, cpu's. Going forward x and r are pre-activations, n and s the states after and before, a the
     activations, b and w bias and W^T. In the adjoint w is W, d the gradient of n, p that of s, g what is given of d, x
     and r gradients, h what does not depend on d. `run` returns the last states or gradients."""
 

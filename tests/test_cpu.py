@@ -130,12 +130,12 @@ class TestProducts:
     def test_of_any_size(self, cell: str, reverse: tuple[bool, ...], form: str, few: None, used: list[Any],
                          monkeypatch: pytest.MonkeyPatch) -> None:
         """In parts of few rows, whether it is worth it or not."""
-        monkeypatch.setattr(cpu, "_wide", lambda a, M, least: a.numel() * M > 0 and a.dtype == torch.float32)
-        monkeypatch.setattr(cpu, "_ROWS", 5)
-        monkeypatch.setattr(cpu, "_PART", 1)
+        monkeypatch.setattr(cpu, "_wide", lambda rows, w, least: rows * w.numel() > 0 and w.dtype == torch.float32)
+        monkeypatch.setattr(cpu, "_PART", 45)
+        monkeypatch.setattr(cpu, "_ROWS", (5, 7))
         for sizes in ((20, 4, 3, 9), (3, 7, 1, 1), (2, 1, 40, 33)):
             check_recurrence(cell, Plan("torch"), sizes, reverse, form, True)
-        assert max(shape[0] for shape in used) <= 5
+        assert max(shape[0] for shape in used) <= 7
 
     @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # what `flags` says where there is no GPU of Intel's
     @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
