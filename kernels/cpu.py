@@ -193,7 +193,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     by = Steps(plan, rows, H, N * G * H)
     loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
     # For a window: the gradients of x and r, one array unless cell.split, the h and the other states that came into its
-    # steps, and temporaries.
+    # steps, and temporaries, of which the early ones have room for what `_turned` makes. And those of a step.
     *both, came, others, early, spare, p, pool = by.working(
         y, *[(N, by.most, G * H)] * (1 + cell.split), *((count, by.most, H) for count in (
             N, S - 1, max(loop.early, G), loop.spare)), *((count, rows.sizes[0], H) for count in (S, loop.pool)))
