@@ -35,6 +35,11 @@ STEP_PRODUCT = 2**16  # multiplications up to which a single step in C++ stays o
 STEP_ROWS = 32  # of a batch, up to which it takes W as it is
 
 
+# The backends of a plan, and the scopes that each has.
+BACKENDS = dict(numpy=("host",), torch=("host",), cupy=("host",), native=("host",), onednn=("host",),
+                triton=("block", "grid", "launch"), cuda=("block", "cluster", "grid"))
+
+
 class Gpu(NamedTuple):
     """Compute capability (90 for 9.0), number of multiprocessors, bytes of shared memory that one block can have, and
     whether CUDA C++ can be compiled and launched (by CuPy)."""

@@ -92,11 +92,12 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
     return Plan("cupy") if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64) else plan
 
 
-def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plain: bool = False) -> Plan:
+def choose(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plain: bool = False) -> Plan:
     """The plan of a call, where it is served, if it is `plain` or not: of whole sequences, of whose states only the
-    last are asked for. float32 follows torch's own switch, as it is now."""
+    last are asked for; `first` is (B, H). float32 follows torch's own switch, as it is now."""
     tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
-    return _plan(cell, (s0.shape[1], x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32,
+    (B, H), I = first, x.shape[-1]
+    return _plan(cell, (B, I, H, len(reverse)), x.dtype, x.device, tf32,
                  plain and torch._C._get_mkldnn_enabled() and x.numel() > 0)
 
 
@@ -119,58 +120,145 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     return place
 
 
+def join_states(states: Sequence[Tensor], N: int) -> Tensor:
+    """S states [N, B, H] to one tensor [N*S, B, H], those of each recurrence together."""
+    if len(states) == 1:
+        return states[0]
+    return torch.cat([state[n : n + 1] for n in range(N) for state in states])
+
+
+def part_states(joined: Tensor, S: int) -> list[Tensor]:
+    """The inverse: S tensors, each with a storage of its own, as torch.nn's states have."""
+    if S == 1:
+        return [joined]
+    return [joined[k::S].clone(memory_format=torch.contiguous_format) for k in range(S)]
+
+
+def first_states(x: Tensor, w_hh: Tensor, states: Sequence[Tensor] | None, batch_sizes: Tensor | None, N: int,
+                 S: int) -> Tensor:
+    """`states` joined, or zeros of x [T, B, I] or, with batch_sizes, [R, I]."""
+    if states is not None:
+        return join_states(states, N)
+    B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return x.new_zeros((N * S, B, w_hh.shape[-1]))
+
+
+def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
+    """Tensors that a kernel can read by address: in memory that is there, with no bit that says that their numbers are
+    yet to be negated, and of the dtype and on the device of `like`. None stays; they may have any strides.
+
+    Raises RuntimeError, as torch's operations do, where a storage was freed or is too small for a shape, and for
+    another dtype or device."""
+    found: list[Any] = []
+    for t in tensors:
+        if t is not None:
+            storage = t.untyped_storage()
+            size = t.nbytes if t.is_contiguous() else _extent(t)
+            if size and (offset := t.storage_offset()):
+                size += offset * t.itemsize
+            if storage.nbytes() < size or t._is_zerotensor():
+                if not t._is_zerotensor():
+                    raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} "
+                                       f"in a storage of {storage.nbytes()} bytes: it was freed or resized")
+                t = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+            if t.is_neg():
+                t = t.resolve_neg()
+            if like is not None and (t.dtype is not like.dtype or t.device != like.device):
+                raise RuntimeError(f"Expected a tensor of {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
+        found.append(t)
+    return found
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from its first number to its last."""
+    if not t.numel():
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.itemsize
+
+
 class Run:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
-    end."""
+    end. With `batch_first` the caller's x and y are [B, T, ...]."""
 
-    def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
-                 reverse: Sequence[int], plain: bool = False) -> None:
-        x, s0 = given[0], given[5]
-        lengths, batch_sizes, resets = (t if t is None else t.contiguous() for t in masks)
-        self.cell, self.reverse = cell, reverse
+    def __init__(self, cell: Cell, plan: Plan | None, x: Tensor, w_hh: Tensor, masks: Sequence[Any],
+                 reverse: Sequence[int], plain: bool = False, batch_first: bool = False) -> None:
+        lengths, batch_sizes, resets = (t if t is None else t.contiguous() for t in ready(masks))
+        self.cell, self.reverse, self.batch_first = cell, [*map(int, reverse)], batch_first
+        shape = x.shape
+        if batch_sizes is None:
+            T, B = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+            self.total = T * B
+        else:
+            T, B = len(batch_sizes), int(batch_sizes[0])
+            self.total = shape[0]
+        self.leading = (T, B) if batch_sizes is None else (self.total,)
+        self.first_shape = B, w_hh.shape[1]
         plain = plain and lengths is batch_sizes is resets is None
-        self.plan: Plan = plan or choose(cell, x, s0, reverse, plain)
+        self.plan: Plan = plan or choose(cell, x, self.first_shape, reverse, plain)
         fits = plain and cell is lstm and x.dtype == torch.float32 and x.is_cpu
         if plan and plan.backend == "onednn" and not fits:
             raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
                                "states only the last are asked for")
-        shape, B, self.index, self.order = x.shape, s0.shape[1], None, None
+        self.index, self.order = None, None
         self.padded = lengths is not None and self.plan.scope != "host"
-        self.total = shape[0] * B if batch_sizes is None else shape[0]
         if lengths is not None and not self.padded:
             ends, order = lengths.cpu().sort(descending=True, stable=True)
-            steps = torch.arange(shape[0], device="cpu")[:, None]  # whatever the default device is
+            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
             runs = steps < ends
             self.index, self.order = (steps * B + order)[runs].to(x.device), order.to(x.device)
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
             resets = resets if resets is None else resets[:, self.order]
         if batch_sizes is None:
             ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
-            self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
+            self.rows = Rows(T, self.reverse, [B] * T, ends, None, resets)
         else:
             T, starts, ends = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes, None
             if self.plan.scope != "host":
                 ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
                 ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
-            self.rows = Rows(T, reverse, batch_sizes.tolist(), ends, starts, resets)
+            self.rows = Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets)
 
     def kernel(self, name: str, *given: Any) -> Sequence[Any]:
-        """The backend's `forward` or `backward`."""
+        """The backend's `forward` or `backward`, whose tensors are `ready` and here become contiguous."""
         backend, rows = self.plan.backend, self.rows
+        if rows.resets is not None and not rows.resets.is_contiguous():
+            rows = rows._replace(resets=rows.resets.contiguous())
+        whole = (t.contiguous() if isinstance(t, Tensor) else t for t in given)
         with _place(backend, given[0]):
-            read = (t.resolve_neg() if isinstance(t, Tensor) else t for t in given)
-            return getattr(_module(_AROUND.get(backend, "host")), name)(self.cell, self.plan, rows, *read)
+            return getattr(_module(_AROUND.get(backend, "host")), name)(self.cell, self.plan, rows, *whole)
+
+    def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Tensor:
+        """The states before the first step, [N*S, B, H]; zeros if there are none."""
+        N = len(self.reverse)
+        if not states:
+            return like.new_zeros((N * self.cell.states, *self.first_shape))
+        return join_states(ready(states), N)
+
+    def joined(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """The gradients of the last states, likewise, where there is one."""
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None
+        return join_states([torch.zeros_like(some) if grad is None else grad for grad in ready(grads)],
+                           len(self.reverse))
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
         return t if t is None or self.index is None else t.index_select(-2, self.index)
 
-    def flat(self, t: Tensor, width: int) -> Tensor:
-        """[..., width] to [R, width], the rows that the kernels see."""
-        return self.pick(t.reshape(self.total, width).contiguous())
+    def flat(self, t: Tensor) -> Tensor:
+        """Of the caller's layout to [R, K], the rows that the kernels see."""
+        t = t.transpose(0, 1) if self.batch_first else t
+        return self.pick(t.reshape(self.total, t.shape[-1]))
+
+    def unflat(self, t: Tensor) -> Tensor:
+        """The inverse, in place, so that the result is no view; with 0 in the rows left out."""
+        t = self.spread(t).contiguous()
+        t.resize_(*self.leading, t.shape[-1])
+        return t.transpose_(0, 1) if self.batch_first else t
 
     def spread(self, t: Any) -> Any:
-        """The inverse, with 0 in the rows left out."""
+        """The inverse of `pick`."""
         if t is None or self.index is None:
             return t
         return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
@@ -178,19 +266,15 @@ class Run:
     def sort(self, t: Any, back: bool = False) -> Any:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
         if t is None or self.order is None:
-            return t if t is None else t.contiguous()
-        return t[:, self.order.argsort() if back else self.order]
+            return t
+        return t.index_select(1, self.order.argsort() if back else self.order)
 
 
 def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
-    whole: Any = (t if t is None else t.contiguous() for t in given)
-    x, w_ih, w_hh, b_ih, b_hh, s0 = whole
-    *leading, width = x.shape
-    y, states, last, saved = run.kernel("forward", run.flat(x, width), w_ih, w_hh, b_ih, b_hh, run.sort(s0), keep)
-    if run.index is not None:
-        y, states, last, saved = run.spread(y), run.spread(states), run.sort(last, back=True), run.spread(saved)
-    return y.resize_(*leading, y.shape[-1]), states, last, saved  # in place, so that it is no view
+    x, w_ih, w_hh, b_ih, b_hh, s0 = ready(given)
+    y, states, last, saved = run.kernel("forward", run.flat(x), w_ih, w_hh, b_ih, b_hh, run.sort(s0), keep)
+    return run.unflat(y), run.spread(states), run.sort(last, back=True), run.spread(saved)
 
 
 def step(cell: Cell, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> Any:
@@ -206,17 +290,75 @@ def step(cell: Cell, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tens
 def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Tensor | None],
              needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
-    x, w_ih, w_hh, s0 = (given[k].contiguous() for k in (0, 1, 2, 5))
     y, states, saved = kept
     if run.cell.saved and saved is None:
         saved = forward(run, given, 2)[3]
-    shape, width = x.shape, y.shape[-1]
-    dy, dstates = None if d[0] is None else run.flat(d[0], width), None if d[1] is None else run.pick(d[1].contiguous())
-    grads = [*run.kernel("backward", run.flat(x, shape[-1]), w_ih, w_hh, run.sort(s0), run.flat(y, width),
-                         run.pick(states), run.pick(saved), dy, dstates, run.sort(d[2]), needs)]
-    grads[0] = grads[0] if grads[0] is None else run.spread(grads[0]).view(shape)
+    x, w_ih, w_hh, s0, y, states, dy, dstates, dlast = ready((*given[:3], given[5], y, states, *d), like=given[0])
+    (saved,) = ready([saved])
+    x, y, dy = run.flat(x), run.flat(y), None if dy is None else run.flat(dy)
+    states, saved, dstates = run.pick(states), run.pick(saved), run.pick(dstates)
+    s0, dlast = run.sort(s0), run.sort(dlast)
+    if run.rows.resets is not None:
+        x, s0, y, states, saved = asked_for(run, x, s0, y, states, saved, dy, dstates, dlast)
+    grads = [*run.kernel("backward", x, w_ih, w_hh, s0, y, states, saved, dy, dstates, dlast, needs)]
+    grads[0] = grads[0] if grads[0] is None else run.unflat(grads[0])
     grads[5] = run.sort(grads[5], back=True)
     return grads
+
+
+def asked_for(run: Run, x: Tensor, s0: Tensor, y: Tensor, states: Any, saved: Any, dy: Any, dstates: Any,
+              dlast: Any) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+    """x, s0, y, states and saved with 0 in the steps that the loss does not ask for: those from which, up to the next
+    reset, no gradient comes. Their own is 0; but 0 times the NaN that one of them may hold would be NaN."""
+    tensors = [t for t in (x, s0, y, states, saved) if t is not None]
+    if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):  # a GPU would have to be waited for
+        return x, s0, y, states, saved
+    rows, N, device = run.rows, len(run.reverse), x.device
+    (K, B, H), T, R = s0.shape, rows.steps, len(x)
+    S = K // N
+    sizes = torch.tensor(rows.sizes, device=device)
+    starts = sizes.cumsum(0) - sizes
+    time, sequence = torch.arange(T, device=device)[:, None], torch.arange(B, device=device)
+    row_time = torch.repeat_interleave(time[:, 0], sizes, output_size=R)
+    row_sequence = torch.arange(R, device=device) - starts[row_time]
+    runs = sequence < sizes[:, None]  # [T, B]
+    if rows.lengths is not None:
+        runs = runs & (time < rows.lengths)
+    # Which steps a gradient comes into from outside, [T, B, N].
+    given = torch.zeros(R, N, dtype=torch.bool, device=device)
+    for grad in (dy, *(() if dstates is None else dstates)):
+        if grad is not None:
+            given |= (grad.view(R, N, H) != 0).any(-1)
+    asks = given[((starts[:, None] + sequence) * runs).clamp(max=max(R - 1, 0))] & runs[..., None]
+    ends = runs.sum(0) - 1
+    if dlast is not None:
+        last = (dlast.view(N, S, B, H) != 0).any(-1).any(1)  # [N, B]
+        for n, back in enumerate(run.reverse):
+            asks[..., n] |= (time == (0 if back else ends)) & last[n] & runs
+    # A step is asked for if one that comes after it, in the order of the recurrence, and before a reset, is.
+    asked = torch.empty_like(asks)
+    for n, back in enumerate(run.reverse):
+        if back:
+            nearest = torch.where(asks[..., n], time, -1).cummax(0).values
+            asked[..., n] = nearest >= torch.where(rows.resets, time, 0).cummax(0).values
+        else:
+            nearest = torch.where(asks[..., n], time, T).flip(0).cummin(0).values.flip(0)
+            boundary = torch.where(rows.resets, time, T).flip(0).cummin(0).values.flip(0)
+            asked[:-1, :, n] = nearest[:-1] < boundary[1:]
+            asked[-1, :, n] = nearest[-1] < T
+    of_row = asked[row_time, row_sequence]  # [R, N]
+    first = torch.stack([asked[ends.clamp(min=0), sequence, n] if back else asked[0, :, n]
+                         for n, back in enumerate(run.reverse)])  # [N, B]
+    x = torch.where(of_row.any(1, keepdim=True), x, 0)
+    s0 = torch.where(first[:, None, :, None], s0.view(N, S, B, H), 0).view(s0.shape)
+    y = torch.where(of_row[..., None], y.view(R, N, H), 0).view(y.shape)
+    if states is not None:
+        states = torch.where(of_row[..., None], states.view(-1, R, N, H), 0).view(states.shape)
+    if saved is not None and run.plan.backend == "native":  # whose order that is
+        saved = torch.where(of_row[..., None, None], saved.view(R, N, -1, H), 0).view(saved.shape)
+    elif saved is not None:
+        saved = torch.where(of_row[..., None], saved.view(-1, R, N, H), 0).view(saved.shape)
+    return x, s0, y, states, saved
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
