@@ -32,7 +32,7 @@ spare: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # by size
 def working(like: Tensor, size: int) -> Tensor:
     """Memory of that size or more, with whatever is in it, for one call: this thread's next call gets the same."""
     key = like.dtype, like.device
-    if key not in kept.memory or len(kept.memory[key]) < size:
+    if key not in kept.memory or kept.memory[key].shape[0] < size:
         kept.memory.pop(key, None)  # before there is another
         with torch.inference_mode(False):  # or it would be of no use outside of it
             kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)

@@ -71,7 +71,8 @@ class Plan(NamedTuple):
 class Rows(NamedTuple):
     """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences go through them.
     Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at offsets[t] and are those of the first
-    sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`."""
+    sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`. `sequences`
+    is B, also of those that have no step."""
 
     steps: int
     reverse: Sequence[int]
@@ -79,6 +80,7 @@ class Rows(NamedTuple):
     lengths: Any = None
     offsets: Any = None
     resets: Any = None
+    sequences: int = 0
 
     @property
     def reverses(self) -> int:

@@ -48,14 +48,19 @@ class _Stack(nn.RNNBase):
         """Does nothing: the weights are used where they are."""
 
     def _layers(self) -> list[list[Any]]:
-        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other; with
-        projections w_hr too."""
+        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other; with projections of
+        both together, and w_hr too."""
         own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
         weights: Any = [[own[name] if name in own else getattr(self, name) for name in names]
                         for names in self._all_weights]
-        if self.bidirectional:
-            weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
-        return weights if self.bias else [[*some[:2], None, None, *some[2:]] for some in weights]
+        if not self.bias:
+            weights = [[*some[:2], None, None, *some[2:]] for some in weights]
+        if not self.bidirectional:
+            return weights
+        pairs = zip(weights[::2], weights[1::2])
+        if not self.proj_size:
+            return [[*one, *other] for one, other in pairs]
+        return [[None if one is None else torch.cat((one, other)) for one, other in zip(*both)] for both in pairs]
 
     def _initial(self, x: Tensor, states: Sequence[Any], batch_sizes: Tensor | None,
                  order: Tensor | None) -> list[Tensor]:
@@ -245,16 +250,17 @@ class _Stack(nn.RNNBase):
         of no m: it comes in as further input of the first step."""
         cell, reverse = _CELLS[self.mode], (False, True) if self.bidirectional else (False,)
         masks = batch.lengths, batch.batch_sizes, batch.resets
-        (w_ih, w_hh, b_ih, b_hh, *projection), S, N = weights, cell.states, len(reverse)
-        states = first
-        if projection:
-            down, inner = projection[0].chunk(N), w_hh.chunk(N)
-            w_hh = torch.cat([w @ w_hr for w, w_hr in zip(inner, down)])
+        S, N, states = cell.states, len(reverse), first
+        if self.proj_size:
+            w_ih, w_hh, b_ih, b_hh, w_hr = weights
+            down, inner = w_hr.chunk(N), w_hh.chunk(N)
+            w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
             if first is not None:
                 x = torch.cat((x, _first_steps(x, first[0], masks, reverse)), -1)
                 w_ih = torch.cat((w_ih, torch.block_diag(*inner)), 1)
                 states = [torch.zeros_like(first[1]), *first[1:]]
-        y, others, last = operator(cell, x, (w_ih, w_hh, b_ih, b_hh), states, masks, reverse, keep, self.plan,
+            weights = w_ih, w_hh, b_ih, b_hh
+        y, others, last = operator(cell, x, weights, states, masks, reverse, keep, self.plan,
                                    self.recompute, batch_first)
         steps = [y]
         if keep and others is not None:
@@ -262,9 +268,9 @@ class _Stack(nn.RNNBase):
             steps += [other.transpose(0, 1) if batch_first else other for other in others.view(shape).unbind(0)]
         restore = batch.restore
         ends = [*last] if restore is None else [end.index_select(1, restore) for end in last]
-        if projection:
-            steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)
-            ends[0] = torch.stack([m @ w_hr.T for m, w_hr in zip(ends[0], down)])
+        if self.proj_size:
+            steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
+            ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
             if batch.lengths is not None:
                 none = (batch.lengths == 0).to(x.device)[:, None]
                 ends[0] = torch.where(none, 0 if first is None else first[0], ends[0])

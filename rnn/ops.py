@@ -25,6 +25,7 @@ from . import compute, onnx
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import BACKENDS, Plan
+from .kernels.states import join_states, join_weights, part_states, part_weights
 
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -61,8 +62,8 @@ def _composite(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[A
     """As `run_layer`, in differentiable torch operations."""
     rows = x.transpose(0, 1) if batch_first else x
     s0 = compute.first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
-    y, others, last = compute.formula(cell, (rows, *weights, s0), masks, reverse, keep)
-    return y.transpose(0, 1) if batch_first else y, others, compute.part_states(last, cell.states)
+    y, others, last = compute.formula(cell, (rows, *join_weights(weights), s0), masks, reverse, keep)
+    return y.transpose(0, 1) if batch_first else y, others, part_states(last, cell.states)
 
 
 def _differentiate(outputs: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any],
@@ -87,49 +88,67 @@ def _aliases(tensors: Sequence[Any]) -> list[Any]:
 
 
 class _Layer(torch.autograd.Function):
-    """x to b_hh, lengths to resets and the states to y, the other states, the activations and the last states."""
+    """lengths to resets, x, weights, which are w_ih to b_hh of all recurrences or of one after the other, and the
+    states to y, the other states, the activations and the last states."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:  # a separate setup_context would cost 60 us more
-        run, keep, x, w_ih, w_hh, b_ih, b_hh, lengths, batch_sizes, resets, *states = inputs
-        given = x, w_ih, w_hh, b_ih, b_hh, run.first(states, x)
-        y, others, last, saved = compute.forward(run, given, keep)
+        run, keep, count, lengths, batch_sizes, resets, x, *rest = inputs
+        weights, states = rest[:count], rest[count:]
+        joined = join_weights(weights)
+        y, others, saved, last = compute.forward(run, (x, *joined), states, keep)
         # An ordinary backward pass reads no biases: as those of torch.nn's RNN and GRU they may change before it.
         ctx.run = run
-        ctx.biases = b_ih, b_hh
+        ctx.biases = [t for k, t in enumerate(weights) if k % 4 > 1]
         ctx.versions = _versions(ctx.biases)
-        ctx.save_for_backward(x, w_ih, w_hh, lengths, batch_sizes, resets, y, others, saved, *states)
+        ctx.count = count
+        kept = () if count == 4 else joined[:2]
+        ctx.save_for_backward(lengths, batch_sizes, resets, y, others, saved, x,
+                              *(t for k, t in enumerate(weights) if k % 4 < 2), *states, *kept)
         if saved is not None:
             ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        return (y, others, saved, *compute.part_states(last, run.cell.states))
+        return y, others, saved, *last
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dothers: Any, _: Any, *dlast: Any) -> tuple[Any, ...]:
-        x, w_ih, w_hh, lengths, batch_sizes, resets, y, others, saved, *states = ctx.saved_tensors
+        lengths, batch_sizes, resets, y, others, saved, x, *rest = ctx.saved_tensors
         run: compute.Run = ctx.run
-        needs = *ctx.needs_input_grad[2:7], *ctx.needs_input_grad[10:]
+        count, needs = ctx.count, ctx.needs_input_grad
         again = _again((dy, dothers, *dlast))
-        if (again or (run.cell.saved and saved is None)) and ctx.versions != _versions(ctx.biases):
+        recompute = run.cell.saved and saved is None
+        if (again or recompute) and ctx.versions != _versions(ctx.biases):
             raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
                                "operation: a bias of a recurrent layer")
+        matrices, rest = rest[: count // 2], rest[count // 2 :]
+        kept = matrices
+        if count > 4:
+            rest, kept = rest[:-2], rest[-2:]
+        states = rest
+        first: Sequence[Tensor | None] | None
+        weights = [t for k in range(0, count // 2, 2) for t in (*matrices[k : k + 2], *ctx.biases[k : k + 2])]
         with _as_it_ran(x.device):
             if again:
                 with torch.enable_grad():
-                    alias = _aliases((x, w_ih, w_hh, *ctx.biases, *states))
-                    y, others, last = _composite(run.cell, alias[0], alias[1:5], alias[5:] or None,
+                    alias = _aliases((x, *weights, *states))
+                    y, others, last = _composite(run.cell, alias[0], alias[1 : 1 + count], alias[1 + count :] or None,
                                                  (lengths, batch_sizes, resets), run.reverse, 1, run.batch_first)
-                grads = _differentiate((y, others, *last), (dy, dothers, *dlast), alias, needs)
-            else:
-                given = x, w_ih, w_hh, *ctx.biases, run.first(states, x)
-                wanted = *needs[:5], any(needs[5:])
-                grads = compute.backward(run, given, (y, others, saved), (dy, dothers, run.joined(dlast)), wanted)
-                first = grads.pop()
-                if first is not None:
-                    grads += compute.part_states(first, run.cell.states)
-                grads = [grad if need else None for grad, need in zip(grads, needs)]
-                grads += [None] * (len(needs) - len(grads))
-        return None, None, *grads[:5], None, None, None, *grads[5:]
+                found = _differentiate((y, others, *last), (dy, dothers, *dlast), alias, needs[6:])
+                return None, None, None, None, None, None, *found
+            wanted: Sequence[bool] = needs[6:11]
+            if count > 4:
+                weights = [*kept, *(join_weights(weights)[2:] if recompute else (None, None))]
+                wanted = [needs[6], *(True in needs[7 + k : 7 + count : 4] for k in range(4))]
+            grads, first = compute.backward(run, (x, *weights), states, (y, others, saved), (dy, dothers), dlast,
+                                            (*wanted, True in needs[7 + count :]))
+            if count > 4:
+                grads = [grads[0], *part_weights(grads[1:], count // 4)]
+                grads = [grad if need else None for grad, need in zip(grads, needs[6:])]
+            if first is None:
+                first = [None] * len(states)
+            elif not all(needs[7 + count :]):
+                first = [grad if need else None for grad, need in zip(first, needs[7 + count :])]
+        return None, None, None, None, None, None, *grads, *first
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
@@ -138,6 +157,19 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
 
 # Function.apply without its preparations for transforms, of which there is none here: they would cost 6 us.
 _apply: Any = super(torch.autograd.Function, _Layer).apply
+
+
+def _parted(s0: Tensor | None, S: int) -> list[Tensor] | None:
+    return None if s0 is None else [s0[k::S] for k in range(S)]
+
+
+def _joined_backward(run: compute.Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Any],
+                     needs: Sequence[bool]) -> list[Tensor | None]:
+    """`compute.backward` with joined states."""
+    S = run.cell.states
+    found, first = compute.backward(run, given[:5], _parted(given[5], S), kept, d[:2], _parted(d[2], S) or [None] * S,
+                                    needs)
+    return [*found, None if first is None else join_states(first, len(run.reverse))]
 
 
 def _op_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
@@ -163,7 +195,7 @@ def _op_backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
         elif _traced(kept[0]):
             found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *grads)
         else:
-            found = compute.backward(_named_run(cell, plan, reverse, tensors), given, kept, grads, needs)
+            found = _joined_backward(_named_run(cell, plan, reverse, tensors), given, kept, grads, needs)
     return None, None, None, None, *(g if need else None for g, need in zip(found, needs)), None, None, None
 
 
@@ -175,7 +207,9 @@ _KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, T
 @torch.library.custom_op("fused_rnn::forward", mutates_args=(), schema=(
     f"(str cell, str plan, int[] reverse, int keep, {_GIVEN}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)"))
 def _forward_op(cell: str, plan: str, reverse: list[int], keep: int, *tensors: Any) -> tuple[Tensor, ...]:
-    out = compute.forward(_named_run(cell, plan, reverse, tensors), tensors[:6], keep)
+    run = _named_run(cell, plan, reverse, tensors)
+    y, others, saved, last = compute.forward(run, tensors[:5], _parted(tensors[5], run.cell.states), keep)
+    out = y, others, join_states(last, len(reverse)), saved
     return tuple(tensors[0].new_empty(0) if t is None else t for t in out)
 
 
@@ -183,7 +217,7 @@ def _forward_op(cell: str, plan: str, reverse: list[int], keep: int, *tensors: A
     f"(str cell, str plan, int[] reverse, bool[] needs, {_GIVEN}, {_MASKS}, {_KEPT}) -> Tensor[]"))
 def _backward_op(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any) -> list[Tensor]:
     given, kept, d = tensors[:6], tensors[9:12], tensors[12:]
-    grads = compute.backward(_named_run(cell, plan, reverse, tensors), given, kept, d, needs)
+    grads = _joined_backward(_named_run(cell, plan, reverse, tensors), given, kept, d, needs)
     return [given[0].new_empty(0) if g is None else g for g in grads]
 
 
@@ -272,7 +306,7 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
     y, others, last = run_layer(cell, x, (w_ih, w_hh, b_ih, b_hh), states, masks, reverse, int(keep), plan,
                                 bool(recompute))
-    return y, others, compute.join_states(last, N)
+    return y, others, join_states(last, N)
 
 
 def as_directions(reverse: Any) -> list[bool]:
@@ -309,8 +343,9 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
 def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None, masks: Sequence[Any],
               reverse: Sequence[int], keep: int = 0, plan: Plan | None = None, recompute: bool = False,
               batch_first: bool = False) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """`recurrence` with `weights` w_ih to b_hh, `masks` lengths to resets, S states [N, B, H], each a tensor of its own
-    coming in and going out, zeros if None; with `batch_first` x is [B, T, I] and so is y."""
+    """`recurrence` with `weights` w_ih to b_hh, of all recurrences or of one after the other, `masks` lengths to
+    resets, S states [N, B, H], each a tensor of its own coming in and going out, zeros if None; with `batch_first` x is
+    [B, T, I] and so is y."""
     serves, dtype, why = settle(x, plan)
     autocast = why == "autocast"
     others: Tensor | None
@@ -335,7 +370,8 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
     composite = transform or unknown or (plan is None and not serves)
     if side_by_side or traced or composite:
         rows = x.transpose(0, 1) if batch_first else x
-        given = rows, *weights, compute.first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
+        s0 = compute.first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
+        given = rows, *join_weights(weights), s0
         if side_by_side:
             y, others, ends = _side_by_side(cell, (*given, *masks), reverse, keep, plan, recompute)
         elif exporting and onnx.has_node(cell.name, masks, reverse, keep):
@@ -348,17 +384,22 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
             y, others, ends, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", [*map(int, reverse)],
                                              _kept(train, keep, recompute), *given, *masks)
             others = others if others.dim() > 1 else None
-        return y.transpose(0, 1) if batch_first else y, others, compute.part_states(ends, cell.states)
+        return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
     run = compute.Run(cell, plan, x, weights[1], masks, reverse, not keep and not recompute, batch_first)
     if _train((x, *weights, *(states or ()))):
-        y, others, _, *last = _apply(run, _kept(True, keep, recompute), x, *weights, *masks, *(states or ()))
+        y, others, _, *last = _apply(run, _kept(True, keep, recompute), len(weights), *masks, x, *weights,
+                                     *(states or ()))
         return y, others if keep else None, last
-    y, others, ends, _ = compute.forward(run, (x, *weights, run.first(states, x)), keep)
-    return y, others, compute.part_states(ends, cell.states)
+    y, others, _, last = compute.forward(run, (x, *join_weights(weights)), states, keep)
+    return y, others, last
 
 
 def _train(tensors: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _kept(train: bool, keep: int, recompute: bool) -> int:
@@ -397,7 +438,8 @@ def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[
 
 def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None,
            masks: Sequence[Tensor | None], N: int, batch_first: bool) -> None:
-    (w_ih, w_hh, b_ih, b_hh), (lengths, batch_sizes, resets) = weights, masks
+    w_hh, b_ih, b_hh = weights[1:4]
+    lengths, batch_sizes, resets = masks
     size, device = x.shape, x.device
     if len(size) != (3 if batch_sizes is None else 2) or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
         raise RuntimeError("Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
@@ -413,11 +455,10 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
             B = states[0].shape[1]
     if not floats:
         _expect("input", x, size, floats, device)
-    GH = N * cell.gates * H
-    _expect("weight_ih", w_ih, (GH, I), floats, device)
-    _expect("weight_hh", w_hh, (GH, H), floats, device)
-    _expect("bias_ih", b_ih, (GH,), floats, device)
-    _expect("bias_hh", b_hh, (GH,), floats, device)
+    GH = N * cell.gates * H * 4 // len(weights)
+    shapes = (GH, I), (GH, H), (GH,), (GH,)
+    for k, weight in enumerate(weights):
+        _expect(("weight_ih", "weight_hh", "bias_ih", "bias_hh")[k % 4], weight, shapes[k % 4], floats, device)
     for k, state in enumerate(states or ()):
         _expect("hidden" if len(states or ()) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
     if T == 0 or (lengths is not None and batch_sizes is not None):
