@@ -87,10 +87,10 @@ class _Stack(nn.RNNBase):
         cell, states = _CELLS[self.mode], hx if self.mode == "LSTM" else (hx,)
         if not isinstance(x, Tensor) or x.dim() != 3 or self.bidirectional or self.proj_size or self.plan:
             return None
-        expected = self.num_layers, x.shape[1 - self.batch_first], self.hidden_size
+        expected = self.num_layers, x.shape[1 - int(self.batch_first)], self.hidden_size
         if hx is None:
             states = [x.new_zeros(expected) for _ in range(cell.states)]
-        if (x.shape[self.batch_first] != 1 or x.shape[2] != self.input_size or (self.dropout and self.training)
+        if (x.shape[int(self.batch_first)] != 1 or x.shape[2] != self.input_size or (self.dropout and self.training)
                 or len(states) != cell.states or any(s.shape != expected for s in states)):
             return None
         y, ends = x.transpose(0, 1) if self.batch_first else x, []
@@ -140,7 +140,7 @@ class _Stack(nn.RNNBase):
                 raise RuntimeError(f"Expected resets of shape {[batch_sizes.shape[0], order.shape[0]]}, got "
                                    f"{list(resets.shape)}")
             resets = resets.index_select(1, order)
-        D, last, every, alone = 1 + self.bidirectional, [], [], len(layers) == 1
+        D, last, every, alone = 1 + int(self.bidirectional), [], [], len(layers) == 1
         masks = lengths, batch_sizes, resets
         for i, weights in enumerate(layers):
             if i and self.dropout:
@@ -172,7 +172,9 @@ class _Stack(nn.RNNBase):
 
         A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m. Only the first h is
         of no m: it comes in as further input of the first step."""
-        cell, reverse, (lengths, batch_sizes, resets) = _CELLS[self.mode], _REVERSE[self.bidirectional], masks
+        # torch.compile of torch 2.10 and 2.11 refuses a bool as an index.
+        reverse = _REVERSE[int(self.bidirectional)]
+        cell, (lengths, batch_sizes, resets) = _CELLS[self.mode], masks
         (w_ih, w_hh, b_ih, b_hh, *projection), S, N = weights, cell.states, len(reverse)
         if projection:
             down, inner = projection[0].chunk(N), w_hh.chunk(N)
@@ -184,7 +186,10 @@ class _Stack(nn.RNNBase):
             s0 = x.new_zeros((N * S, x.shape[1] if batch_sizes is None else int(batch_sizes[0]), self.hidden_size))
         else:
             h0 = torch.zeros_like(first[1]) if projection else first[0]
-            s0 = h0 if S == 1 else torch.stack((h0, *first[1:]), 1).flatten(0, 1)
+            parts = [h0, *first[1:]]
+            if N > 1:  # torch.export of torch 2.10 and 2.11 cannot flatten a stack of dynamic B
+                parts = [part[n : n + 1] for n in range(N) for part in parts]
+            s0 = h0 if S == 1 else torch.cat(parts)
         y, others, last = operator(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
                                    self.plan, self.recompute)
         steps = [y] if others is None else [y, *others.view(S - 1, *y.shape)]
