@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cases import check_recurrence
+from conftest import INHERITS_PRECISION
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -170,8 +171,9 @@ def test_explain_refuses_what_the_call_does() -> None:
 SWITCHES = {  # and whether cuDNN would then compute an RNN in TF32
     "pass": True, "b.cudnn.allow_tf32 = False": False, "b.cudnn.allow_tf32 = True": True,
     "b.cudnn.rnn.fp32_precision = 'ieee'": False, "b.cudnn.rnn.fp32_precision = 'tf32'": True,
-    "b.cudnn.rnn.fp32_precision = 'none'": False, "b.cudnn.fp32_precision = 'ieee'": False,
-    "b.cudnn.fp32_precision = 'tf32'": True, "b.fp32_precision = 'ieee'": False, "b.fp32_precision = 'tf32'": True,
+    "b.cudnn.rnn.fp32_precision = 'none'": False, "b.cudnn.fp32_precision = 'ieee'": not INHERITS_PRECISION,
+    "b.cudnn.fp32_precision = 'tf32'": True, "b.fp32_precision = 'ieee'": not INHERITS_PRECISION,
+    "b.fp32_precision = 'tf32'": True,
     "b.cudnn.allow_tf32 = False; b.cudnn.rnn.fp32_precision = 'tf32'": True,
     "b.cudnn.rnn.fp32_precision = 'ieee'; b.cudnn.allow_tf32 = True": True,
     "b.cudnn.rnn.fp32_precision = 'none'; b.fp32_precision = 'tf32'": True,
