@@ -287,8 +287,24 @@ def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -
         assert not entered
 
 
-def test_broken_library(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cupy.py").write_text("raise OSError('no libcuda')")
+NO_COMPILER = """
+from types import SimpleNamespace
+def getVersion(): raise OSError("no libnvrtc")
+cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=getVersion))
+"""
+OLD_DRIVER = """
+from types import SimpleNamespace
+def getDeviceCount(): raise OSError("cudaErrorInsufficientDriver")
+cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
+                       runtime=SimpleNamespace(getDeviceCount=getDeviceCount))
+"""
+
+
+@pytest.mark.parametrize("source", ["raise OSError('no libcuda')", NO_COMPILER, OLD_DRIVER],
+                         ids=["no CUDA", "no compiler", "old driver"])
+def test_broken_library(source: str, tmp_path: Path, fresh: None,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cupy.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(compute, "_FOUND", {"triton": False, "cupy": True})
