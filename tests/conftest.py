@@ -78,6 +78,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+        if item.get_closest_marker("interpreted") and GPU:
+            item.add_marker(pytest.mark.skip(reason="runs in test_interpreted.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,20 @@ def precision_set_back() -> Iterator[None]:
     before = RNN_SWITCH.fp32_precision
     yield
     RNN_SWITCH.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def interpreted_by_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that launches Triton's kernels on tensors of the CPU is marked as "interpreted".
+
+    On a machine with a GPU kernels are compiled, and refuse such tensors. The tests of test_gpu*.py
+    have theirs on the GPU there."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        pytest.fail('launches a kernel of Triton\'s on the CPU without the mark "interpreted"')
+
+    if not request.node.get_closest_marker("interpreted") and not request.path.match("test_gpu*.py"):
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", refuse)
 
 
 @pytest.fixture

@@ -113,7 +113,8 @@ def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts
 
 
 @pytest.mark.parametrize(("layer", "B", "texts"), [
-    (rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"]),
+    pytest.param(rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"],
+                 marks=pytest.mark.interpreted),
     (rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True), 2, ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"]),
     (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "NumPy"]),
     (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own LSTM"]),

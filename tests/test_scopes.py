@@ -12,6 +12,8 @@ from test_gpu import plan_for
 from rnn.kernels import cells, device, gpu, replay
 from rnn.kernels.plan import Rows
 
+pytestmark = pytest.mark.interpreted
+
 
 class Machine:
     """Kernels that run in the interpreter, except while a graph captures them. With a table, the tensors they are
