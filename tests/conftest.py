@@ -30,7 +30,8 @@ from rnn.kernels import native, program
 
 RNN_SWITCH: Any = torch.backends.cudnn.rnn
 # torch 2.10 and 2.11 leave the precision of their RNNs as it is when that of cuDNN or of everything is set.
-INHERITS_PRECISION = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+INHERITS_PRECISION = TORCH >= (2, 12)
 
 
 def _repair_interpreter() -> None:
