@@ -34,6 +34,7 @@ def _usable(library: str) -> bool:
             found = import_module(library)
             if library == "cupy":
                 found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
+                found.cuda.runtime.getDeviceCount()  # raises where its CUDA does not fit the driver
         except Exception as error:
             _FOUND[library] = False
             warnings.warn(f"rnn does without {library}, which is installed and fails: {error!r}", stacklevel=2)

@@ -38,11 +38,21 @@ def _traced(*tensors: Tensor) -> bool:
             or torch._C._get_tracing_state() is not None)
 
 
+def _depth() -> int:
+    """How many transforms of functions are at work, one in another."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo. torch 2.10 and 2.11 have no other way to
+# compile this. Their guards see to it that the depth is the one that was compiled for.
+vars(_depth)["_dynamo_marked_constant"] = True
+
+
 def _transformed() -> Any:
     """The innermost transform of functions that is at work, if any."""
     if forward_ad._current_level >= 0:
         return TransformType.Jvp
-    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    depth = _depth()
     return depth and (depth if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack().key())
 
 

@@ -73,15 +73,6 @@ def test_without_triton() -> None:
            "import torch, rnn; rnn.RNN(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()")
 
 
-def test_size() -> None:
-    """Small enough to be read in an afternoon: 2,600 lines, and what the CPU has of its own: C++, memory, products."""
-    lines = {p: p.read_text().splitlines() for folder in ("kernels", "rnn") for kind in ("py", "cu", "cuh", "cpp", "h")
-             for p in (ROOT / folder).glob(f"*.{kind}")}
-    assert sum(map(len, lines.values())) < 3890
-    assert max(map(len, lines.values())) <= 400
-    assert all(len(line) <= 120 for text in lines.values() for line in text)
-
-
 def test_pins_are_allowed() -> None:
     """The constraints fit what the package asks for."""
     from packaging.requirements import Requirement
