@@ -225,28 +225,6 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     return found[0], found[1] if asked else None, found[2]
 
 
-def one_step(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor]) -> Any:
-    """One step on the CPU of what asks for no gradients: x [1, B, I], `weights` w_ih to b_hh (or without biases),
-    states [1, B, H] each, to y and the next states. None where that cannot be, or `recurrence` has to see it."""
-    dtype = x.dtype
-    if (_transformed() or _traced() or torch._C._is_any_autocast_enabled()
-            or (dtype is not torch.float32 and dtype is not torch.float64)):
-        return None
-    for t in (x, *states, *weights):
-        kind = type(t)  # a parametrized weight is None
-        if ((kind is not Tensor and kind is not Parameter) or t.dtype is not dtype or not t.is_cpu
-                or not t.is_contiguous() or t.is_neg()):
-            return None
-    (w_ih, w_hh, *biases), H = weights, states[0].shape[2]
-    G = cell.gates * H
-    if w_ih.shape != (G, x.shape[2]) or w_hh.shape != (G, H):
-        return None
-    for b in biases:
-        if b.shape != (G,):
-            return None
-    return compute.step(cell, x, weights, states)
-
-
 def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
             device: torch.device | None) -> None:
     if t is not None and (t.shape != shape or t.dtype not in dtypes or not (device is None or t.device == device)):
