@@ -293,39 +293,3 @@ extern "C" void backward(const Given& given, float* memory) {
     }
   }
 }
-
-// One step of one recurrence, for which W is used once: as it is, without panels.
-struct Step {
-  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s[STATES];
-  float *y, *n[STATES];
-  i64 B, I, H, threads;
-};
-
-extern "C" void step(const Step& c) {
-  const i64 H = c.H, tiles = (H + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(c.threads) if (c.threads > 1)
-  for (i64 tile = 0; tile < tiles; ++tile) {
-    const i64 u = tile * LANES;
-    const int left = static_cast<int>(std::min<i64>(LANES, H - u));
-    by_rows<4>(c.B, 0, [&](auto count, i64 b) {
-      constexpr int ROWS = decltype(count)::value;
-      float x[GATES][ROWS][LANES] = {}, r[GATES][ROWS][LANES] = {};
-      EACH(g, GATES) {
-        dots<ROWS>(x[g], c.x + b * c.I, c.w_ih + (g * H + u) * c.I, c.I, left);
-        dots<ROWS>(r[g], c.s[0] + b * H, c.w_hh + (g * H + u) * H, H, left);
-      }
-      ROW(i, ROWS) {
-        V gates[GATES], sums[GATES], o[STATES], n[STATES], a[SAVED + 1];
-        EACH(g, GATES) {
-          gates[g] = load(x[g][i], LANES), sums[g] = load(r[g][i], LANES);
-          if (c.b_ih) gates[g] += load(c.b_ih + g * H + u, left), sums[g] += load(c.b_hh + g * H + u, left);
-          if (!SPLIT) sums[g] += gates[g], gates[g] = V{};
-        }
-        EACH(k, STATES) o[k] = load(c.s[k] + (b + i) * H + u, left);
-        cell_forward(gates, sums, o, n, a);
-        store(c.y + (b + i) * H + u, n[0], left);
-        EACH(k, STATES) store(c.n[k] + (b + i) * H + u, n[k], left);
-      }
-    });
-  }
-}

@@ -21,7 +21,7 @@ from .cells import Cell
 from .disk import kept
 from .host import States
 from .memory import working
-from .plan import STEP_PRODUCT, Plan, Rows
+from .plan import Plan, Rows
 from .trace import statements
 
 _FLAGS = ["-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
@@ -31,7 +31,8 @@ def program(cell: Cell) -> str:
     """The text of a cell's library."""
     choices = dict(GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=int(cell.split),
                    FORWARD=statements(cell, False), BACKWARD=statements(cell, True))
-    files = (Path(__file__).parent / name for name in ("vector.h", "tiles.h", "parts.h", "native.cpp"))
+    names = "vector.h", "tiles.h", "parts.h", "native.cpp", "single_step.cpp"
+    files = (Path(__file__).parent / name for name in names)
     return "".join((*(f"#define {k} {v}\n" for k, v in choices.items()), *(file.read_text() for file in files)))
 
 
@@ -71,7 +72,7 @@ def load(cell: Cell) -> Any:
         with tempfile.TemporaryDirectory() as temporary:
             build(code, Path(temporary) / "cell.so")
             library = ctypes.CDLL(str(Path(temporary) / "cell.so"))
-    library.needed.restype = ctypes.c_int64
+    library.needed.restype = library.step.restype = library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library
 
@@ -81,7 +82,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(_forked.append, True))
 
 
-def _threads() -> int:
+def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -102,7 +103,7 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tens
             if t is not None and not address and t.numel():
                 raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)}")
     windows = _windows(rows.sizes[0], N * cell.gates * H, cell.split)
-    sizes = rows.steps, B, R, I, H, N, rows.reverses, _threads(), *windows
+    sizes = rows.steps, B, R, I, H, N, rows.reverses, threads(), *windows
     call = struct.pack(f"{len(addresses) + 10}q", *addresses, *sizes)
     if rows.offsets is None:
         numbers = _whole.get((cell, sizes))
@@ -141,17 +142,3 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     """As `cpu.backward`."""
     _call("backward", cell, rows, x, w_ih, w_hh, (None, None), first, (dy, dstates, y, states, saved), dlast, dfirst,
           grads)
-
-
-def step(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-         states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One step of one recurrence, without gradients: x [1, B, I] and states [1, B, H] to h and the states after it. All
-    are contiguous and in float32."""
-    h = states[0]
-    (_, B, H), I, y, found = h.shape, x.shape[2], torch.empty_like(h), [torch.empty_like(h) for _ in states]
-    threads = _threads() if B * cell.gates * H * (H + I) > STEP_PRODUCT else 1
-    b = (0, 0) if b_ih is None or b_hh is None else (b_ih.data_ptr(), b_hh.data_ptr())
-    load(cell).step(struct.pack(
-        f"{10 + 2 * cell.states}q", x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *b, *[s.data_ptr() for s in states],
-        y.data_ptr(), *[s.data_ptr() for s in found], B, I, H, threads))
-    return y, found

@@ -32,7 +32,6 @@ WINDOW, WINDOW_ROWS = 2**18, 1024
 # Multiplications, and sides of W, from which oneDNN's product is faster than MKL's: in a step, and once a window.
 ONEDNN_STEP, ONEDNN_WINDOW = (2**22, 256), (2**24, 128)
 STEP_PRODUCT = 2**16  # multiplications up to which a single step in C++ stays on one thread
-STEP_ROWS = 32  # of a batch, up to which it takes W as it is
 
 
 # The backends of a plan, and the scopes that each has.

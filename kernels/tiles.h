@@ -154,33 +154,3 @@ static void outer(const float* d, i64 stride, i64 K, i64 begin, i64 end, const O
     }
   }
 }
-
-template <int N> static inline float total(const float* from) {
-  typedef float Half __attribute__((vector_size(N * 2), may_alias, aligned(4)));
-  if constexpr (N == 4) return (from[0] + from[2]) + (from[1] + from[3]);
-  else {
-    const Half sum = *reinterpret_cast<const Half*>(from) + *reinterpret_cast<const Half*>(from + N / 2);
-    return total<N / 2>(reinterpret_cast<const float*>(&sum));
-  }
-}
-
-// out[i, j] = a[i] . w[j] for j < count, a [R, K] and w of rows of K.
-template <int R> static inline void dots(float (&out)[R][LANES], const float* a, const float* w, i64 K, i64 count) {
-  constexpr int MANY = 4;
-  for (i64 j = 0; j < count; j += MANY) {
-    V sums[R][MANY] = {};
-    auto add = [&](i64 k, int n) {
-      V v[MANY];
-      EACH(m, MANY) v[m] = load(w + std::min(j + m, count - 1) * K + k, n);
-      EACH(i, R) {
-        const V x = load(a + i * K + k, n);
-        EACH(m, MANY) sums[i][m] += x * v[m];
-      }
-    };
-    i64 k = 0;
-    for (; k + LANES <= K; k += LANES) add(k, LANES);
-    if (k < K) add(k, static_cast<int>(K - k));
-    EACH(i, R) EACH(m, MANY)
-      if (j + m < LANES) out[i][j + m] = total<LANES>(reinterpret_cast<const float*>(&sums[i][m]));
-  }
-}

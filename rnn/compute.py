@@ -16,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.cells import Cell, lstm
-from .kernels.plan import STEP_ROWS, Gpu, Plan, Rows, make_plan
+from .kernels.plan import Gpu, Plan, Rows, make_plan
 from .kernels.states import join_states, part_states
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
-_CELLS: dict[str, Any] = dict(rnn_tanh=torch.rnn_tanh_cell, rnn_relu=torch.rnn_relu_cell, lstm=torch.lstm_cell,
-                              gru=torch.gru_cell)
 _HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
 
@@ -286,16 +284,6 @@ def forward(run: Run, given: Sequence[Any], states: Sequence[Tensor] | None,
     x, w_ih, w_hh, b_ih, b_hh, *first = ready((run.flat(given[0]), *given[1:], *(states or ())))
     y, others, last, saved = run.kernel("forward", x, w_ih, w_hh, b_ih, b_hh, run.first(first, w_hh), keep)
     return run.unflat(y), run.spread(others), run.spread(saved), run.last(last)
-
-
-def step(cell: Cell, x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> Any:
-    """As `ops.one_step`: in C++, or where that is missing, or would have to pack W, by torch's own cell."""
-    if x.dtype == torch.float32 and x.shape[1] <= STEP_ROWS and compiles(cell):
-        return _module("native").step(cell, x, *(weights if len(weights) > 2 else (*weights, None, None)), states)
-    h = [s[0] for s in states]
-    found = _CELLS[cell.name](x[0], h if len(h) > 1 else h[0], *weights)
-    after = [s.unsqueeze(0) for s in (found if len(h) > 1 else [found])]
-    return after[0].clone(), after
 
 
 def backward(run: Run, given: Sequence[Any], states: Sequence[Tensor] | None, kept: Sequence[Any],

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .kernels import cells
 from .kernels.plan import Plan
-from .ops import as_tensor, check_plan, one_step, run_layer
+from .ops import as_tensor, check_plan, run_layer
+from .single_step import single_step
 
 _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
 
@@ -101,34 +102,23 @@ class _Stack(nn.RNNBase):
         `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, and TypeError for an argument of the
         wrong kind, before anything is computed."""
-        if not torch.is_grad_enabled() and lengths is None and resets is None and not return_states:
-            found = self._step(input, hx)
+        if lengths is None and resets is None and not return_states:
+            found = self._single_step(input, hx)
             if found is not None:
                 return found
         return self._run(run_layer, input, hx, lengths, resets, return_states)
 
-    def _step(self, x: Any, hx: Any) -> Any:
-        """One step without gradients, as in streaming, where all that `_run` does would take longer than the step; or
-        None, where `_run` has to look at it."""
-        cell, states = _CELLS[self.mode], hx if self.mode == "LSTM" else (hx,)
-        if not isinstance(x, Tensor) or x.dim() != 3 or self.bidirectional or self.proj_size or self.plan:
+    def _single_step(self, x: Any, hx: Any) -> Any:
+        """One step, where all that `_run` does would take longer than the step; None where `_run` has to look at it."""
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[int(self.batch_first)] != 1:
             return None
-        expected = self.num_layers, x.shape[1 - int(self.batch_first)], self.hidden_size
-        if hx is None:
-            states = [x.new_zeros(expected) for _ in range(cell.states)]
-        if (x.shape[int(self.batch_first)] != 1 or x.shape[2] != self.input_size or (self.dropout and self.training)
-                or len(states) != cell.states or any(s.shape != expected for s in states)):
+        dropout = self.dropout and self.training and self.num_layers > 1
+        if self.bidirectional or self.proj_size or self.plan or self.recompute or dropout:
             return None
-        y, ends = x.transpose(0, 1) if self.batch_first else x, []
-        for i, names in enumerate(self._all_weights):
-            now = states if self.num_layers == 1 else [s[i : i + 1] for s in states]
-            found = one_step(cell, y, [self._parameters.get(name) for name in names], now)
-            if found is None:
-                return None
-            y, after = found
-            ends.append(after)
-        last = ends[0] if len(ends) == 1 else [torch.cat(column) for column in zip(*ends)]
-        return y.transpose(0, 1) if self.batch_first else y, tuple(last) if self.mode == "LSTM" else last[0]
+        own = self._parameters  # what is parametrized is not in it
+        weights = [own.get(name) for names in self._all_weights for name in names]
+        cell = _CELLS[self.mode]
+        return single_step(cell, x, hx, weights, self.num_layers, self.hidden_size, self.batch_first)
 
     def _batch(self, input: Any, hx: Any, lengths: Any, resets: Any, weight: Tensor) -> _Batch:
         """What `forward` is given, checked as torch.nn does. Messages have the shapes of the caller's layout."""

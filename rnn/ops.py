@@ -162,7 +162,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    return [t if t is None else t._version for t in tensors]
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 # Function.apply without its preparations for transforms, of which there is none here: they would cost 6 us.
@@ -415,28 +415,6 @@ def _train(tensors: Sequence[Any]) -> bool:
 def _kept(train: bool, keep: int, recompute: bool) -> int:
     """What a forward pass has to keep: `keep`, or for backward the states, or its activations too."""
     return (1 if recompute else 2) if train else keep
-
-
-def one_step(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor]) -> Any:
-    """One step on the CPU of what asks for no gradients: x [1, B, I], `weights` w_ih to b_hh (or without biases),
-    states [1, B, H] each, to y and the next states. None where that cannot be, or `recurrence` has to see it."""
-    dtype = x.dtype
-    if (_transformed() or _traced() or torch._C._is_any_autocast_enabled()
-            or (dtype is not torch.float32 and dtype is not torch.float64)):
-        return None
-    for t in (x, *states, *weights):
-        kind = type(t)  # a parametrized weight is None
-        if ((kind is not Tensor and kind is not Parameter) or t.dtype is not dtype or not t.is_cpu
-                or not t.is_contiguous() or t.is_neg()):
-            return None
-    (w_ih, w_hh, *biases), H = weights, states[0].shape[2]
-    G = cell.gates * H
-    if w_ih.shape != (G, x.shape[2]) or w_hh.shape != (G, H):
-        return None
-    for b in biases:
-        if b.shape != (G,):
-            return None
-    return compute.step(cell, x, weights, states)
 
 
 def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
