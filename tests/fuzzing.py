@@ -122,9 +122,15 @@ def _array(rng: random.Random, data: Tensor) -> Tensor:
     return torch.from_numpy(data.numpy().copy())
 
 
+def _last_first(rng: random.Random, data: Tensor) -> Tensor:
+    """As channels are moved: the last dimension is the slowest in memory."""
+    return data.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 Layout = Callable[[random.Random, Tensor], Tensor]
-PLAIN: dict[str, Layout] = {"permuted": _permuted, "expanded": _expanded, "sliced": _sliced, "offset": _offset,
-                            "flipped": _flipped, "overlapping": _overlapping, "odd strides": _odd_strides}
+PLAIN: dict[str, Layout] = {"permuted": _permuted, "last first": _last_first, "expanded": _expanded,
+                            "sliced": _sliced, "offset": _offset, "flipped": _flipped, "overlapping": _overlapping,
+                            "odd strides": _odd_strides}
 
 
 def layouts(dtype: torch.dtype, zeros: bool) -> dict[str, Layout]:
