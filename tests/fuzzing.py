@@ -344,9 +344,10 @@ class _Watch:
         if at is None:
             raise RuntimeError(f"{' '.join(command)}: {''.join(errors[-20:])}")
         words = [line for line in errors if line.startswith("WHERE")]
-        why = f"signal {-status}" if status < 0 else f"status {status}"
-        where = words[-1].strip() if words else "".join(errors[-3:]).strip()
-        self.findings.append((at, Finding(f"the process ends with {why}", where)))
+        why = f"the process ends with {f'signal {-status}' if status < 0 else f'status {status}'}"
+        side, what, *more = [*words[-1].strip().split(" | ", 1)[:2]] if words else ["", "".join(errors[-3:]).strip()]
+        if side != "WHERE torch":  # whose fault it is
+            self.findings.append((at, Finding(f"{why}: {what.split(' || ')[0]}" if side else why, what)))
         self.next = at + self.step
 
 
