@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .disk import kept
+from .forks import forked
 from .memory import working
 from .plan import STEP_PRODUCT, Plan, Rows
 from .trace import statements
@@ -75,13 +76,8 @@ def load(cell: Cell) -> Any:
     return library
 
 
-_forked: list[bool] = []  # in a child of fork, in which OpenMP would wait for ever for the parent's threads
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=partial(_forked.append, True))
-
-
 def _threads() -> int:
-    return 1 if _forked else torch.get_num_threads()
+    return 1 if forked() else torch.get_num_threads()
 
 
 def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tensor | None) -> None:
@@ -96,7 +92,8 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tens
     width = N * cell.gates * H
     windows = rows.window(width, 8), rows.window(2 * width, 4) if cell.split else rows.window(width)
     call = struct.pack("30q", *addresses, rows.steps, B, R, I, H, N, rows.reverses, _threads(), *windows)
-    getattr(library, name)(call, working(s0, library.needed(call)).data_ptr())
+    memory = working(s0, library.needed(call))  # held while it is in use
+    getattr(library, name)(call, memory.data_ptr())
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
