@@ -86,8 +86,8 @@ class Steps:
     def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
         """Working memory of these shapes. It is kept for the next call where the first touch of it takes long."""
         ends = [*accumulate(map(math.prod, shapes), initial=0)]
-        memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else working(like, ends[-1])
-        (array,) = self.take(memory, own=True)
+        self.memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else working(like, ends[-1])  # held while in use
+        (array,) = self.take(self.memory, own=True)
         return [array[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 
     def segments(self, window: Window, n: int) -> list[Window]:

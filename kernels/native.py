@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .disk import kept
+from .forks import forked
 from .host import States
 from .memory import working
 from .plan import Plan, Rows
@@ -77,13 +78,8 @@ def load(cell: Cell) -> Any:
     return library
 
 
-_forked: list[bool] = []  # in a child of fork, in which OpenMP would wait for ever for the parent's threads
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=partial(_forked.append, True))
-
-
 def threads() -> int:
-    return 1 if _forked else torch.get_num_threads()
+    return 1 if forked() else torch.get_num_threads()
 
 
 def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None],
@@ -113,7 +109,7 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tens
             numbers = _whole[cell, sizes] = library.needed(call)
     else:
         numbers = library.needed(call)
-    memory = working(w_hh, numbers)
+    memory = working(w_hh, numbers)  # held while it is in use
     getattr(library, name)(call, memory.data_ptr())
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
-FLOORS = [["kernels.cells"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
+FLOORS = [["kernels.cells", "kernels.forks"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
           ["kernels.memory", "kernels.program"], ["kernels.host"],
           ["kernels.cpu", "kernels.native", "kernels.onednn", "kernels.gpu", "kernels.cuda"],
           ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"], ["replace", "explain"]]
@@ -65,7 +65,7 @@ def test_import_is_light() -> None:
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
         "rnn", "rnn.compute", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.replace", "rnn.explain", "rnn.kernels",
-        "rnn.kernels.cells", "rnn.kernels.plan"}
+        "rnn.kernels.cells", "rnn.kernels.forks", "rnn.kernels.plan"}
 
 
 def test_without_triton() -> None:
