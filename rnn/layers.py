@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function_variadic
 
+from . import interop
 from .kernels import cells
 from .kernels.plan import Plan
 from .ops import one_step, recurrence
@@ -17,12 +20,18 @@ _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.
 _REVERSE = (0,), (0, 1)
 
 
+def _prepare_scriptable(self: Any) -> Any:
+    """For torch.jit.script. A subclass may do something of its own."""
+    return interop.scriptable(self) if type(self).__module__ == __name__ else self
+
+
 class _Stack(nn.RNNBase):
     """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every instance of those.)"""
 
     # Of the class, so that torch.nn's modules have them when they become ours.
     plan: Plan | None = None
     recompute = False
+    _given_weights = False  # whether _flat_weights was assigned
 
     def __init__(self, mode: str, *args: Any, plan: Plan | None = None, recompute: bool = False, **kwargs: Any) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
@@ -30,15 +39,39 @@ class _Stack(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self.plan, self.recompute = plan, recompute
 
+    qconfig = interop.qconfig
+
+    @property
+    def _flat_weights(self) -> Any:
+        """As in torch.nn: what is assigned here is used, until one of the parameters becomes another tensor."""
+        return self.__dict__["_flat_weights"]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        self.__dict__["_flat_weights"] = weights
+        self.__dict__["_given_weights"] = True
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self.__dict__.pop("_given_weights")
+
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
+
+    __prepare_scriptable__ = _prepare_scriptable
 
     def _layers(self) -> list[list[Any]]:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other; with
         projections w_hr too."""
-        own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
-        weights: Any = [[own[name] if name in own else getattr(self, name) for name in names]
-                        for names in self._all_weights]
+        if self._given_weights:
+            self._update_flat_weights()
+        if self._given_weights:
+            given = iter(self._flat_weights)
+            weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
+        else:
+            own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
+            weights = [[own[name] if name in own else getattr(self, name) for name in names]
+                       for names in self._all_weights]
         if self.bidirectional:
             weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
         return weights if self.bias else [[*some[:2], None, None, *some[2:]] for some in weights]
@@ -57,8 +90,8 @@ class _Stack(nn.RNNBase):
             self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
         return hx
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
-                return_states: bool = False) -> Any:
+    def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None, resets: Tensor | None = None,
+                return_states: bool | None = None) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -75,6 +108,13 @@ class _Stack(nn.RNNBase):
         `return_states` also the states of all layers after every step, stacked: [L, T, B, D*H] in the layout of
         `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
+        states = hx if type(hx) is tuple else (hx,)
+        if (has_torch_function_variadic(input, *states, lengths, resets, *self._parameters.values())
+                or torch._C._get_tracing_state() is not None):
+            extra = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
+            found = interop.other_forward(self, input, hx, {k: v for k, v in extra.items() if v is not None})
+            if found is not None:
+                return found
         if not torch.is_grad_enabled() and lengths is None and resets is None and not return_states:
             found = self._step(input, hx)
             if found is not None:
@@ -86,6 +126,8 @@ class _Stack(nn.RNNBase):
         None, where `_run` has to look at it."""
         cell, states = _CELLS[self.mode], hx if self.mode == "LSTM" else (hx,)
         if not isinstance(x, Tensor) or x.dim() != 3 or self.bidirectional or self.proj_size or self.plan:
+            return None
+        if self._given_weights:
             return None
         expected = self.num_layers, x.shape[1 - self.batch_first], self.hidden_size
         if hx is None:
@@ -105,13 +147,14 @@ class _Stack(nn.RNNBase):
         return y.transpose(0, 1) if self.batch_first else y, tuple(last) if self.mode == "LSTM" else last[0]
 
     def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Tensor | None = None,
-             resets: Tensor | None = None, return_states: bool = False) -> Any:
+             resets: Tensor | None = None, return_states: bool | None = None) -> Any:
         """`forward` by an operator like `recurrence`."""
         batch_sizes = order = restore = None
         pair, batch_dim = self.mode == "LSTM", 0 if self.batch_first else 1
         x, one, states = input, False, hx if hx is None or pair else (hx,)
-        if isinstance(input, PackedSequence):
-            x, batch_sizes, order, restore = input
+        del input  # torch.jit.trace compares graphs by the names of tensors: each has one
+        if isinstance(x, PackedSequence):
+            x, batch_sizes, order, restore = x
         else:
             one = x.dim() == 2
             if x.dim() not in (2, 3):
@@ -146,7 +189,7 @@ class _Stack(nn.RNNBase):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             first = given if given is None or alone else [s[i * D : (i + 1) * D] for s in given]
-            steps, ends = self._layer(operator, x, weights, first, masks, int(return_states), restore)
+            steps, ends = self._layer(operator, x, weights, first, masks, int(bool(return_states)), restore)
             x = steps[0]
             every.append(steps)
             last.append(ends)
@@ -233,6 +276,11 @@ class LSTM(_Stack):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    # Of two states: torch.nn's.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
 
 class GRU(_Stack):
     __doc__ = nn.GRU.__doc__
@@ -244,11 +292,20 @@ class GRU(_Stack):
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.
 class RNNCell(nn.RNNCell):
     __doc__ = nn.RNNCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.RNNCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
 
 
 class LSTMCell(nn.LSTMCell):
     __doc__ = nn.LSTMCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.LSTMCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
 
 
 class GRUCell(nn.GRUCell):
     __doc__ = nn.GRUCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.GRUCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable

@@ -19,8 +19,9 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import unwrap_batched
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import compute, onnx
+from . import compute, flops, onnx
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
@@ -34,6 +35,11 @@ def _traced(*tensors: Tensor) -> bool:
             return True
     return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._get_tracing_state() is not None)
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode sees what is computed now."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _transformed() -> Any:
@@ -84,6 +90,9 @@ def _gradients(tensors: Sequence[Any], cell: Any, plan: Any, reverse: Sequence[i
     if named and _traced(kept[0]):
         found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
         return [g if need else None for g, need in zip(found, needs)]
+    if not named and _watched() and getattr(cells, cell.name, None) is cell:
+        with flops.of_backward(cell.name, reverse, needs, tensors):
+            return compute.backward(plan, given, kept, dy, needs)
     return compute.backward(_run(cell, plan, reverse, tensors) if named else plan, given, kept, dy, needs)
 
 
@@ -189,6 +198,10 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises RuntimeError for a shape, dtype, device or length that is not as above, before anything is computed."""
     given, masks = (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets)
+    if has_torch_function_variadic(*given, *masks) and not torch.compiler.is_compiling():
+        whole: Any = handle_torch_function(recurrence, (*given, *masks), cell, *given, *masks, reverse, keep, plan,
+                                           recompute)
+        return whole
     serves, dtype, why = settle(x, plan)
     autocast = why == "autocast"
     if not autocast:
@@ -218,6 +231,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     train |= traced and torch._C._get_tracing_state() is not None  # one graph, whoever traces
     keep = keep if not train else 1 if recompute else 2
     if traced:
+        if _watched():
+            flops.register()
         y, states, last, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", reverse, keep, *given, *masks)
         return y, states if states.dim() > 1 else None, last
     run = compute.Run(cell, plan, given, masks, reverse, not asked and not recompute)
@@ -229,7 +244,7 @@ def one_step(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Ten
     """One step on the CPU of what asks for no gradients: x [1, B, I], `weights` w_ih to b_hh (or without biases),
     states [1, B, H] each, to y and the next states. None where that cannot be, or `recurrence` has to see it."""
     dtype = x.dtype
-    if (_transformed() or _traced() or torch._C._is_any_autocast_enabled()
+    if (_transformed() or _traced() or has_torch_function_unary(x) or torch._C._is_any_autocast_enabled()
             or (dtype is not torch.float32 and dtype is not torch.float64)):
         return None
     for t in (x, *states, *weights):
