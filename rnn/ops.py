@@ -88,9 +88,11 @@ def _gradients(tensors: Sequence[Any], cell: Any, plan: Any, reverse: Sequence[i
                                          allow_unused=True)
         return [next(rest) if need else None for rest in (iter(found),) for need in needs]
     if named and _traced(kept[0]):
+        if _watched():
+            flops.register()
         found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *dy)
         return [g if need else None for g, need in zip(found, needs)]
-    if not named and _watched() and getattr(cells, cell.name, None) is cell:
+    if not named and _watched() and cell in vars(cells).values():
         with flops.of_backward(cell.name, reverse, needs, tensors):
             return compute.backward(plan, given, kept, dy, needs)
     return compute.backward(_run(cell, plan, reverse, tensors) if named else plan, given, kept, dy, needs)
