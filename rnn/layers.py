@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function_variadic
 
+from . import interop
 from .kernels import cells
 from .kernels.plan import Plan
 from .ops import as_tensor, check_plan, run_layer
@@ -31,12 +34,18 @@ class _Batch(NamedTuple):
     unbatched: bool
 
 
+def _prepare_scriptable(self: Any) -> Any:
+    """For torch.jit.script. A subclass may do something of its own."""
+    return interop.scriptable(self) if type(self).__module__ == __name__ else self
+
+
 class _Stack(nn.RNNBase):
     """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every instance of those.)"""
 
     # Of the class, so that torch.nn's modules have them when they become ours.
     plan: Plan | None = None
     recompute = False
+    _given_weights = False  # whether _flat_weights was assigned
 
     def __init__(self, mode: str, *args: Any, plan: Plan | None = None, recompute: bool = False, **kwargs: Any) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
@@ -45,15 +54,39 @@ class _Stack(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self.plan, self.recompute = plan, recompute
 
+    qconfig = interop.qconfig
+
+    @property
+    def _flat_weights(self) -> Any:
+        """As in torch.nn: what is assigned here is used, until one of the parameters becomes another tensor."""
+        return self.__dict__["_flat_weights"]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        self.__dict__["_flat_weights"] = weights
+        self.__dict__["_given_weights"] = True
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self.__dict__.pop("_given_weights")
+
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
+
+    __prepare_scriptable__ = _prepare_scriptable
 
     def _layers(self) -> list[list[Any]]:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other; with projections of
         both together, and w_hr too."""
-        own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
-        weights: Any = [[own[name] if name in own else getattr(self, name) for name in names]
-                        for names in self._all_weights]
+        if self._given_weights:
+            self._update_flat_weights()
+        if self._given_weights:
+            given = iter(self._flat_weights)
+            weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
+        else:
+            own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
+            weights = [[own[name] if name in own else getattr(self, name) for name in names]
+                       for names in self._all_weights]
         if not self.bias:
             weights = [[*some[:2], None, None, *some[2:]] for some in weights]
         if not self.bidirectional:
@@ -102,6 +135,13 @@ class _Stack(nn.RNNBase):
         `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, and TypeError for an argument of the
         wrong kind, before anything is computed."""
+        states = hx if type(hx) is tuple else (hx,)
+        if (has_torch_function_variadic(input, *states, lengths, resets, *self._parameters.values())
+                or torch._C._get_tracing_state() is not None):
+            extra = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
+            found = interop.other_forward(self, input, hx, {k: v for k, v in extra.items() if v is not None})
+            if found is not None:
+                return found
         if lengths is None and resets is None and not return_states:
             found = self._single_step(input, hx)
             if found is not None:
@@ -113,7 +153,7 @@ class _Stack(nn.RNNBase):
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[int(self.batch_first)] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
-        if self.bidirectional or self.proj_size or self.plan or self.recompute or dropout:
+        if self.bidirectional or self.proj_size or self.plan or self.recompute or self._given_weights or dropout:
             return None
         own = self._parameters  # what is parametrized is not in it
         weights = [own.get(name) for names in self._all_weights for name in names]
@@ -301,6 +341,11 @@ class LSTM(_Stack):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    # Of two states: torch.nn's.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+
 
 class GRU(_Stack):
     __doc__ = nn.GRU.__doc__
@@ -312,11 +357,20 @@ class GRU(_Stack):
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.
 class RNNCell(nn.RNNCell):
     __doc__ = nn.RNNCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.RNNCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
 
 
 class LSTMCell(nn.LSTMCell):
     __doc__ = nn.LSTMCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.LSTMCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
 
 
 class GRUCell(nn.GRUCell):
     __doc__ = nn.GRUCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.GRUCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable

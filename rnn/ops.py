@@ -20,8 +20,9 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import unwrap_batched
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import compute, onnx
+from . import compute, flops, onnx
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import BACKENDS, Plan
@@ -46,6 +47,11 @@ def _depth() -> int:
 # As torch.compiler.assume_constant_result does, which imports all of Dynamo. torch 2.10 and 2.11 have no other way to
 # compile this. Their guards see to it that the depth is the one that was compiled for.
 vars(_depth)["_dynamo_marked_constant"] = True
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode sees what is computed now."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _transformed() -> Any:
@@ -149,8 +155,15 @@ class _Layer(torch.autograd.Function):
             if count > 4:
                 weights = [*kept, *(join_weights(weights)[2:] if recompute else (None, None))]
                 wanted = [needs[6], *(True in needs[7 + k : 7 + count : 4] for k in range(4))]
-            grads, first = compute.backward(run, (x, *weights), states, (y, others, saved), (dy, dothers), dlast,
-                                            (*wanted, True in needs[7 + count :]))
+            wanted = *wanted, True in needs[7 + count :]
+            given = x, *weights
+            counted: Any = nullcontext()
+            if _watched():
+                s0 = x.new_empty((0, run.rows.sequences, 0))
+                shapes = *given, s0, lengths, batch_sizes, resets, y, others, saved
+                counted = flops.of_backward(run.cell, run.reverse, wanted, shapes)
+            with counted:
+                grads, first = compute.backward(run, given, states, (y, others, saved), (dy, dothers), dlast, wanted)
             if count > 4:
                 grads = [grads[0], *part_weights(grads[1:], count // 4)]
                 grads = [grad if need else None for grad, need in zip(grads, needs[6:])]
@@ -203,6 +216,8 @@ def _op_backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
                 outputs = compute.formula(getattr(cells, cell), alias, masks, reverse, 1)
             found = _differentiate(outputs, grads, alias, needs)
         elif _traced(kept[0]):
+            if _watched():
+                flops.register()
             found = _backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *grads)
         else:
             found = _joined_backward(_named_run(cell, plan, reverse, tensors), given, kept, grads, needs)
@@ -299,6 +314,10 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
     Raises TypeError for an argument of the wrong kind, ValueError for one out of range, and RuntimeError for a shape,
     dtype, device or length that is not as above, before anything is computed."""
+    seen = x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets
+    if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
+        whole: Any = handle_torch_function(recurrence, seen, cell, *seen, reverse, keep, plan, recompute)
+        return whole
     if not isinstance(cell, Cell):
         raise TypeError(f"Expected cell to be a rnn.kernels.cells.Cell, got {type(cell).__name__}")
     tensors = dict(x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, s0=s0, batch_sizes=batch_sizes)
@@ -391,6 +410,8 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
         else:
             # One graph, whoever traces.
             train = _train(given) or torch._C._get_tracing_state() is not None
+            if _watched():
+                flops.register()
             y, others, ends, _ = _forward_op(cell.name, json.dumps(plan) if plan else "", [*map(int, reverse)],
                                              _kept(train, keep, recompute), *given, *masks)
             others = others if others.dim() > 1 else None

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [["kernels.cells", "kernels.forks"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
           ["kernels.memory", "kernels.program"], ["kernels.host"],
           ["kernels.cpu", "kernels.native", "kernels.onednn", "kernels.gpu", "kernels.cuda"],
-          ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"], ["replace", "explain"]]
+          ["kernels.device"], ["compute"], ["onnx", "flops"], ["ops"], ["interop"], ["layers"], ["convert", "explain"]]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
@@ -64,8 +64,9 @@ def test_import_is_light() -> None:
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.compute", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.replace", "rnn.explain", "rnn.kernels",
-        "rnn.kernels.cells", "rnn.kernels.forks", "rnn.kernels.plan"}
+        "rnn", "rnn.compute", "rnn.flops", "rnn.interop", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.convert",
+        "rnn.explain", "rnn.single_step", "rnn.kernels", "rnn.kernels.cells", "rnn.kernels.forks",
+        "rnn.kernels.plan"}
 
 
 def test_without_triton() -> None:
