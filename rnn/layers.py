@@ -114,8 +114,8 @@ class _Stack(nn.RNNBase):
             found.append(state)
         return found
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, resets: Any = None,
-                return_states: bool = False) -> Any:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
+                return_states: bool | None = None) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -231,7 +231,7 @@ class _Stack(nn.RNNBase):
         return resets if order is None else resets.index_select(1, order)
 
     def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
-             return_states: bool = False) -> Any:
+             return_states: bool | None = None) -> Any:
         """`forward` by an operator like `run_layer`."""
         layers = self._layers()
         batch = self._batch(input, hx, lengths, resets, layers[0][0])
@@ -249,7 +249,7 @@ class _Stack(nn.RNNBase):
             first = batch.states
             if first is not None and not alone:
                 first = [s[i * D : (i + 1) * D] for s in first]
-            steps, ends = self._layer(operator, x, weights, first, batch, int(return_states), batch_first)
+            steps, ends = self._layer(operator, x, weights, first, batch, int(bool(return_states)), batch_first)
             x = steps[0]
             every.append(steps)
             last.append(ends)
