@@ -19,7 +19,8 @@ from rnn.kernels.plan import Plan
 recurrence: Any = rnn.functional.recurrence
 NUMPY, TORCH, BLOCK, LAUNCH = Plan("numpy"), Plan("torch"), plan_for("fused", 6), plan_for("launch", 6)
 PLANS = pytest.mark.parametrize("plan", [
-    pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"), pytest.param(BLOCK, id="block", marks=pytest.mark.interpreted),
+    pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"),
+    pytest.param(BLOCK, id="block", marks=pytest.mark.interpreted),
     pytest.param(LAUNCH, id="launch", marks=[pytest.mark.interpreted, pytest.mark.slow])])
 
 

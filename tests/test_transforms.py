@@ -1,7 +1,6 @@
 """The transforms of functions and forward mode, on the operator and on all three layers."""
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
