@@ -4,21 +4,24 @@
 
 // Rows of the batch from which packing a tile of W costs less than it saves, forward and back.
 constexpr i64 PACKED_FORWARD = 12, PACKED_BACKWARD = ACCUMULATORS / TWO + 1;
+constexpr int ONE = ACCUMULATORS >= 24 ? 16 : 8;  // vectors of columns of a tile of one row
+constexpr i64 FEW_ROWS = 4;  // up to which the gradients of W are made without panels
 constexpr int SAVED_ALL = SAVED + STATES;  // what is saved of each unit: the activations, and the states after the step
 
 // Tensors are as rnn/single_step.py has them: states and their gradients [L, B, H], saved [L, SAVED_ALL, B, H]. `memory`
-// has `size` numbers. After the struct come pointers: of each layer w_ih, w_hh, b_ih, b_hh.
+// has `size` numbers. After the struct come pointers, `parameters` of each layer: w_ih, w_hh, and with biases b_ih, b_hh.
 struct Step {
   const float *x, *s[STATES];
   float *y, *n[STATES], *saved, *memory;
-  i64 size, B, I, H, layers, threads;
+  i64 size, B, I, H, layers, parameters, threads;
 };
 
-// Likewise; each layer has w_ih, w_hh, and the gradients of w_ih, w_hh, b_ih, b_hh. What is not wanted is null.
+// Likewise, but first w_ih and w_hh of all layers, then the gradients of the parameters of all. What is not wanted is
+// null.
 struct StepAdjoint {
   const float *x, *s[STATES], *saved, *dy, *dn[STATES];
   float *dx, *ds[STATES], *memory;
-  i64 size, B, I, H, layers, threads;
+  i64 size, B, I, H, layers, parameters, threads;
 };
 
 static inline i64 padded_to(i64 n, i64 tile) { return (n + tile - 1) / tile * tile; }
@@ -113,8 +116,9 @@ struct StepLayer {
   i64 B, I, H;
 
   StepLayer(const Step& c, i64 l) : B(c.B), I(l ? c.H : c.I), H(c.H) {
-    const float* const* weights = reinterpret_cast<const float* const*>(&c + 1) + 4 * l;
-    w_ih = weights[0], w_hh = weights[1], b_ih = weights[2], b_hh = weights[3];
+    const float* const* const weights = reinterpret_cast<const float* const*>(&c + 1) + c.parameters * l;
+    const bool biased = c.parameters > 2;
+    w_ih = weights[0], w_hh = weights[1], b_ih = biased ? weights[2] : nullptr, b_hh = biased ? weights[3] : nullptr;
     x = l ? c.n[0] + (l - 1) * B * H : c.x;
     EACH(k, STATES) s[k] = c.s[k] + l * B * H, n[k] = c.n[k] + l * B * H;
     y = l == c.layers - 1 ? c.y : nullptr;
@@ -229,7 +233,7 @@ struct StepProduct {
       EACH(i, ROWS) EACH(v, NV) store(to + i * columns + v * LANES, sums[i][v], left(v));
     });
   }
-  // Those of part `i` of so many.
+  // Those of part `i` of so many. The fewer rows, the more columns at once, so that W is read in longer runs.
   void part(i64 B, i64 i, i64 parts, float* panel) const {
     const i64 tiles = (columns + PADDING - 1) / PADDING;
     const i64 begin = i * tiles / parts * PADDING, end = std::min(columns, (i + 1) * tiles / parts * PADDING);
@@ -240,6 +244,8 @@ struct StepProduct {
                columns - u - v * LANES, true);
         tile<TWO>(B, u, left, panel);
       });
+    else if (B == 1)
+      by_units<ONE * LANES>(begin, end, [&](i64 u, auto left) { tile<ONE>(B, u, left, nullptr); });
     else if (B <= 3)
       by_units<4 * PADDING>(begin, end, [&](i64 u, auto left) { tile<4 * TWO>(B, u, left, nullptr); });
     else if (B <= 6)
@@ -248,20 +254,25 @@ struct StepProduct {
   }
 };
 
-// The gradient of a matrix, d [B, stride] transposed times rows that are in panels, and of a bias.
+// The gradient of a matrix, d [B, stride] transposed times rows `from`, in panels if they are more than FEW_ROWS; and of
+// a bias.
 struct StepGradient {
-  const float *d, *panels;
+  const float *d, *from;
   i64 stride, columns;
   float *w, *b;
 
   // Its rows from `begin` to `end`.
   void rows(i64 B, i64 begin, i64 end) const {
+    if (B <= FEW_ROWS) {
+      in_place(B, begin, end);
+      return;
+    }
     by_rows<ACCUMULATORS / TWO>(end - begin, begin, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
       if (w)
         by_units<PADDING>(0, columns, [&](i64 u, auto left) {
           V sums[ROWS][TWO] = {};
-          multiply(sums, d + first, 1, stride, panels + u * B, B);
+          multiply(sums, d + first, 1, stride, from + u * B, B);
           float* const to = w + first * columns + u;
           EACH(i, ROWS) EACH(v, TWO) store(to + i * columns + v * LANES, sums[i][v], left(v));
         });
@@ -272,6 +283,22 @@ struct StepGradient {
         std::memcpy(b + first, sums, sizeof sums);
       }
     });
+  }
+  // Likewise: writing takes longer than the products.
+  void in_place(i64 B, i64 begin, i64 end) const {
+    for (i64 row = begin; row < end; ++row) {
+      if (w)
+        by_units<4 * LANES>(0, columns, [&](i64 u, auto left) {
+          V sums[4] = {};
+          for (i64 k = 0; k < B; ++k)
+            EACH(v, 4) sums[v] += d[k * stride + row] * load(from + k * columns + u + v * LANES, left(v));
+          EACH(v, 4) store(w + row * columns + u + v * LANES, sums[v], left(v));
+        });
+      if (b) {
+        b[row] = 0.f;
+        for (i64 k = 0; k < B; ++k) b[row] += d[k * stride + row];
+      }
+    }
   }
 };
 
@@ -288,17 +315,19 @@ extern "C" i64 step_backward(const StepAdjoint& c) {
   };
   float *const dr = take(B * width), *const dx = SPLIT ? take(B * width) : dr, *const below = take(last ? B * H : 0);
   float *const x_panels = take(B * padded_to(widest, PADDING)), *const h_panels = take(B * padded_to(H, PADDING));
+  const bool few = B <= FEW_ROWS;
   const i64 panel = B >= PACKED_BACKWARD ? padded_to(K * PADDING, 16) : 0;
   float* const panels = take(panel * c.threads);
   if (used > c.size) return used;
 #pragma omp parallel num_threads(c.threads) if (c.threads > 1)
   for (i64 l = last; l >= 0; --l) {
     const i64 I = l ? H : c.I, layer = l * B * H, tiles = (H + LANES - 1) / LANES, I_tiles = (I + LANES - 1) / LANES;
-    float* const* const weights = reinterpret_cast<float* const*>(&c + 1) + 6 * l;
-    float* const* const grads = weights + 2;
+    float* const* const pointers = reinterpret_cast<float* const*>(&c + 1);
+    float *const *const weights = pointers + 2 * l, *const *const grads = pointers + 2 * c.layers + c.parameters * l;
+    const bool biased = c.parameters > 2;
     const float* const saved = c.saved + SAVED_ALL * layer;
     const float* const x = l ? saved - STATES * B * H : c.x;  // the first state of the layer below
-    const float* const dy = l == last ? c.dy : below;
+    const float *const h = c.s[0] + layer, *const dy = l == last ? c.dy : below;
     float *const own = panels + panel * thread_number(), *const x_grad = l ? below : c.dx;
 #pragma omp for nowait
     for (i64 i = 0; i < B * tiles; ++i) {
@@ -323,19 +352,19 @@ extern "C" i64 step_backward(const StepAdjoint& c) {
       const i64 u = i * LANES;
       pack(to + u / PADDING * PADDING * B + u % PADDING, PADDING, from + u, columns, B, columns - u, true);
     };
-    if (grads[0]) {
+    if (!few && grads[0]) {
 #pragma omp for nowait
       for (i64 i = 0; i < I_tiles; ++i) pack_columns(x_panels, x, I, i);
     }
-    if (grads[1]) {
+    if (!few && grads[1]) {
 #pragma omp for nowait
-      for (i64 i = 0; i < tiles; ++i) pack_columns(h_panels, c.s[0] + layer, H, i);
+      for (i64 i = 0; i < tiles; ++i) pack_columns(h_panels, h, H, i);
     }
 #pragma omp barrier
     const StepProduct to_h = {dr, weights[1], width, K, H, c.ds[0] ? c.ds[0] + layer : nullptr, true};
     const StepProduct to_x = {dx, weights[0], width, K, I, x_grad, false};
-    const StepGradient of_ih = {dx, x_panels, width, I, grads[0], grads[2]};
-    const StepGradient of_hh = {dr, h_panels, width, H, grads[1], grads[3]};
+    const StepGradient of_ih = {dx, few ? x : x_panels, width, I, grads[0], biased ? grads[2] : nullptr};
+    const StepGradient of_hh = {dr, few ? h : h_panels, width, H, grads[1], biased ? grads[3] : nullptr};
     const i64 parts = c.threads, each = ACCUMULATORS / TWO, blocks = (K + each - 1) / each;
 #pragma omp for
     for (i64 i = 0; i < parts; ++i) {

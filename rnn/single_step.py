@@ -26,12 +26,13 @@ _EDITED = "A bias, which gradients that are to be differentiated again need, has
 
 
 class _Sizes(NamedTuple):
-    """What the C++ is told, in its order."""
+    """What the C++ is told, in its order. `parameters` is how many a layer has."""
 
     batch: int
     inputs: int
     hidden: int
     layers: int
+    parameters: int
     threads: int
 
 
@@ -46,111 +47,111 @@ def _shapes(cell: Cell, inputs: int, hidden: int, layers: int, biased: bool) -> 
     return found
 
 
-def _missing(t: Tensor) -> bool:
-    """Whether a contiguous tensor lies in less memory than its shape says."""
-    return t.untyped_storage().nbytes() < t.element_size() * (t.storage_offset() + t.numel())
-
-
 def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: int, hidden: int,
                 batch_first: bool) -> Any:
     """What a layer returns for x [1, B, I], or [B, 1, I] if `batch_first`, from its parameters, w_ih, w_hh (and b_ih,
     b_hh) of each layer. None where the general path has to look at it."""
     if ops._transformed() or ops._traced() or torch._C._is_any_autocast_enabled():
         return None
-    shape = x.shape
+    shape = x.size()
     inputs = shape[2]
     batch = shape[0] if batch_first else shape[1]
-    biased = len(weights) > 2 * layers
     before = layers, batch, hidden
+    count = cell.states
+    states = hx
     if hx is None:
-        states = [x.new_zeros(before)] * cell.states
-    elif cell.states == 1:
+        states = [x.new_zeros(before)] * count
+    elif count == 1:
         states = [hx]
-    else:
-        states = hx
-    if not isinstance(states, (list, tuple)) or len(states) != cell.states:
+    elif type(hx) not in (tuple, list) or len(hx) != count:
         return None
-    expected = [shape, *[before] * cell.states, *_shapes(cell, inputs, hidden, layers, biased)]
+    parameters = len(weights) // layers
     dtype = x.dtype
     given = [x, *states, *weights]
+    expected = [shape, *[before] * count, *_shapes(cell, inputs, hidden, layers, parameters > 2)]
     ready = []
     train = False
-    for t, size in zip(given, expected):
-        kind = type(t)  # a parametrized weight is None
-        if (
-            (kind is not Tensor and kind is not Parameter)
-            or t.dtype is not dtype
-            or not t.is_cpu
-            or t.layout is not torch.strided
-            or t.is_neg()
-            or t.shape != size
-        ):
-            return None
-        train = train or t.requires_grad
-        ready.append(t if t.is_contiguous() else t.contiguous())
-    train = train and torch.is_grad_enabled()
+    try:
+        for t, size in zip(given, expected):
+            kind = type(t)  # a parametrized weight is None
+            if (kind is not Tensor and kind is not Parameter) or t.size() != size:
+                return None
+            if t.dtype is not dtype or not t.is_cpu or t.is_neg():
+                return None
+            if t.requires_grad:
+                train = True
+            if not t.is_contiguous():
+                if not t.data_ptr():
+                    return None
+                t = t.contiguous()
+            if t.untyped_storage().nbytes() < t.nbytes + t.element_size() * t.storage_offset():
+                return None
+            ready.append(t)
+    except RuntimeError:  # a sparse tensor, or another that has no memory
+        return None
     if dtype is not torch.float32 or not compute.compiles(cell):
         if dtype is not torch.float32 and dtype is not torch.float64:
             return None
-        after = states if cell.states > 1 else states[0]
-        return getattr(_TORCHS, cell.name)(x, after, weights, biased, layers, 0.0, False, False, batch_first)
-    if any(map(_missing, ready)) or not batch:
+        operator = getattr(_TORCHS, cell.name)
+        first = states if count > 1 else states[0]
+        return operator(x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first)
+    if not batch:
         return None
-    products = batch * cell.gates * hidden * (hidden + inputs)
-    sizes = _Sizes(batch, inputs, hidden, layers, native.threads() if products > STEP_PRODUCT else 1)
-    if train:
-        y, *last = _apply(cell, sizes, biased, ready, *given)
+    large = batch * cell.gates * hidden * (hidden + inputs) > STEP_PRODUCT
+    sizes = _Sizes(batch, inputs, hidden, layers, parameters, native.threads() if large else 1)
+    if train and torch.is_grad_enabled():
+        y, *last = _apply(cell, sizes, ready, *given)
     else:
-        y, last, _ = _forward(cell, sizes, biased, ready, False)
-    return y, tuple(last) if cell.states > 1 else last[0]
+        y, last, _ = _forward(cell, sizes, ready, False)
+    return y, tuple(last) if count > 1 else last[0]
 
 
-def _call(function: Any, like: Tensor, before: Sequence[int], after: Sequence[int]) -> None:
+def _call(function: Any, like: Tensor, before: Sequence[int], after: Sequence[int],
+          memory: Tensor | None = None) -> None:
     """Calls it with a struct of single_step.cpp, `before` and `after` being what is around its memory."""
-    memory = working(like, 1)
     layout = f"{len(before) + len(after) + 2}q"
-    needed = function(struct.pack(layout, *before, memory.data_ptr(), memory.numel(), *after))
+    place = (0, 0) if memory is None else (memory.data_ptr(), memory.numel())
+    needed = function(struct.pack(layout, *before, *place, *after))
     if needed:
         memory = working(like, needed)
         function(struct.pack(layout, *before, memory.data_ptr(), memory.numel(), *after))
 
 
-def _forward(cell: Cell, sizes: _Sizes, biased: bool, ready: Sequence[Tensor],
+def _forward(cell: Cell, sizes: _Sizes, ready: Sequence[Tensor],
              save: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once more: what is returned
     may be edited in place."""
-    x, *rest = ready
-    states = rest[: cell.states]
-    y = x.new_empty((*x.shape[:2], sizes.hidden))
-    last = [torch.empty_like(s) for s in states]
-    saved = None
-    if save:
-        saved = x.new_empty((sizes.layers, cell.saved + cell.states, sizes.batch, sizes.hidden))
-    addresses = [t.data_ptr() for t in ready]
+    batch, _, hidden, layers, _, _ = sizes
     first = cell.states + 1
-    weights = addresses[first:]
-    if not biased:
-        pairs = zip(weights[::2], weights[1::2])
-        weights = [address for pair in pairs for address in (*pair, 0, 0)]
+    x = ready[0]
+    last = [torch.empty_like(s) for s in ready[1:first]]
+    shape = x.size()
+    if layers == 1 and shape[0] == 1:
+        y = torch.empty_like(ready[1])
+    else:
+        y = x.new_empty(shape[0], shape[1], hidden)
+    saved = x.new_empty(layers, cell.saved + cell.states, batch, hidden) if save else None
+    given = [t.data_ptr() for t in ready]
     results = [y.data_ptr(), *[s.data_ptr() for s in last], 0 if saved is None else saved.data_ptr()]
-    _call(native.load(cell).step, x, [*addresses[:first], *results], [*sizes, *weights])
+    _call(native.load(cell).step, x, given[:first] + results, [*sizes, *given[first:]])
     return y, last, saved
 
 
 class _SingleStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        cell, sizes, biased, ready, *given = inputs
-        y, last, saved = _forward(cell, sizes, biased, ready, True)
+    def forward(ctx: Any, cell: Cell, sizes: _Sizes, ready: Sequence[Tensor], *given: Any) -> tuple[Tensor, ...]:
+        y, last, saved = _forward(cell, sizes, ready, True)
         first = cell.states + 1
-        weights = given[first:]
-        biases = []
-        if biased:
-            biases = [b for k in (2, 3) for b in weights[k::4]]
-            weights = [w for pair in zip(weights[::4], weights[1::4]) for w in pair]
-        ctx.save_for_backward(*given[:first], *weights, saved)
+        kept = given
+        ctx.biases = []
+        if sizes.parameters > 2:
+            kept = given[:first]
+            for k in range(first, len(given), 4):
+                kept += given[k : k + 2]
+                ctx.biases += given[k + 2 : k + 4]
+        ctx.save_for_backward(*kept, saved)
         # The adjoint is without biases: they may be edited, unless it is to be differentiated itself.
-        ctx.biases = [(b, None if b.is_inference() else b._version) for b in biases]
+        ctx.versions = [0 if b.is_inference() else b._version for b in ctx.biases]
         ctx.choices = cell, sizes
         ctx.set_materialize_grads(False)
         return y, *last
@@ -158,88 +159,83 @@ class _SingleStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
         cell, sizes = ctx.choices
-        *given, saved = ctx.saved_tensors  # once: hooks would unpack them once more
-        needs = ctx.needs_input_grad[4:]
-        again = torch.is_grad_enabled() or ops._transformed()
-        if again or any(t is not None and (type(t) is not Tensor or ops._batched(t)) for t in d):
-            found = _differentiable(cell, sizes, given, ctx.biases, needs, d)
+        tensors = ctx.saved_tensors  # once: hooks would unpack them once more
+        needs = ctx.needs_input_grad[3:]
+        plain = not torch.is_grad_enabled() and not ops._transformed()
+        for t in d:
+            plain = plain and (t is None or (type(t) is Tensor and not ops._batched(t)))
+        if plain:
+            found = _backward(cell, sizes, [_ready(t) for t in tensors], needs, [_ready(t) for t in d])
         else:
-            found = _backward(cell, sizes, [_ready(t) for t in given], _ready(saved), needs, d)
-        return None, None, None, None, *found
+            versions = [0 if b.is_inference() else b._version for b in ctx.biases]
+            if versions != ctx.versions:
+                raise RuntimeError(_EDITED)
+            found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
+        return None, None, None, *found
 
 
 # Function.apply without its preparations for transforms, of which there is none here.
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 
-def _ready(t: Tensor) -> Tensor:
-    """As the C++ takes it."""
+def _ready(t: Any) -> Any:
+    """As the C++ takes it, if there is one."""
+    if t is None:
+        return None
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-    if t.is_neg() or not t.is_contiguous():
+    if (t.is_neg() or not t.is_contiguous()) and t.data_ptr():
         t = t.resolve_neg().contiguous()
-    if _missing(t):
+    if t.untyped_storage().nbytes() < t.nbytes + t.element_size() * t.storage_offset():
         raise RuntimeError(_FREED)
     return t
 
 
-def _by_layer(cell: Cell, sizes: _Sizes, given: Sequence[Any]) -> list[Any]:
-    """What follows x and the states, by layers."""
-    weights = given[cell.states + 1 :]
-    each = len(weights) // sizes.layers
-    return [weights[k : k + each] for k in range(0, len(weights), each)]
-
-
-def _backward(cell: Cell, sizes: _Sizes, given: Sequence[Tensor], saved: Tensor, needs: Sequence[bool],
+def _backward(cell: Cell, sizes: _Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
               d: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of x, the states and the weights, those that are needed, from those of y and the last states.
-    `given` is without biases."""
+    """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
+    `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
+    *given, saved = tensors
     x = given[0]
     first = cell.states + 1
-    wanted = [None if t is None else _ready(t) for t in d]
-    grads: list[Tensor | None] = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
-    pointers = []
-    for (w_ih, w_hh), own in zip(_by_layer(cell, sizes, given), _by_layer(cell, sizes, needs)):
-        bias = w_hh.shape[:1]
-        found = [torch.empty_like(w) if need else None for w, need in zip((w_ih, w_hh), own)]
-        found += [x.new_empty(bias) if need else None for need in own[2:]]
-        grads += found
-        pointers += [w_ih, w_hh, *found, *[None] * (4 - len(found))]
-    before = [*given[:first], saved, *wanted, *grads[:first]]
-    _call(native.load(cell).step_backward, x, _addresses(before), [*sizes, *_addresses(pointers)])
+    grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
+    for k, need in enumerate(needs[first:]):
+        layer, place = divmod(k, sizes.parameters)
+        if not need:
+            grads.append(None)
+        elif place < 2:
+            grads.append(torch.empty_like(given[first + 2 * layer + place]))
+        else:
+            grads.append(x.new_empty(cell.gates * sizes.hidden))
+    pointers = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
+    weights = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
+    _call(native.load(cell).step_backward, x, pointers, [*sizes, *weights], working(x, 1))
     return grads
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _differentiable(cell: Cell, sizes: _Sizes, given: Sequence[Tensor], biases: Sequence[tuple[Tensor, int | None]],
+def _differentiable(cell: Cell, sizes: _Sizes, tensors: Sequence[Tensor], biases: Sequence[Tensor],
                     needs: Sequence[bool], d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """As `_backward`, from the formula: whatever d is, and to be differentiated again."""
-    if any(version is not None and b._version != version for b, version in biases):
-        raise RuntimeError(_EDITED)
+    batch, inputs, hidden, layers, parameters, _ = sizes
     first = cell.states + 1
-    every: list[Any] = [*given[:first]]
-    b_ih = biases[: sizes.layers]
-    b_hh = biases[sizes.layers :]
-    for k, weights in enumerate(_by_layer(cell, sizes, given)):
-        every += weights
-        if biases:
-            every += [b_ih[k][0], b_hh[k][0]]
-    autocast = torch._C._is_any_autocast_enabled()
+    given = [*tensors[:first]]
+    for k in range(layers):
+        given += tensors[first + 2 * k : first + 2 * k + 2]
+        given += biases[2 * k : 2 * k + 2]
+    autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
     with torch.enable_grad(), torch.autocast("cpu", enabled=False) if autocast else nullcontext():
         # Aliases, so that an input which was computed from another one counts for itself alone.
-        alias = [t.view_as(t) for t in every]
-        y = alias[0].reshape(1, sizes.batch, sizes.inputs)
+        alias = [t.view_as(t) for t in given]
+        y = alias[0].reshape(1, batch, inputs)
         ends = []
-        for k, own in enumerate(_by_layer(cell, sizes, alias)):
-            w_ih, w_hh, b_ih, b_hh = own if biases else (*own, None, None)
+        for k in range(layers):
+            own: list[Any] = alias[first + parameters * k :][:parameters]
             s0 = torch.stack([s[k] for s in alias[1:first]])
-            y, _, last = compute.formula(cell, (y, w_ih, w_hh, b_ih, b_hh, s0), (None, None, None), (False,), 0)
+            weights = own if parameters > 2 else [*own, None, None]
+            y, _, last = compute.formula(cell, (y, *weights, s0), (None, None, None), (False,), 0)
             ends.append(last)
         columns = [torch.stack(column) for column in zip(*ends)]
-        outputs = [y.reshape(*given[0].shape[:2], sizes.hidden), *columns]
+        outputs = [y.reshape(*given[0].shape[:2], hidden), *columns]
         pairs = [(t, grad) for t, grad in zip(outputs, d) if grad is not None]
         wanted = [t for t, need in zip(alias, needs) if need]
         found = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [grad for _, grad in pairs],
