@@ -94,7 +94,8 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
             return None
         operator = getattr(_TORCHS, cell.name)
         first = states if count > 1 else states[0]
-        return operator(x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first)
+        y, *last = operator(x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first)
+        return y, tuple(last) if count > 1 else last[0]
     if not batch:
         return None
     large = batch * cell.gates * hidden * (hidden + inputs) > STEP_PRODUCT
