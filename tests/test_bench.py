@@ -254,6 +254,7 @@ def test_gpu_figures(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     anything = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in dict(
         is_available=lambda: True, get_device_name=lambda: "none", synchronize=lambda: None, Event=Event,
+        device_count=lambda: 1, get_device_capability=lambda device=None: (9, 0),  # cuDNN's version asks for them
         Stream=lambda: anything, current_stream=lambda: anything, stream=contextlib.nullcontext, graph=capture,
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: None), memory_allocated=lambda: 100,
         reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 350,
