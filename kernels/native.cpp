@@ -261,8 +261,9 @@ extern "C" void backward(const Given& given, float* memory) {
       auto sum = [&](const Sums& to, i64 first, i64 rows, i64 base, i64 begin, i64 end) {
         const float* x_rows = c.as_it_is() ? c.x + base * I : c.x_rows + first * inputs;
         const Outer x = {x_rows, to.w_ih, rows, I}, none = {}, h = {c.h_rows + first * P, to.w_hh, rows, H};
-        outer(c.dr + first * width, width, rows, begin, end, {h, SPLIT ? none : x}, to.b_hh, w > 0);
-        if (SPLIT) outer(c.dx + first * width, width, rows, begin, end, {x, none}, to.b_ih, w > 0);
+        float* const near = c.copy(team.thread);
+        outer(c.dr + first * width, width, rows, begin, end, {h, SPLIT ? none : x}, to.b_hh, w > 0, near);
+        if (SPLIT) outer(c.dx + first * width, width, rows, begin, end, {x, none}, to.b_ih, w > 0, near);
       };
       if (c.apart)
         for (const Part& part : team.parts)

@@ -53,7 +53,7 @@ struct Call : Given {
   i64 used = 0, most = 0, windows = 1, tile, groups, shares, turns, padded, inputs, gates_width, buffer_width;
   bool in_turn;  // with one window the panels of W_ih and those of W_hh have the same place, one after the other
   bool apart;
-  float *gates, *dx, *dr, *input_panels, *panels, *buffer, *x_rows, *h_rows, *sums;
+  float *gates, *dx, *dr, *input_panels, *panels, *buffer, *x_rows, *h_rows, *sums, *copies;
   std::vector<Group> group;
 
   // `memory` has as many numbers as `needed` says.
@@ -85,7 +85,8 @@ struct Call : Given {
     turns = 2 - adjoint, buffer = take(turns * N * STATES * B * buffer_width + N * groups * APART);
     if (adjoint)
       dr = same, dx = SPLIT ? take(slots * gates_width) : dr, h_rows = take(slots * padded),
-      sums = take(apart ? N * (groups - 1) * sum_size() : 0), x_rows = as_it_is() ? nullptr : take(slots * inputs);
+      sums = take(apart ? N * (groups - 1) * sum_size() : 0), x_rows = as_it_is() ? nullptr : take(slots * inputs),
+      copies = take(threads * (OUTER_COPY + APART));
     else gates = IN_PLACE ? y : same, x_rows = groups > 1 ? take(slots * I) : nullptr;
   }
   // To each group neighbours, if all are as long; else the longest first, some neighbours to the one that has least.
@@ -101,6 +102,7 @@ struct Call : Given {
       else if (b % some == 0) to = std::min_element(group.begin(), group.end(), less) - group.begin();
     }
   }
+  float* copy(i64 thread) const { return copies + thread * (OUTER_COPY + APART); }
   i64 sum_size() const { return GATES * H * (I + H + 2); }  // of the gradients of W_ih, W_hh and both biases
   // Rows of x that are as wide as a panel are a panel as they are, if one group has all.
   bool as_it_is() const { return I == PADDING && groups == 1; }

@@ -120,13 +120,15 @@ struct Outer {
   i64 rows, columns;
 };
 
+// Of so many rows and columns of d at a time `outer` has a copy, tile by tile, which stays in the second cache. It is
+// too large for the stack of a thread, which may be small.
+constexpr int OUTER_ROWS = 1024, OUTER_COLUMNS = ACCUMULATORS / TWO * 2, OUTER_COPY = OUTER_ROWS * OUTER_COLUMNS;
+
 // out [begin to end, columns] = d^T times a matrix, or added to what it is, of each of `outers`; and `sums` likewise of
-// the columns of d [K, stride].
+// the columns of d [K, stride]. `near` is for OUTER_COPY numbers.
 static void outer(const float* d, i64 stride, i64 K, i64 begin, i64 end, const Outer (&outers)[2], float* sums,
-                  bool add) {
-  // Of so many rows and columns of d at a time a copy, tile by tile, stays in the second cache.
-  constexpr int MOST = ACCUMULATORS / TWO, COLUMNS = 2 * MOST, DEPTH = 1024;
-  alignas(64) float near[DEPTH * COLUMNS];
+                  bool add, float* near) {
+  constexpr int MOST = ACCUMULATORS / TWO, COLUMNS = OUTER_COLUMNS, DEPTH = OUTER_ROWS;
   for (i64 k0 = 0; k0 < std::max<i64>(K, 1); k0 += DEPTH, add = true) {
     const i64 depth = std::min<i64>(DEPTH, K - k0);
     for (i64 column = begin; column < end; column += COLUMNS) {

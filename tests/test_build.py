@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rnn.kernels import cells, native
+
 ROOT = Path(__file__).parent.parent
+needs_compiler = pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler")
 
 
 def python(code: str, timeout: float = 120, **environment: str) -> str:
@@ -63,3 +66,38 @@ print("done")
 def test_fork(what: str) -> None:
     """A child, and a child of it, do not wait for threads that only the parent has."""
     assert python(FORK.replace("{what}", what)) == "done\n"
+
+
+SMALL_STACK = """
+import threading, torch, rnn
+torch.set_num_threads(2)
+done = []
+
+def work():
+    for layer in (rnn.RNN, rnn.LSTM, rnn.GRU):
+        for bidirectional in (False, True):
+            y = layer(40, 72, bidirectional=bidirectional)(torch.randn(100, 24, 40))[0]
+            y.sum().backward()
+            done.append(y)
+
+threading.stack_size(64 * 1024)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(len(done))
+"""
+
+
+def test_small_stacks() -> None:
+    """Of a thread of Python's, and of OpenMP's threads, which have what $OMP_STACKSIZE says."""
+    assert python(SMALL_STACK, OMP_STACKSIZE="64k") == "6\n"
+
+
+@needs_compiler
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_frames_are_small(cell: str, tmp_path: Path) -> None:
+    """No function has more than 16 KiB on the stack, even without the compiler's help."""
+    flags = ["-O1", "-fopenmp", "-Wframe-larger-than=16384", "-Werror", "-x", "c++", "-"]
+    done = subprocess.run([*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")],
+                          input=native.program(getattr(cells, cell)), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
