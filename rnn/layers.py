@@ -114,6 +114,7 @@ class _Stack(nn.RNNBase):
             found.append(state)
         return found
 
+    # No keyword-only arguments, and no default but None: the ONNX exporter that traces gives all by their positions.
     def forward(self, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
                 return_states: bool | None = None) -> Any:
         """Run the layers over a batch of sequences.
