@@ -323,7 +323,7 @@ def asked_for(run: Run, x: Tensor, s0: Any, y: Tensor, others: Any, saved: Any, 
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):  # a GPU would have to be waited for
         return x, s0, y, others, saved
     rows, N, device = run.rows, len(run.reverse), x.device
-    T, B, R, H = rows.steps, rows.sequences, x.shape[0], y.shape[1] // N
+    T, B, R, H = rows.steps, rows.sequences, sum(rows.sizes), y.shape[-1] // N
     sizes = torch.tensor(rows.sizes, device=device)
     starts = sizes.cumsum(0) - sizes
     time, sequence = torch.arange(T, device=device)[:, None], torch.arange(B, device=device)
@@ -358,7 +358,7 @@ def asked_for(run: Run, x: Tensor, s0: Any, y: Tensor, others: Any, saved: Any, 
     of_row = asked[row_time, row_sequence]  # [R, N]
     first = torch.stack([asked[ends.clamp(min=0), sequence, n] if back else asked[0, :, n]
                          for n, back in enumerate(run.reverse)])  # [N, B]
-    x = torch.where(of_row.any(1, keepdim=True), x, 0)
+    x = torch.where(of_row.any(1).view(*x.shape[:-1], 1), x, 0)
     y = torch.where(of_row[..., None], y.view(R, N, H), 0).view(y.shape)
     if run.on_host and s0 is not None:
         s0 = [torch.where(first[..., None], s, 0) for s in s0]
