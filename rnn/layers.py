@@ -45,7 +45,8 @@ class _Stack(nn.RNNBase):
     # Of the class, so that torch.nn's modules have them when they become ours.
     plan: Plan | None = None
     recompute = False
-    _given_weights = False  # whether _flat_weights was assigned
+    # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read that.
+    _given_weights: Any = None
 
     def __init__(self, mode: str, *args: Any, plan: Plan | None = None, recompute: bool = False, **kwargs: Any) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
@@ -64,11 +65,11 @@ class _Stack(nn.RNNBase):
     @_flat_weights.setter
     def _flat_weights(self, weights: Any) -> None:
         self.__dict__["_flat_weights"] = weights
-        self.__dict__["_given_weights"] = True
+        self.__dict__["_given_weights"] = weights
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
-        self.__dict__.pop("_given_weights")
+        self.__dict__.pop("_given_weights", None)
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
@@ -78,10 +79,10 @@ class _Stack(nn.RNNBase):
     def _layers(self) -> list[list[Any]]:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other; with projections of
         both together, and w_hr too."""
-        if self._given_weights:
+        if self._given_weights is not None:
             self._update_flat_weights()
-        if self._given_weights:
-            given = iter(self._flat_weights)
+        if self._given_weights is not None:
+            given = iter(self._given_weights)
             weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
         else:
             own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
@@ -114,6 +115,7 @@ class _Stack(nn.RNNBase):
             found.append(state)
         return found
 
+    # No keyword-only arguments, and no default but None: the ONNX exporter that traces gives all by their positions.
     def forward(self, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
                 return_states: bool | None = None) -> Any:
         """Run the layers over a batch of sequences.
@@ -153,7 +155,9 @@ class _Stack(nn.RNNBase):
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[int(self.batch_first)] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
-        if self.bidirectional or self.proj_size or self.plan or self.recompute or self._given_weights or dropout:
+        if self.bidirectional or self.proj_size or self.plan or self.recompute or dropout:
+            return None
+        if self._given_weights is not None:
             return None
         own = self._parameters  # what is parametrized is not in it
         weights = [own.get(name) for names in self._all_weights for name in names]

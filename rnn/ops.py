@@ -375,6 +375,11 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
     """`recurrence` with `weights` w_ih to b_hh, of all recurrences or of one after the other, `masks` lengths to
     resets, S states [N, B, H], each a tensor of its own coming in and going out, zeros if None; with `batch_first` x is
     [B, T, I] and so is y."""
+    seen = x, *weights, *(states or ()), *masks
+    if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
+        whole: Any = handle_torch_function(run_layer, seen, cell, x, weights, states, masks, reverse, keep, plan,
+                                           recompute, batch_first)
+        return whole
     serves, dtype, why = settle(x, plan)
     autocast = why == "autocast"
     others: Tensor | None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import has_torch_function_unary
 
 from . import compute, ops
 from .kernels import native
@@ -51,7 +52,7 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
                 batch_first: bool) -> Any:
     """What a layer returns for x [1, B, I], or [B, 1, I] if `batch_first`, from its parameters, w_ih, w_hh (and b_ih,
     b_hh) of each layer. None where the general path has to look at it."""
-    if ops._transformed() or ops._traced() or torch._C._is_any_autocast_enabled():
+    if ops._transformed() or ops._traced() or has_torch_function_unary(x) or torch._C._is_any_autocast_enabled():
         return None
     shape = x.size()
     inputs = shape[2]

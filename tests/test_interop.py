@@ -346,7 +346,7 @@ class TestTorchFunction:
             want = layer(x)
             with Seen() as mode:
                 torch.testing.assert_close(layer(x), want)
-        assert mode.names.count("recurrence") == 2
+        assert mode.names.count("run_layer") == 2
 
     @LAYERS
     def test_subclasses_of_tensor(self, name: str) -> None:
@@ -483,3 +483,11 @@ def test_forms_of_an_lstm() -> None:
     for wrong in ((c, c), (h, h)):
         says = [refused(partial(layer.check_forward_args, x, wrong, None)) for layer in (theirs, ours)]
         assert says[0] == says[1]
+
+
+@LAYERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_step_returns_what_torch_returns(name: str, dtype: torch.dtype) -> None:
+    theirs, ours = pair(name, num_layers=2, dtype=dtype)
+    x = torch.randn(1, B, I, dtype=dtype)
+    torch.testing.assert_close(ours(x), theirs(x))

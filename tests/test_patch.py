@@ -131,8 +131,6 @@ def test_pickles(name: str) -> None:
 
 
 class Model(nn.Module):
-    layer: Any
-
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.LSTM(I, H, 2, batch_first=True)
@@ -160,7 +158,8 @@ class TestTools:
         assert type(model.layer) is rnn.LSTM
 
     def test_replace_restore_and_explain(self) -> None:
-        model, x = Model(), torch.randn(B, T, I)
+        model: Any = Model()
+        x = torch.randn(B, T, I)
         want = model(x)
         rnn.restore(model, verbose=False)
         assert type(model.layer) is THEIRS["LSTM"]
