@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -142,3 +142,54 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def _tensors(given: Any) -> Iterator[torch.Tensor]:
+    """Those in arguments, also in sequences of them."""
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, (tuple, list)):
+        for part in given:
+            yield from _tensors(part)
+
+
+def check_ready(given: Any) -> None:
+    """Tensors as a kernel reads them, by address, are contiguous, in memory as large as their shape says, with no bit
+    that says that their numbers are others; on one device, and of one dtype where they are floating-point numbers."""
+    found = list(_tensors(given))
+    numbers = [t for t in found if t.is_floating_point()]
+    for t in found:
+        what = f"a backend was given {list(t.shape)} {t.dtype}, strides {t.stride()}"
+        assert t.is_contiguous(), what
+        assert not (t.is_neg() or t.is_conj() or t._is_zerotensor()), what
+        bytes_ = (t.storage_offset() + t.numel()) * t.element_size() if t.numel() else 0
+        assert t.untyped_storage().nbytes() >= bytes_, f"{what}, in {t.untyped_storage().nbytes()} bytes"
+        assert t.device == found[0].device or not t.is_floating_point(), f"{what}, on {t.device}"
+        assert t.is_floating_point() or t.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8), what
+        assert not t.is_floating_point() or t.dtype == numbers[0].dtype, f"{what}, with {numbers[0].dtype}"
+
+
+class Watched:
+    """A backend's module whose functions look at what they are given."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        if name not in ("forward", "backward", "step"):
+            return function
+
+        def checked(*given: Any) -> Any:
+            check_ready(given)
+            return function(*given)
+
+        return checked
+
+
+@pytest.fixture(autouse=True)
+def boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `compute` gives a backend is ready for it, in every test."""
+    find: Callable[[str], Any] = compute._module
+    backends = ("host", "device", "onednn", "native")
+    monkeypatch.setattr(compute, "_module", lambda name: Watched(find(name)) if name in backends else find(name))
