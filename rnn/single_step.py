@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from . import compute, ops
 from .kernels import native
 from .kernels.cells import Cell
-from .kernels.memory import working
+from .kernels.memory import LASTING, lasting, working
 from .kernels.plan import STEP_PRODUCT
 
 _TORCHS: Any = torch._VF  # type: ignore[attr-defined]
@@ -199,10 +199,11 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
         layer, place = divmod(k, parameters)
         if not need:
             grads.append(None)
-        elif place < 2:
-            grads.append(torch.empty_like(given[first + 2 * layer + place]))
-        else:
+        elif place > 1:
             grads.append(x.new_empty(cell.gates * sizes[2]))
+        else:
+            w = given[first + 2 * layer + place]
+            grads.append(torch.empty_like(w) if w.nbytes < LASTING else lasting(w, *w.size()))
     before = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
     memory = working(x, 1)
