@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := rnn tests bench examples
 
-.PHONY: demo test check lint bench gpu clean
+.PHONY: demo test check matrix lint bench gpu clean
 
 demo: .venv/demo
 	$(BIN)/python examples/language_model.py
@@ -13,6 +13,10 @@ test: .venv/test
 
 check: .venv/test
 	$(BIN)/python -m pytest -q --cases 2000
+
+# The tests with other versions, each in an environment of its own: see the file. Downloads gigabytes.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ gpu:
 	$(PYTHON) bench/prove.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cells import Cell
-from .host import parts
+from .host import States, parts
 from .memory import working
 from .plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
 from .program import Program, library, program
+from .states import join_states, part_states
 
 Array = Any
 # oneDNN's x w^T + b, of torch's compiler: half the time of MKL's where that does not know a processor's wide vectors.
@@ -35,6 +37,15 @@ class _Borrowed:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
+
+
+class _Owned:
+    """A contiguous tensor of ours for NumPy, to be written. (`Tensor.numpy` would forbid its storage to be resized.)"""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.__array_interface__ = dict(version=3, shape=tuple(tensor.shape), typestr=f"=f{tensor.itemsize}",
+                                        data=(tensor.data_ptr(), False))
 
 
 class Steps:
@@ -66,7 +77,7 @@ class Steps:
     def take(self, *tensors: Tensor | None, own: bool = False) -> list[Array]:
         """As arrays, to be written if they are our `own`."""
         if own and self.backend != "cupy":
-            return [t if t is None else t.numpy() for t in tensors]
+            return [t if t is None else np.asarray(_Owned(t)) for t in tensors]
         return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
 
     def tensor(self, array: Array) -> Tensor:
@@ -75,8 +86,8 @@ class Steps:
     def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
         """Working memory of these shapes. It is kept for the next call where the first touch of it takes long."""
         ends = [*accumulate(map(math.prod, shapes), initial=0)]
-        memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else working(like, ends[-1])
-        (array,) = self.take(memory, own=True)
+        self.memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else working(like, ends[-1])  # held while in use
+        (array,) = self.take(self.memory, own=True)
         return [array[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 
     def segments(self, window: Window, n: int) -> list[Window]:
@@ -150,12 +161,12 @@ def _turned(a: Tensor, w: Tensor, memory: Tensor) -> Tensor:
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, s0: Tensor, y: Tensor, states: Tensor | None, saved: Tensor | None,
-            last: Tensor) -> None:
-    """Fills y, `last`, and if given states and saved."""
-    N, (_, B, H), G, S = len(rows.reverse), s0.shape, cell.gates, cell.states
+            b_hh: Tensor | None, first: States, y: Tensor, states: Tensor | None, saved: Tensor | None,
+            ends: list[Tensor]) -> None:
+    """Fills y, `ends`, the last states, and if given states and saved."""
+    N, B, H, G, S = len(rows.reverse), rows.sequences, w_hh.shape[1], cell.gates, cell.states
     by = Steps(plan, rows, H, N * G * H)
-    last.copy_(s0)
+    last = inputs.new_zeros((N * S, B, H)) if first is None else join_states(first, N).clone()
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
     loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, ())
@@ -169,27 +180,36 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
                for w, b in zip(parts(w_hh, N), parts(b_hh, N))]
     for window in by.windows:
         for n, (weight, bias, (w, b)) in enumerate(zip(parts(w_ih, N), parts(b_ih, N), factors)):
-            first, count = by.span(window, n)
-            place = h[first : first + count, n * H : (n + 1) * H] if loop.in_place else x[n, :count]
-            _product(inputs.narrow(0, first, count), weight.t(), by.tensor(place), bias)
+            start, count = by.span(window, n)
+            place = h[start : start + count, n * H : (n + 1) * H] if loop.in_place else x[n, :count]
+            _product(inputs.narrow(0, start, count), weight.t(), by.tensor(place), bias)
             for lo, hi in by.segments(window, n):
                 size = rows.sizes[lo]
                 now = [z[:size] for z in s[n * S : (n + 1) * S]]
                 by.cut(now, lo, hi, n)
                 after = by.columns([h], lo, hi, n)
-                xs = after[0] if loop.in_place else by.columns([x[n]], lo, hi, start=first)[0]
-                after += by.columns(others, lo, hi, start=first) if c is None else by.columns(c, lo, hi, n)
+                xs = after[0] if loop.in_place else by.columns([x[n]], lo, hi, start=start)[0]
+                after += by.columns(others, lo, hi, start=start) if c is None else by.columns(c, lo, hi, n)
                 arrays = dict(x=by.gates(xs, G), r=by.gates(r[:size], G), s=now, n=after, T=pool[:, :size],
                               a=() if a is None else by.columns(a, lo, hi, n))
                 for to, value in zip(now, by.run(loop, _named(arrays, w=w, b=b, x=xs, r=r[:size]), rows.reverse[n])):
                     to[...] = value
+    for end, found in zip(ends, part_states(last, S)):
+        end.copy_(found)
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
+def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, states0: States, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Tensor | None, ds: Tensor, grads: Sequence[Tensor | None]) -> None:
-    """Fills ds [N*S, B, H] and those of `grads` that there are, or with more than one recurrence adds to the first."""
-    N, G, S, H = len(rows.reverse), cell.gates, cell.states, s0.shape[2]
+             dlast: Sequence[Tensor | None] | None, dfirst: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Fills `dfirst`, the gradients of the first states, and those of `grads` that there are, or with more than one
+    recurrence adds to the first."""
+    N, G, S, H = len(rows.reverse), cell.gates, cell.states, w_hh.shape[1]
+    shape = N * S, rows.sequences, H
+    s0 = x.new_zeros(shape) if states0 is None else join_states(states0, N)
+    ds = x.new_zeros(shape)
+    for k, given in enumerate(dlast or ()):
+        if given is not None:
+            ds[k::S] = given
     by = Steps(plan, rows, H, N * G * H)
     loop = program(plan.backend, cell, True, True, False, (dy is not None, *[dstates is not None] * (S - 1)))
     # For a window: the gradients of x and r, one array unless cell.split, the h and the other states that came into its
@@ -198,7 +218,6 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
         y, *[(N, by.most, G * H)] * (1 + cell.split), *((count, by.most, H) for count in (
             N, S - 1, max(loop.early, G), loop.spare)), *((count, rows.sizes[0], H) for count in (S, loop.pool)))
     dx, dr = both[0], both[-1]
-    ds.zero_() if dlast is None else ds.copy_(dlast)
     (first, a), (d,) = by.take(s0, saved), by.take(ds, own=True)
     kept, wanted = ([*by.take(h), *by.take(*([None] * (S - 1) if c is None else c))]
                     for h, c in ((y, states), (dy, dstates)))
@@ -238,3 +257,5 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                     _product(left, r, dw, add=more)
                 if db is not None:
                     db.add_(l.sum(0)) if more else torch.sum(l, 0, out=db)
+    for to, found in zip(dfirst, part_states(ds, S)):
+        to.copy_(found)

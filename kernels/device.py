@@ -19,7 +19,7 @@ def _sweep(plan: Plan) -> Any:  # imported late: Triton may be missing, and take
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
             b_hh: Tensor | None, s0: Tensor, keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """As `host.forward`."""
+    """As `host.forward`, with joined states."""
     N, S, A, R, H = len(rows.reverse), cell.states, cell.saved, len(x), s0.shape[2]
     new = x.new_empty if rows.lengths is None or rows.offsets is not None else x.new_zeros  # rows past an end stay 0
     state, y = s0.to(torch.float32, copy=True), new(R, N * H)
@@ -31,8 +31,8 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
-    """As `host.backward`."""
+             dlast: Tensor | None, needs: Sequence[bool]) -> tuple[list[Tensor | None], Tensor | None]:
+    """As `host.backward`, with joined states."""
     new = y.new_empty if rows.lengths is None or rows.offsets is not None else y.new_zeros
     N, NGH, padded = len(rows.reverse), len(w_hh), rows.lengths is not None and rows.offsets is None
     dr = new(len(y), NGH)
@@ -45,7 +45,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     if padded:  # 0 times a NaN in the padding is NaN
         ran = torch.arange(rows.steps, device=x.device)[:, None] < rows.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
-    grads: list[Tensor | None] = [None] * 6
+    grads: list[Tensor | None] = [None] * 5
     grads[0] = torch.mm(dx, w_ih) if needs[0] else None
     grads[1] = torch.mm(dx.T, x) if needs[1] else None
     if needs[2]:
@@ -55,8 +55,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
         grads[2] = found[0] if N == 1 else torch.cat(found)
     grads[3] = dx.sum(0) if needs[3] else None
     grads[4] = (grads[3].clone() if grads[3] is not None and not cell.split else dr.sum(0)) if needs[4] else None
-    grads[5] = ds.to(y.dtype) if needs[5] else None
-    return grads
+    return grads, ds.to(y.dtype) if needs[5] else None
 
 
 def _product(d: Tensor, h: Tensor, first: Tensor, reverse: bool) -> Tensor:

@@ -2,12 +2,12 @@
 of one device; step t has the sizes[t] rows that follow those of step t - 1. Kernels go through windows of time, whose
 pre-activations stay in the caches, and do the large products window by window."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from .cells import Cell
@@ -15,6 +15,7 @@ from .memory import lasting
 from .plan import Plan, Rows
 
 Part = TypeVar("Part", Tensor, Tensor | None)
+States = list[Tensor] | None  # S of [N, B, H]
 
 
 @cache
@@ -23,34 +24,38 @@ def _kernel(backend: str) -> Any:
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, s0: Tensor, keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """x [R, I], w_ih [N*G*H, I], w_hh [N*G*H, H], b_ih and b_hh [N*G*H], s0 [N*S, B, H]. Returns y [R, N*H], with
-    keep >= 1 the other states of every step [S-1, R, N*H], the last states [N*S, B, H], and with keep >= 2 the
-    activations for the adjoint [A, R, N*H], in an order of the kernel's own; None for what is not."""
-    N, S, A, R, H = len(rows.reverse), cell.states, cell.saved, len(x), s0.shape[2]
-    y, last = lasting(x, R, N * H), torch.empty_like(s0)
-    states = lasting(x, S - 1, R, N * H) if S > 1 and keep else None
+            b_hh: Tensor | None, first: States, keep: int) -> tuple[Tensor, Tensor | None, States, Tensor | None]:
+    """x [R, I] (in C++ [T, B, I] will do, and then y is alike), w_ih [N*G*H, I], w_hh [N*G*H, H], b_ih and b_hh
+    [N*G*H], S states [N, B, H], zeros if None. Returns y [R, N*H], with keep >= 1 the other states of every step
+    [S-1, R, N*H], the last states, and with keep >= 2 the activations for the adjoint [A, R, N*H], in an order of the
+    kernel's own; None for what is not."""
+    N, S, A, H = len(rows.reverse), cell.states, cell.saved, w_hh.shape[1]
+    y = x.new_empty((*x.shape[:-1], N * H))  # the caller's: torch's own memory, which can be resized
+    last = [x.new_empty((N, rows.sequences, H)) for _ in range(S)]
+    R = math.prod(x.shape[:-1])
+    states = x.new_empty((S - 1, R, N * H)) if S > 1 and keep else None
     saved = lasting(x, A, R, N * H) if A and keep > 1 else None
-    _kernel(plan.backend).forward(cell, plan, rows, x, w_ih, w_hh, b_ih, b_hh, s0, y, states, saved, last)
+    _kernel(plan.backend).forward(cell, plan, rows, x, w_ih, w_hh, b_ih, b_hh, first, y, states, saved, last)
     return y, states, last, saved
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
-             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The adjoint of `forward`: the gradients of x, w_ih, w_hh, b_ih, b_hh and s0, those that are needed, from those of
-    y, states and last, zero where None."""
-    ds = torch.empty_like(s0)
+def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: States, y: Tensor,
+             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None, dlast: States,
+             needs: Sequence[bool]) -> tuple[list[Tensor | None], States]:
+    """The adjoint of `forward`: the gradients of x, w_ih, w_hh, b_ih and b_hh, and those of the first states, those
+    that are needed, from those of y, states and last, zero where None."""
+    ds = [x.new_empty((len(rows.reverse), rows.sequences, w_hh.shape[1])) for _ in range(cell.states)]
     # One gradient serves both biases where it is the same.
     wanted = *needs[:3], needs[3] and cell.split, needs[4] or (needs[3] and not cell.split)
     shapes = x.shape, w_ih.shape, w_hh.shape, w_hh.shape[:1], w_hh.shape[:1]
-    grads: list[Tensor | None] = [lasting(x, *shape) if want else None for shape, want in zip(shapes, wanted)]
+    grads: list[Tensor | None] = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
     if len(rows.reverse) > 1 and grads[0] is not None:
         grads[0].zero_()
-    _kernel(plan.backend).backward(cell, plan, rows, x, w_ih, w_hh, s0, y, states, saved, dy, dstates, dlast, ds, grads)
+    _kernel(plan.backend).backward(cell, plan, rows, x, w_ih, w_hh, first, y, states, saved, dy, dstates, dlast, ds,
+                                   grads)
     if not cell.split and needs[3]:
         grads[3:] = [grads[4], grads[4].clone() if needs[4] and grads[4] is not None else None]
-    return [*grads, ds if needs[5] else None]
+    return grads, ds if needs[5] else None
 
 
 def parts(t: Part, N: int) -> Sequence[Part]:

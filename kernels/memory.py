@@ -23,6 +23,7 @@ HUGE_PAGE = 2**21
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.lent: dict[tuple[torch.dtype, torch.device], weakref.ref[Tensor]] = {}
 
 
 kept = _Kept()
@@ -30,13 +31,19 @@ spare: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # by size
 
 
 def working(like: Tensor, size: int) -> Tensor:
-    """Memory of that size or more, with whatever is in it, for one call: this thread's next call gets the same."""
+    """Memory of that size or more, with whatever is in it, for as long as the result is held: this thread's next call
+    gets the same. A call of a signal handler or a finalizer, in the middle of another one, gets memory of its own."""
     key = like.dtype, like.device
-    if key not in kept.memory or len(kept.memory[key]) < size:
-        kept.memory.pop(key, None)  # before there is another
+    lent = kept.lent.get(key)
+    memory = kept.memory.pop(key, None)
+    if memory is None or memory.shape[0] < size or (lent is not None and lent() is not None):
+        memory = None  # before there is another
         with torch.inference_mode(False):  # or it would be of no use outside of it
-            kept.memory[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-    return kept.memory[key]
+            memory = torch.empty(size, dtype=like.dtype, device=like.device)
+    result = memory.view(-1)
+    kept.lent[key] = weakref.ref(result)
+    kept.memory[key] = memory
+    return result
 
 
 def _give_back(memory: mmap.mmap) -> None:

@@ -8,6 +8,12 @@
 static inline void cell_forward(const V* x, const V* r, const V* s, V* n, V* a) { FORWARD }
 static inline void cell_backward(const V* a, const V* s, const V* n, const V* d, V* x, V* r, V* p) { BACKWARD }
 
+// From the place `at` of a tensor, or zeros where there is none.
+static inline void copy_or_zero(float* to, const float* from, i64 at, i64 bytes) {
+  if (from) std::memcpy(to, from + at, bytes);
+  else std::memset(to, 0, bytes);
+}
+
 // One step of a part.
 static void forward_step(const Call& c, const Part& part, i64 t) {
   const i64 H = c.H, P = c.buffer_width, s = part.reverse ? c.steps - 1 - t : t, later = part.reverse ? t - 1 : t + 1;
@@ -44,7 +50,7 @@ static void forward_step(const Call& c, const Part& part, i64 t) {
           EACH(k, SAVED) if (c.saved) store(c.saved + to * SAVED + k * H + unit, a[k], left(v));
           EACH(k, STATES) {
             if (k && c.states) store(c.states + (k - 1) * plane + to + unit, n[k], left(v));
-            if (ends) store(c.last + part.state(c, k, b) + unit, n[k], left(v));
+            if (ends) store(c.last[k] + part.state(c, b) + unit, n[k], left(v));
             store(goes + k * part.state_size + unit, cut ? V{} : n[k], LANES);
           }
         }
@@ -72,7 +78,7 @@ static void adjoint_step(const Call& c, const Part& part, i64 t) {
         const float* kept = k ? c.states + (k - 1) * plane : c.y;
         const float* given = k ? c.dstates ? c.dstates + (k - 1) * plane : nullptr : c.dy;
         n[k] = load(kept + at + u, left(0));
-        o[k] = cut ? V{} : load(ran ? kept + came + u : c.s0 + part.state(c, k, b) + u, left(0));
+        o[k] = cut || (!ran && !c.s0[k]) ? V{} : load(ran ? kept + came + u : c.s0[k] + part.state(c, b) + u, left(0));
         d[k] = load(ds + k * part.state_size + u, LANES);
         if (given) d[k] += load(given + at + u, left(0));
       }
@@ -191,11 +197,11 @@ extern "C" void forward(const Given& given, float* memory) {
            c.w_ih + (n * GATES * H + row) * I, I, I, GATES * H - row, false);
     });
     for (const Part& part : team.parts)
-      part.each(c, [&](i64 b, i64 at, float* near, i64 bytes) {
-        std::memcpy(c.last + at, c.s0 + at, bytes);  // of sequences without a step, it stays
+      part.each(c, [&](i64 k, i64 b, i64 at, float* near, i64 bytes) {
+        copy_or_zero(c.last[k] + at, c.s0[k], at, bytes);  // of sequences without a step, it stays
+        const bool cut = !part.reverse && c.cut(0, b);
         for (i64 turn = 0; turn < c.turns; ++turn, near += STATES * part.state_size)
-          if (!part.reverse && c.cut(0, b)) std::memset(near, 0, bytes);
-          else std::memcpy(near, c.s0 + at, bytes);
+          copy_or_zero(near, cut ? nullptr : c.s0[k], at, bytes);
       });
     meet(true);
     for (i64 w = 0; w < c.windows; ++w) {
@@ -234,10 +240,7 @@ extern "C" void backward(const Given& given, float* memory) {
     for (i64 n = 0; n < c.N; ++n) across(c.panels + n * K * P, c.w_hh + n * K * H, K, H, P);
     if (!c.in_turn) pack_input();
     for (const Part& part : team.parts)
-      part.each(c, [&](i64, i64 at, float* near, i64 bytes) {
-        if (c.dlast) std::memcpy(near, c.dlast + at, bytes);
-        else std::memset(near, 0, bytes);
-      });
+      part.each(c, [&](i64 k, i64, i64 at, float* near, i64 bytes) { copy_or_zero(near, c.dlast[k], at, bytes); });
     const bool shared = c.shares > 1 || !c.apart;  // rows of others are read, or others read these
     for (i64 w = 0; w < c.windows; ++w) {
       meet(w == 0 || shared);
@@ -273,7 +276,7 @@ extern "C" void backward(const Given& given, float* memory) {
         }
     }
     for (const Part& part : team.parts)
-      part.each(c, [&](i64, i64 at, float* near, i64 bytes) { std::memcpy(c.last + at, near, bytes); });
+      part.each(c, [&](i64 k, i64, i64 at, float* near, i64 bytes) { std::memcpy(c.last[k] + at, near, bytes); });
     if (c.apart) {
       meet(true);
       for (i64 n = 0; n < c.N; ++n)

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .cells import Cell
 from .disk import kept
+from .forks import forked
+from .host import States
 from .memory import working
 from .plan import Plan, Rows
 from .trace import statements
@@ -76,38 +78,63 @@ def load(cell: Cell) -> Any:
     return library
 
 
-_forked: list[bool] = []  # in a child of fork, in which OpenMP would wait for ever for the parent's threads
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=partial(_forked.append, True))
-
-
 def threads() -> int:
-    return 1 if _forked else torch.get_num_threads()
+    return 1 if forked() else torch.get_num_threads()
 
 
-def _call(name: str, cell: Cell, rows: Rows, x: Tensor, s0: Tensor, *given: Tensor | None) -> None:
-    """Calls it with struct Given, of which `given` is w_ih to `last` and the gradients, and memory for itself."""
-    if s0.dtype != torch.float32 or not s0.is_cpu:
-        raise RuntimeError(f"The plan \"native\" is for float32 on the CPU, got {s0.dtype} on {s0.device}")
-    (R, I), (_, B, H), N, library = x.shape, s0.shape, len(rows.reverse), load(cell)
-    pointed = x, *given[:12], *(given[12:] or [None] * 5), rows.offsets, rows.resets
+def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None],
+          first: States, given: Sequence[Tensor | None], dlast: Sequence[Tensor | None] | None, ends: list[Tensor],
+          grads: Sequence[Tensor | None]) -> None:
+    """Calls it with struct Given, of which `given` is dy to saved, and memory for itself."""
+    if w_hh.dtype != torch.float32 or not w_hh.is_cpu:
+        raise RuntimeError(f"The plan \"native\" is for float32 on the CPU, got {w_hh.dtype} on {w_hh.device}")
+    B, I, H, N, library = rows.sequences, x.shape[-1], w_hh.shape[1], len(rows.reverse), load(cell)
+    R = rows.steps * B if rows.offsets is None else x.shape[0]
+    none = [None] * cell.states
+    pointed = [x, w_ih, w_hh, *biases, *given, *grads, rows.offsets, rows.resets, *(first or none), *(dlast or none),
+               *ends]
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
-    # Going forward there are no gradients of W to be read once more for a window. With a split cell a row is twice as
-    # long in the adjoint: fewer rows then save more memory than they cost time.
-    width = N * cell.gates * H
-    windows = rows.window(width, 8), rows.window(2 * width, 4) if cell.split else rows.window(width)
-    call = struct.pack("30q", *addresses, rows.steps, B, R, I, H, N, rows.reverses, threads(), *windows)
-    getattr(library, name)(call, working(s0, library.needed(call)).data_ptr())
+    if 0 in addresses:
+        for t, address in zip(pointed, addresses):
+            if t is not None and not address and t.numel():
+                raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)}")
+    windows = _windows(rows.sizes[0], N * cell.gates * H, cell.split)
+    sizes = rows.steps, B, R, I, H, N, rows.reverses, threads(), *windows
+    call = struct.pack(f"{len(addresses) + 10}q", *addresses, *sizes)
+    if rows.offsets is None:
+        numbers = _whole.get((cell, sizes))
+        if numbers is None:
+            if len(_whole) >= 4096:
+                _whole.clear()
+            numbers = _whole[cell, sizes] = library.needed(call)
+    else:
+        numbers = library.needed(call)
+    memory = working(w_hh, numbers)  # held while it is in use
+    getattr(library, name)(call, memory.data_ptr())
+
+
+_whole: dict[Any, int] = {}  # how much memory a call needs, by cell and sizes, where all sequences have all steps
+
+
+@lru_cache(4096)
+def _windows(sequences: int, width: int, split: bool) -> tuple[int, int]:
+    """Steps of a window, forward and back. Going forward there are no gradients of W to be read once more for a window.
+    With a split cell a row is twice as long in the adjoint: fewer rows then save more memory than they cost time."""
+    rows = Rows(0, (), (sequences,))
+    return rows.window(width, 8), rows.window(2 * width, 4) if split else rows.window(width)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, s0: Tensor, *out: Tensor | None) -> None:
+            b_hh: Tensor | None, first: States, y: Tensor, states: Tensor | None, saved: Tensor | None,
+            ends: list[Tensor]) -> None:
     """As `cpu.forward`."""
-    _call("forward", cell, rows, x, s0, w_ih, w_hh, b_ih, b_hh, s0, None, None, None, *out)
+    _call("forward", cell, rows, x, w_ih, w_hh, (b_ih, b_hh), first, (None, None, y, states, saved), None, ends,
+          (None,) * 5)
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
+def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: States, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Tensor | None, ds: Tensor, grads: Sequence[Tensor | None]) -> None:
+             dlast: Sequence[Tensor | None] | None, dfirst: list[Tensor], grads: Sequence[Tensor | None]) -> None:
     """As `cpu.backward`."""
-    _call("backward", cell, rows, x, s0, w_ih, w_hh, None, None, s0, dy, dstates, dlast, y, states, saved, ds, *grads)
+    _call("backward", cell, rows, x, w_ih, w_hh, (None, None), first, (dy, dstates, y, states, saved), dlast, dfirst,
+          grads)

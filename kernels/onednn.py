@@ -36,7 +36,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, s0: Tensor, y: Tensor,
              states: Tensor, saved: Tensor, dy: Tensor | None, dstates: None, dlast: Tensor | None,
-             needs: Sequence[bool]) -> list[Tensor | None]:
+             needs: Sequence[bool]) -> tuple[list[Tensor | None], Tensor | None]:
     T, N, H = rows.steps, len(rows.reverse), s0.shape[2]
     steps, given, dy = x.view(T, -1, x.shape[1]), y.view(T, -1, N * H), None if dy is None else dy.view(T, -1, N * H)
     found: list[Any] = []
@@ -49,4 +49,5 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     dx, *weights, dh, dc = ([*column] for column in zip(*found))
     grads = [torch.stack(dx).sum(0) if N > 1 else dx[0], *(torch.cat(g) if N > 1 else g[0] for g in weights),
              torch.stack([d.view(-1, H) for pair in zip(dh, dc) for d in pair])]
-    return [grad if need else None for grad, need in zip(grads, needs)]
+    *found, first = [grad if need else None for grad, need in zip(grads, needs)]
+    return found, first

@@ -4,15 +4,17 @@ constexpr i64 APART = 1 << 10;  // numbers between what two threads write at onc
 constexpr int WIDE = GATES == 1 ? 2 : 1;  // vectors of hidden units of a tile, of each gate, going forward
 constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  // of all gates, in the product with x
 
-// What native.py gives: s0, dlast (zero if missing) and `last`, the last states or the gradients of the first ones,
-// [N, S, B, H]; y [R, N, H], states [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they are
+// What native.py gives: s0, dlast (both zero if missing) and `last`, the last states or the gradients of the first ones,
+// [N, B, H] each; y [R, N, H], states [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they are
 // wanted, and read in the adjoint. Windows of time have about as many rows as so many steps of B, forward and back.
 struct Given {
-  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *s0, *dy, *dstates, *dlast;
-  float *y, *states, *saved, *last;
+  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *dy, *dstates;
+  float *y, *states, *saved;
   float *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
   const i64* offsets;
   const bool* resets;
+  const float *s0[STATES], *dlast[STATES];
+  float* last[STATES];
   i64 steps, B, R, I, H, N, reverses, threads, window[2];
 };
 
@@ -172,16 +174,16 @@ struct Part {
   i64 count(i64 t) const { return slots[t - from + 1] - slots[t - from]; }
   // The numbers of a step's rows, in memory.
   const i64* rows_of(i64 t) const { return index.data() + slot(t) - at; }
-  // Of states [N, S, B, H] those of sequence b, and where those of its i-th are between two steps.
-  i64 state(const Call& c, i64 k, i64 b) const { return ((n * STATES + k) * c.B + b) * c.H; }
+  // Of a state [N, B, H] that of sequence b, and where the states of its i-th are between two steps.
+  i64 state(const Call& c, i64 b) const { return (n * c.B + b) * c.H; }
   float* near(const Call& c, i64 k, i64 i, i64 turn = 0) const {
     return buffer + (turn * STATES + k) * state_size + i * c.buffer_width;
   }
-  // Calls body with each sequence, where a state of it is among all, where between two steps, and its bytes.
+  // Calls body with each state and sequence, where it is among all, where between two steps, and its bytes.
   template <typename Body> void each(const Call& c, Body&& body) const {
     for (i64 k = 0; k < STATES; ++k)
       for (i64 i = 0; i < static_cast<i64>(sequences.size()); ++i)
-        body(sequences[i], state(c, k, sequences[i]) + begin, near(c, k, i) + begin, 4 * (end - begin));
+        body(k, sequences[i], state(c, sequences[i]) + begin, near(c, k, i) + begin, 4 * (end - begin));
   }
   // Of its share of the window's rows those whose numbers are in a range: the first one, and the one past the last.
   std::pair<i64, i64> mine(const Call& c, i64 low, i64 high) const {

@@ -34,6 +34,11 @@ ONEDNN_STEP, ONEDNN_WINDOW = (2**22, 256), (2**24, 128)
 STEP_PRODUCT = 2**16  # multiplications up to which a single step in C++ stays on one thread
 
 
+# The backends of a plan, and the scopes that each has.
+BACKENDS = dict(numpy=("host",), torch=("host",), cupy=("host",), native=("host",), onednn=("host",),
+                triton=("block", "grid", "launch"), cuda=("block", "cluster", "grid"))
+
+
 class Gpu(NamedTuple):
     """Compute capability (90 for 9.0), number of multiprocessors, bytes of shared memory that one block can have, and
     whether CUDA C++ can be compiled and launched (by CuPy)."""
@@ -65,7 +70,8 @@ class Plan(NamedTuple):
 class Rows(NamedTuple):
     """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences go through them.
     Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at offsets[t] and are those of the first
-    sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`."""
+    sizes[t] sequences, which run; else they are all B. `resets` [T, B] as in `rnn.functional.recurrence`. `sequences`
+    is B, also of those that have no step."""
 
     steps: int
     reverse: Sequence[int]
@@ -73,6 +79,7 @@ class Rows(NamedTuple):
     lengths: Any = None
     offsets: Any = None
     resets: Any = None
+    sequences: int = 0
 
     @property
     def reverses(self) -> int:

@@ -1,8 +1,11 @@
 """Recurrent layers in fused kernels: RNN, LSTM, GRU and their cells take the place of torch.nn's."""
 
 from . import ops as functional
+from .convert import patch, replace, restore, unpatch
 from .explain import explain
 from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .replace import replace, restore
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "explain", "functional", "replace", "restore"]
+__all__ = [
+    "GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "explain", "functional", "patch", "replace", "restore",
+    "unpatch",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .kernels.cells import Cell, lstm
 from .kernels.plan import Gpu, Plan, Rows, make_plan
+from .kernels.states import join_states, part_states
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
@@ -31,6 +32,7 @@ def _usable(library: str) -> bool:
             found = import_module(library)
             if library == "cupy":
                 found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
+                found.cuda.runtime.getDeviceCount()  # raises where its CUDA does not fit the driver
         except Exception as error:
             _FOUND[library] = False
             warnings.warn(f"rnn does without {library}, which is installed and fails: {error!r}", stacklevel=2)
@@ -90,11 +92,12 @@ def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, devi
     return Plan("cupy") if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64) else plan
 
 
-def choose(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plain: bool = False) -> Plan:
+def choose(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plain: bool = False) -> Plan:
     """The plan of a call, where it is served, if it is `plain` or not: of whole sequences, of whose states only the
-    last are asked for. float32 follows torch's own switch, as it is now."""
+    last are asked for; `first` is (B, H). float32 follows torch's own switch, as it is now."""
     tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
-    return _plan(cell, (s0.shape[1], x.shape[-1], s0.shape[2], len(reverse)), x.dtype, x.device, tf32,
+    (B, H), I = first, x.shape[-1]
+    return _plan(cell, (B, I, H, len(reverse)), x.dtype, x.device, tf32,
                  plain and torch._C._get_mkldnn_enabled() and x.numel() > 0)
 
 
@@ -117,94 +120,257 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     return place
 
 
+def first_states(x: Tensor, w_hh: Tensor, states: Sequence[Tensor] | None, batch_sizes: Tensor | None, N: int,
+                 S: int) -> Tensor:
+    """`states` joined, or zeros of x [T, B, I] or, with batch_sizes, [R, I]."""
+    if states is not None:
+        return join_states(states, N)
+    B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return x.new_zeros((N * S, B, w_hh.shape[-1]))
+
+
+def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
+    """Tensors that a kernel can read by address: contiguous, in memory that is there, with no bit that says that their
+    numbers are yet to be negated, and of the dtype and on the device of `like`. None stays.
+
+    Raises RuntimeError, as torch's operations do, where a storage was freed or is too small for a shape, and for
+    another dtype or device."""
+    found = [*tensors]
+    for k, t in enumerate(tensors):
+        if t is None:
+            continue
+        whole = t.is_contiguous()
+        size = t.nbytes if whole else _extent(t)
+        if (offset := t.storage_offset()) and size:
+            size += offset * t.itemsize
+        if t.untyped_storage().nbytes() < size:
+            raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
+                               f"storage of {t.untyped_storage().nbytes()} bytes: it was freed or resized")
+        if like is not None and (
+                t.dtype is not like.dtype or (not t.is_cpu if like.is_cpu else t.device != like.device)):
+            raise RuntimeError(f"Expected a tensor of {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
+        if t._is_zerotensor():
+            found[k] = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        elif t.is_neg():
+            found[k] = t.resolve_neg().contiguous()
+        elif not whole:
+            found[k] = t.contiguous()
+    return found
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from its first number to its last."""
+    if not t.numel():
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.itemsize
+
+
 class Run:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
-    end."""
+    end. With `batch_first` the caller's x and y are [B, T, ...]."""
 
-    def __init__(self, cell: Cell, plan: Plan | None, given: Sequence[Any], masks: Sequence[Any],
-                 reverse: Sequence[int], plain: bool = False) -> None:
-        x, s0 = given[0], given[5]
-        lengths, batch_sizes, resets = (t if t is None else t.contiguous() for t in masks)
-        self.cell, self.reverse = cell, reverse
-        plain = plain and lengths is batch_sizes is resets is None
-        self.plan: Plan = plan or choose(cell, x, s0, reverse, plain)
-        fits = plain and cell is lstm and x.dtype == torch.float32 and x.is_cpu
+    def __init__(self, cell: Cell, plan: Plan | None, x: Tensor, w_hh: Tensor, masks: Sequence[Any],
+                 reverse: Sequence[int], alone: bool = False, batch_first: bool = False) -> None:
+        plain = masks[0] is masks[1] is masks[2] is None
+        alone = alone and plain  # whole sequences, of whose states only the last are asked for
+        lengths, batch_sizes, resets = (None, None, None) if plain else ready(masks)
+        self.cell, self.reverse, self.batch_first = cell, [*map(int, reverse)], batch_first
+        shape = x.shape
+        if batch_sizes is None:
+            T, B = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+            self.total = T * B
+        else:
+            T, B = len(batch_sizes), int(batch_sizes[0])
+            self.total = shape[0]
+        self.leading = (T, B) if batch_sizes is None else (self.total,)
+        first = B, w_hh.shape[1]
+        self.plan: Plan = plan or choose(cell, x, first, reverse, alone)
+        fits = alone and cell is lstm and x.dtype == torch.float32 and x.is_cpu
         if plan and plan.backend == "onednn" and not fits:
             raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
                                "states only the last are asked for")
-        shape, B, self.index, self.order = x.shape, s0.shape[1], None, None
+        self.on_host = self.plan.backend not in _AROUND
+        self.index, self.order = None, None
         self.padded = lengths is not None and self.plan.scope != "host"
-        self.total = shape[0] * B if batch_sizes is None else shape[0]
         if lengths is not None and not self.padded:
             ends, order = lengths.cpu().sort(descending=True, stable=True)
-            steps = torch.arange(shape[0], device="cpu")[:, None]  # whatever the default device is
+            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
             runs = steps < ends
             self.index, self.order = (steps * B + order)[runs].to(x.device), order.to(x.device)
             batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
-            resets = resets if resets is None else resets[:, self.order]
+            resets = resets if resets is None else resets.index_select(1, self.order)
         if batch_sizes is None:
             ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
-            self.rows = Rows(shape[0], reverse, [B] * shape[0], ends, None, resets)
+            self.rows = Rows(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
             T, starts, ends = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes, None
             if self.plan.scope != "host":
                 ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
                 ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
-            self.rows = Rows(T, reverse, batch_sizes.tolist(), ends, starts, resets)
+            self.rows = Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
+
+        self.as_it_is = self.plan.backend == "native" and self.index is None and not batch_first
 
     def kernel(self, name: str, *given: Any) -> Sequence[Any]:
-        """The backend's `forward` or `backward`."""
-        backend, rows = self.plan.backend, self.rows
+        """The backend's `forward` or `backward`, whose tensors are `ready`."""
+        backend = self.plan.backend
         with _place(backend, given[0]):
-            read = (t.resolve_neg() if isinstance(t, Tensor) else t for t in given)
-            return getattr(_module(_AROUND.get(backend, "host")), name)(self.cell, self.plan, rows, *read)
+            return getattr(_module(_AROUND.get(backend, "host")), name)(self.cell, self.plan, self.rows, *given)
+
+    def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Any:
+        """The states before the first step, which are `ready`, as the backend takes them."""
+        states = None if not states else states if self.order is None else [self.sort(s) for s in states]
+        if self.on_host:
+            return states
+        N = len(self.reverse)
+        if states is None:
+            return like.new_zeros((N * self.cell.states, self.rows.sequences, like.shape[1]))
+        return join_states(states, N)
+
+    def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
+        """The gradients of the last states, likewise; None if there are none."""
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None
+        found = [None if grad is None else self.sort(grad) for grad in grads]
+        if self.on_host:
+            return found
+        return join_states([torch.zeros_like(some) if grad is None else grad for grad in found], len(self.reverse))
+
+    def last(self, states: Any) -> list[Tensor]:
+        """The last states, or the gradients of the first ones, as the caller takes them."""
+        parted = states if self.on_host else part_states(states, self.cell.states)
+        return parted if self.order is None else [self.sort(s, back=True) for s in parted]
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
         return t if t is None or self.index is None else t.index_select(-2, self.index)
 
-    def flat(self, t: Tensor, width: int) -> Tensor:
-        """[..., width] to [R, width], the rows that the kernels see."""
-        return self.pick(t.reshape(self.total, width).contiguous())
+    def flat(self, t: Tensor) -> Tensor:
+        """Of the caller's layout to [R, K], the rows that the kernels see."""
+        if self.as_it_is:
+            return t
+        if self.batch_first:
+            t = t.transpose(0, 1)
+        t = t.reshape(self.total, t.shape[-1])
+        return t if self.index is None else t.index_select(0, self.index)
+
+    def unflat(self, t: Tensor) -> Tensor:
+        """The inverse, in place, so that the result is no view; with 0 in the rows left out."""
+        if self.as_it_is:
+            return t
+        if self.index is not None:
+            t = self.spread(t)
+        t.resize_(*self.leading, t.shape[-1])
+        return t.transpose_(0, 1) if self.batch_first else t
 
     def spread(self, t: Any) -> Any:
-        """The inverse, with 0 in the rows left out."""
+        """The inverse of `pick`."""
         if t is None or self.index is None:
             return t
         return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
 
-    def sort(self, t: Any, back: bool = False) -> Any:
+    def sort(self, t: Tensor, back: bool = False) -> Tensor:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
-        if t is None or self.order is None:
-            return t if t is None else t.contiguous()
-        return t[:, self.order.argsort() if back else self.order]
+        if self.order is None:
+            return t
+        return t.index_select(1, self.order.argsort() if back else self.order)
 
 
-def forward(run: Run, given: Sequence[Any], keep: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """y, states, last, and with keep = 2 the activations [A, R, N*H] that `backward` needs."""
-    whole: Any = (t if t is None else t.contiguous() for t in given)
-    x, w_ih, w_hh, b_ih, b_hh, s0 = whole
-    *leading, width = x.shape
-    y, states, last, saved = run.kernel("forward", run.flat(x, width), w_ih, w_hh, b_ih, b_hh, run.sort(s0), keep)
-    if run.index is not None:
-        y, states, last, saved = run.spread(y), run.spread(states), run.sort(last, back=True), run.spread(saved)
-    return y.resize_(*leading, y.shape[-1]), states, last, saved  # in place, so that it is no view
+def forward(run: Run, given: Sequence[Any], states: Sequence[Tensor] | None,
+            keep: int) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """y, the other states, with keep = 2 the activations that `backward` needs, and the last states, from `given`, x to
+    b_hh, and the states before the first step, zeros if None."""
+    x, w_ih, w_hh, b_ih, b_hh, *first = ready((run.flat(given[0]), *given[1:], *(states or ())))
+    y, others, last, saved = run.kernel("forward", x, w_ih, w_hh, b_ih, b_hh, run.first(first, w_hh), keep)
+    return run.unflat(y), run.spread(others), run.spread(saved), run.last(last)
 
 
-def backward(run: Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Tensor | None],
-             needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of `given`, those that are needed, from those of y, states and last; `kept` is y, states, saved."""
-    x, w_ih, w_hh, s0 = (given[k].contiguous() for k in (0, 1, 2, 5))
-    y, states, saved = kept
+def backward(run: Run, given: Sequence[Any], states: Sequence[Tensor] | None, kept: Sequence[Any],
+             grads: Sequence[Tensor | None], last_grads: Sequence[Tensor | None],
+             needs: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor] | None]:
+    """The gradients of `given` and of `states`, those that are needed (six bools), from those of y and the other states
+    (`grads`) and of the last states; `kept` is y, the other states and the activations."""
+    y, others, saved = kept
     if run.cell.saved and saved is None:
-        saved = forward(run, given, 2)[3]
-    shape, width = x.shape, y.shape[-1]
-    dy, dstates = None if d[0] is None else run.flat(d[0], width), None if d[1] is None else run.pick(d[1].contiguous())
-    grads = [*run.kernel("backward", run.flat(x, shape[-1]), w_ih, w_hh, run.sort(s0), run.flat(y, width),
-                         run.pick(states), run.pick(saved), dy, dstates, run.sort(d[2]), needs)]
-    grads[0] = grads[0] if grads[0] is None else run.spread(grads[0]).view(shape)
-    grads[5] = run.sort(grads[5], back=True)
-    return grads
+        saved = forward(run, given, states, 2)[2]
+    dy, dothers = grads
+    if dy is not None:
+        dy = run.flat(dy)
+    saved = run.pick(saved)
+    workspace = run.plan.backend == "onednn"  # oneDNN's, in bytes
+    x, w_ih, w_hh, y, others, numbers, dy, dothers, *ends = ready(
+        (run.flat(given[0]), given[1], given[2], run.flat(y), run.pick(others), None if workspace else saved, dy,
+         run.pick(dothers), *last_grads, *(states or ())), like=given[0])
+    saved = saved if workspace else numbers
+    S = run.cell.states
+    s0, dlast = run.first(ends[S:], w_hh), run.last_grads(ends[:S])
+    if run.rows.resets is not None:
+        x, s0, y, others, saved = asked_for(run, x, s0, y, others, saved, dy, dothers, dlast)
+    found, first = run.kernel("backward", x, w_ih, w_hh, s0, y, others, saved, dy, dothers, dlast, needs)
+    if found[0] is not None:
+        found[0] = run.unflat(found[0])
+    return found, None if first is None else run.last(first)
+
+
+def asked_for(run: Run, x: Tensor, s0: Any, y: Tensor, others: Any, saved: Any, dy: Any, dothers: Any,
+              dlast: Any) -> tuple[Tensor, Any, Tensor, Any, Any]:
+    """x, s0, y, the other states and the activations with 0 in the steps that the loss does not ask for: those from
+    which, up to the next reset, no gradient comes. Their own is 0; but 0 times the NaN that one of them may hold would
+    be NaN."""
+    before = [] if s0 is None else s0 if run.on_host else [s0]
+    tensors = [t for t in (x, y, others, saved, *before) if t is not None]
+    if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):  # a GPU would have to be waited for
+        return x, s0, y, others, saved
+    rows, N, device = run.rows, len(run.reverse), x.device
+    T, B, R, H = rows.steps, rows.sequences, x.shape[0], y.shape[1] // N
+    sizes = torch.tensor(rows.sizes, device=device)
+    starts = sizes.cumsum(0) - sizes
+    time, sequence = torch.arange(T, device=device)[:, None], torch.arange(B, device=device)
+    row_time = torch.repeat_interleave(time[:, 0], sizes, output_size=R)
+    row_sequence = torch.arange(R, device=device) - starts[row_time]
+    runs = sequence < sizes[:, None]  # [T, B]
+    if rows.lengths is not None:
+        runs = runs & (time < rows.lengths)
+    ends = runs.sum(0) - 1
+    # Which steps a gradient comes into from outside, [T, B, N].
+    given = torch.zeros(R, N, dtype=torch.bool, device=device)
+    for grad in (dy, *(() if dothers is None else dothers)):
+        if grad is not None:
+            given |= (grad.view(R, N, H) != 0).any(-1)
+    asks = given[((starts[:, None] + sequence) * runs).clamp(max=max(R - 1, 0))] & runs[..., None]
+    for grad in () if dlast is None else dlast if run.on_host else dlast.view(N, -1, B, H).unbind(1):
+        if grad is not None:
+            last = (grad != 0).any(-1)  # [N, B]
+            for n, back in enumerate(run.reverse):
+                asks[..., n] |= (time == (0 if back else ends)) & last[n] & runs
+    # A step is asked for if one that comes after it, in the order of the recurrence, and before a reset, is.
+    asked = torch.empty_like(asks)
+    for n, back in enumerate(run.reverse):
+        if back:
+            nearest = torch.where(asks[..., n], time, -1).cummax(0).values
+            asked[..., n] = nearest >= torch.where(rows.resets, time, 0).cummax(0).values
+        else:
+            nearest = torch.where(asks[..., n], time, T).flip(0).cummin(0).values.flip(0)
+            boundary = torch.where(rows.resets, time, T).flip(0).cummin(0).values.flip(0)
+            asked[:-1, :, n] = nearest[:-1] < boundary[1:]
+            asked[-1, :, n] = nearest[-1] < T
+    of_row = asked[row_time, row_sequence]  # [R, N]
+    first = torch.stack([asked[ends.clamp(min=0), sequence, n] if back else asked[0, :, n]
+                         for n, back in enumerate(run.reverse)])  # [N, B]
+    x = torch.where(of_row.any(1, keepdim=True), x, 0)
+    y = torch.where(of_row[..., None], y.view(R, N, H), 0).view(y.shape)
+    if run.on_host and s0 is not None:
+        s0 = [torch.where(first[..., None], s, 0) for s in s0]
+    elif s0 is not None:
+        s0 = torch.where(first[:, None, :, None], s0.view(N, -1, B, H), 0).view(s0.shape)
+    if others is not None:
+        others = torch.where(of_row[..., None], others.view(-1, R, N, H), 0).view(others.shape)
+    if saved is not None and run.plan.backend == "native":  # whose order that is
+        saved = torch.where(of_row[..., None, None], saved.view(R, N, -1, H), 0).view(saved.shape)
+    elif saved is not None:
+        saved = torch.where(of_row[..., None], saved.view(-1, R, N, H), 0).view(saved.shape)
+    return x, s0, y, others, saved
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

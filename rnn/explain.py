@@ -18,8 +18,9 @@ _WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step",
           "grid": "all blocks keep a slice of W_hh each", "launch": "one launch a step, which reads W_hh"}
 
 
-def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan | None, plain: bool) -> str:
-    (serves, dtype, why), (_, B, H), G, whys = ops.settle(x, plan), s0.shape, cell.gates, ["plan="] if plan else []
+def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plan: Plan | None,
+           plain: bool) -> str:
+    (serves, dtype, why), (B, H), G, whys = ops.settle(x, plan), first, cell.gates, ["plan="] if plan else []
     if dtype != x.dtype:
         whys.append(f"{x.dtype} is cast: {'autocast' if why == 'autocast' else 'no kernel for it'}")
         serves, dtype, why = ("", dtype, "") if plan else compute.served(x.device, dtype)
@@ -27,7 +28,7 @@ def _words(cell: Cell, x: Tensor, s0: Tensor, reverse: Sequence[int], plan: Plan
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
     if not plan and not serves:
         return f"{start}the formula in torch operations, slow ({'; '.join([*whys, why])})"
-    found = plan or compute.choose(cell, x, s0, reverse, plain)
+    found = plan or compute.choose(cell, x, first, reverse, plain)
     if found.scope == "host":
         if serves == "host":
             why = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
@@ -54,14 +55,16 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         raise TypeError(f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}")
     lines: list[str] = []
 
-    def operator(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, s0: Tensor, lengths: Any,
-                 batch_sizes: Any, resets: Any, reverse: Sequence[int], keep: int, plan: Plan | None,
-                 recompute: bool) -> Any:
-        ops._check(cell, (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets), len(reverse))
-        plain = lengths is batch_sizes is resets is None and not keep and not recompute
-        lines.append(f"layer {len(lines)}: {_words(cell, x, s0, reverse, plan, plain)}")
-        y = x.new_zeros(()).expand(*x.shape[:-1], len(reverse) * s0.shape[2])
-        return y, y.reshape(1, -1, y.shape[-1]) if keep and cell.states > 1 else None, s0
+    def operator(cell: Cell, x: Tensor, weights: Sequence[Any], states: Any, masks: Sequence[Any],
+                 reverse: Sequence[int], keep: int, plan: Plan | None, recompute: bool, batch_first: bool) -> Any:
+        ops._check(cell, x, weights, states, masks, len(reverse), batch_first)
+        plain = all(mask is None for mask in masks) and not keep and not recompute
+        B = x.shape[0 if batch_first else 1] if masks[1] is None else int(masks[1][0])
+        H, width = weights[1].shape[1], len(reverse) * weights[1].shape[1]
+        lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
+        y = x.new_zeros(()).expand(*x.shape[:-1], width)
+        others = y.reshape(1, -1, width) if keep and cell.states > 1 else None
+        return y, others, [x.new_zeros(()).expand(len(reverse), B, H) for _ in range(cell.states)]
 
     devices = [p.device for p in layer.parameters() if p.is_cuda][:1]
     with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws

@@ -2,20 +2,41 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function_variadic
 
+from . import interop
 from .kernels import cells
 from .kernels.plan import Plan
-from .ops import recurrence
+from .ops import as_tensor, check_plan, run_layer
 from .single_step import single_step
 
 _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
-_REVERSE = (0,), (0, 1)
+
+
+class _Batch(NamedTuple):
+    """What a call is given, checked: x in the layout of the caller, but with a batch; the states in the order of that
+    batch, [L*D, B, H] each, or None for zeros; resets [T, B]."""
+
+    x: Tensor
+    states: Sequence[Tensor] | None
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    resets: Tensor | None
+    order: Tensor | None
+    restore: Tensor | None
+    unbatched: bool
+
+
+def _prepare_scriptable(self: Any) -> Any:
+    """For torch.jit.script. A subclass may do something of its own."""
+    return interop.scriptable(self) if type(self).__module__ == __name__ else self
 
 
 class _Stack(nn.RNNBase):
@@ -24,42 +45,77 @@ class _Stack(nn.RNNBase):
     # Of the class, so that torch.nn's modules have them when they become ours.
     plan: Plan | None = None
     recompute = False
+    _given_weights = False  # whether _flat_weights was assigned
 
     def __init__(self, mode: str, *args: Any, plan: Plan | None = None, recompute: bool = False, **kwargs: Any) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        check_plan(plan)
         super().__init__(mode, *args, **kwargs)
         self.plan, self.recompute = plan, recompute
+
+    qconfig = interop.qconfig
+
+    @property
+    def _flat_weights(self) -> Any:
+        """As in torch.nn: what is assigned here is used, until one of the parameters becomes another tensor."""
+        return self.__dict__["_flat_weights"]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        self.__dict__["_flat_weights"] = weights
+        self.__dict__["_given_weights"] = True
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self.__dict__.pop("_given_weights")
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are used where they are."""
 
-    def _layers(self) -> list[list[Any]]:
-        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, those of its directions one below the other; with
-        projections w_hr too."""
-        own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
-        weights: Any = [[own[name] if name in own else getattr(self, name) for name in names]
-                        for names in self._all_weights]
-        if self.bidirectional:
-            weights = [[torch.cat(pair) for pair in zip(*both)] for both in zip(weights[::2], weights[1::2])]
-        return weights if self.bias else [[*some[:2], None, None, *some[2:]] for some in weights]
+    __prepare_scriptable__ = _prepare_scriptable
 
-    def _initial(self, x: Tensor, hx: Any, batch_sizes: Tensor | None, order: Tensor | None) -> list[Tensor]:
+    def _layers(self) -> list[list[Any]]:
+        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other; with projections of
+        both together, and w_hr too."""
+        if self._given_weights:
+            self._update_flat_weights()
+        if self._given_weights:
+            given = iter(self._flat_weights)
+            weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
+        else:
+            own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
+            weights = [[own[name] if name in own else getattr(self, name) for name in names]
+                       for names in self._all_weights]
+        if not self.bias:
+            weights = [[*some[:2], None, None, *some[2:]] for some in weights]
+        if not self.bidirectional:
+            return weights
+        pairs = zip(weights[::2], weights[1::2])
+        if not self.proj_size:
+            return [[*one, *other] for one, other in pairs]
+        return [[None if one is None else torch.cat((one, other)) for one, other in zip(*both)] for both in pairs]
+
+    def _initial(self, x: Tensor, states: Sequence[Any], batch_sizes: Tensor | None,
+                 order: Tensor | None) -> list[Tensor]:
         """The states before the first step, [L*D, B, H] each, checked and in the order of the batch."""
         expected = [self.get_expected_hidden_size(x, batch_sizes)]
         names = ["hidden"]
         if self.mode == "LSTM":
             expected.append((*expected[0][:2], self.hidden_size))
             names = ["hidden[0]", "hidden[1]"]
-        if len(hx) != len(expected):
-            raise RuntimeError("lstm expects two hidden states")
-        hx = [state if order is None else state.index_select(1, order) for state in hx]
-        for name, state, shape in zip(names, hx, expected):
+        found: list[Tensor] = []
+        for name, state, shape in zip(names, states, expected):
+            state = state if order is None else state.index_select(1, order)
             self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
-        return hx
+            if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(f"Input and {name} tensors are not the same dtype, found input tensor with "
+                                   f"{x.dtype} and {name} tensor with {state.dtype}")
+            found.append(state)
+        return found
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
-                return_states: bool = False) -> Any:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
+                return_states: bool | None = None) -> Any:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -67,124 +123,186 @@ class _Stack(nn.RNNBase):
             hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one sequence; of an LSTM
                 two, h_0 and c_0.
             lengths: int64 or int32 [B] on any device, in any order, zeros allowed: the steps of each sequence. Its
-                output is 0 past them and its last state that of its own last step.
+                output is 0 past them and its last state that of its own last step. A list, or for one sequence a
+                number, will do.
             resets: bool [T, B] ([B, T] if batch_first, [T] for one sequence). resets[t] is a boundary between the steps
                 t - 1 and t: the state that would cross it, in either direction, is 0. resets[0] drops hx going forward.
+                A list of lists will do.
             return_states: whether to return the states of every step as well.
 
         Returns the output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`; with
         `return_states` also the states of all layers after every step, stacked: [L, T, B, D*H] in the layout of
         `input`, of an LSTM two, h and c.
-        Raises ValueError and RuntimeError for what torch.nn refuses, as it does, before anything is computed."""
+        Raises ValueError and RuntimeError for what torch.nn refuses, as it does, and TypeError for an argument of the
+        wrong kind, before anything is computed."""
+        states = hx if type(hx) is tuple else (hx,)
+        if (has_torch_function_variadic(input, *states, lengths, resets, *self._parameters.values())
+                or torch._C._get_tracing_state() is not None):
+            extra = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
+            found = interop.other_forward(self, input, hx, {k: v for k, v in extra.items() if v is not None})
+            if found is not None:
+                return found
         if lengths is None and resets is None and not return_states:
             found = self._single_step(input, hx)
             if found is not None:
                 return found
-        return self._run(recurrence, input, hx, lengths, resets, return_states)
+        return self._run(run_layer, input, hx, lengths, resets, return_states)
 
     def _single_step(self, x: Any, hx: Any) -> Any:
         """One step, where all that `_run` does would take longer than the step; None where `_run` has to look at it."""
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[int(self.batch_first)] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
-        if self.bidirectional or self.proj_size or self.plan or self.recompute or dropout:
+        if self.bidirectional or self.proj_size or self.plan or self.recompute or self._given_weights or dropout:
             return None
         own = self._parameters  # what is parametrized is not in it
         weights = [own.get(name) for names in self._all_weights for name in names]
         cell = _CELLS[self.mode]
         return single_step(cell, x, hx, weights, self.num_layers, self.hidden_size, self.batch_first)
 
-    def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Tensor | None = None,
-             resets: Tensor | None = None, return_states: bool = False) -> Any:
-        """`forward` by an operator like `recurrence`."""
+    def _batch(self, input: Any, hx: Any, lengths: Any, resets: Any, weight: Tensor) -> _Batch:
+        """What `forward` is given, checked as torch.nn does. Messages have the shapes of the caller's layout."""
+        if not isinstance(input, (Tensor, PackedSequence)):
+            raise TypeError(f"Expected input to be a Tensor or a PackedSequence, got {type(input).__name__}")
+        states = self._states_of(hx)
+        lengths = as_tensor("lengths", lengths)
         batch_sizes = order = restore = None
-        pair, batch_dim = self.mode == "LSTM", 0 if self.batch_first else 1
-        x, one, states = input, False, hx if hx is None or pair else (hx,)
+        unbatched = False
         if isinstance(input, PackedSequence):
-            x, batch_sizes, order, restore = input
+            input, batch_sizes, order, restore = input
         else:
-            one = x.dim() == 2
-            if x.dim() not in (2, 3):
+            unbatched = input.dim() == 2
+            if input.dim() not in (2, 3):
                 name = self.mode.partition("_")[0]
                 tensor = "D tensor" if name == "RNN" else "D"
-                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{tensor} instead")
-            if states is not None and any(s.dim() != x.dim() for s in states):
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}{tensor} instead")
+            if states is not None and any(s.dim() != input.dim() for s in states):
+                pair = self.mode == "LSTM"
                 got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors" if pair else f"{hx.dim()}-D tensor"
-                raise RuntimeError(f"For {'unbatched' if one else 'batched'} {x.dim()}-D input, "
-                                   f"{'hx and cx' if pair else 'hx'} should also be {x.dim()}-D but got {got}")
-            if one:
-                x, states = x.unsqueeze(batch_dim), states if states is None else [s.unsqueeze(1) for s in states]
-                resets = resets if resets is None else resets.unsqueeze(batch_dim)
-        layers = self._layers()
-        if x.dtype != layers[0][0].dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({layers[0][0].dtype}). Convert "
-                             f"input: input.to({layers[0][0].dtype}), or convert model: model.to({x.dtype})")
-        if x.shape[-1] != self.input_size:
-            sizes = f"{self.input_size}, got {x.shape[-1]}"
+                raise RuntimeError(f"For {'unbatched' if unbatched else 'batched'} {input.dim()}-D input, "
+                                   f"{'hx and cx' if pair else 'hx'} should also be {input.dim()}-D but got {got}")
+        if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). Convert "
+                             f"input: input.to({weight.dtype}), or convert model: model.to({input.dtype})")
+        if input.shape[-1] != self.input_size:
+            sizes = f"{self.input_size}, got {input.shape[-1]}"
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {sizes}")
-        given = None if states is None else self._initial(x, states, batch_sizes, order)
-        if self.batch_first:
-            x, resets = x if batch_sizes is not None else x.transpose(0, 1), resets if resets is None else resets.T
-        if resets is not None and order is not None and batch_sizes is not None:
-            if resets.shape != (batch_sizes.shape[0], order.shape[0]):
-                raise RuntimeError(f"Expected resets of shape {[batch_sizes.shape[0], order.shape[0]]}, got "
-                                   f"{list(resets.shape)}")
-            resets = resets.index_select(1, order)
-        D, last, every, alone = 1 + self.bidirectional, [], [], len(layers) == 1
-        masks = lengths, batch_sizes, resets
+        if resets is not None:
+            resets = as_tensor("resets", resets, input.device)
+            resets = self._resets(resets, input, batch_sizes, order)
+        if unbatched:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            states = states and [s.unsqueeze(1) for s in states]
+            lengths = lengths if lengths is None or lengths.dim() else lengths.unsqueeze(0)
+        if states is not None:
+            states = self._initial(input, states, batch_sizes, order)
+        return _Batch(input, states, lengths, batch_sizes, resets, order, restore, unbatched)
+
+    def _states_of(self, hx: Any) -> Sequence[Tensor] | None:
+        """`hx` as a sequence of tensors. Raises TypeError and RuntimeError."""
+        if hx is None:
+            return None
+        if self.mode != "LSTM":
+            if not isinstance(hx, Tensor):
+                raise TypeError(f"Expected hx to be a Tensor, got {type(hx).__name__}")
+            return (hx,)
+        if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
+            raise TypeError(f"Expected hx to be a tuple of two tensors, h_0 and c_0, got {type(hx).__name__}")
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        return hx
+
+    def _resets(self, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> Tensor:
+        """`resets` [T, B], in the order of the batch."""
+        unbatched = batch_sizes is None and input.dim() == 2
+        turned = self.batch_first and batch_sizes is None and not unbatched
+        if batch_sizes is None:
+            expected = [*input.shape[:-1]]
+        else:
+            expected = [batch_sizes.shape[0], int(batch_sizes[0])]
+        if resets.dtype != torch.bool or [*resets.shape] != expected:
+            names = "[T]" if unbatched else "[B, T]" if turned else "[T, B]"
+            raise RuntimeError(f"Expected resets of shape {expected} ({names}) and torch.bool, "
+                               f"got {[*resets.shape]} and {resets.dtype}")
+        if unbatched:
+            return resets.unsqueeze(1)
+        if turned:
+            return resets.T
+        return resets if order is None else resets.index_select(1, order)
+
+    def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
+             return_states: bool | None = None) -> Any:
+        """`forward` by an operator like `run_layer`."""
+        layers = self._layers()
+        batch = self._batch(input, hx, lengths, resets, layers[0][0])
+        input = batch.x  # under one name: torch.jit.trace looks for a tensor among the local variables
+        D, packed = 1 + int(self.bidirectional), batch.batch_sizes is not None
+        # A projection adds rows of the first step to x, and has x in order of time.
+        turned = self.batch_first and not packed and bool(self.proj_size)
+        x = input.transpose(0, 1) if turned else input
+        del input
+        batch_first = self.batch_first and not packed and not turned
+        last, every, alone = [], [], len(layers) == 1
         for i, weights in enumerate(layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            first = given if given is None or alone else [s[i * D : (i + 1) * D] for s in given]
-            steps, ends = self._layer(operator, x, weights, first, masks, int(return_states), restore)
+            first = batch.states
+            if first is not None and not alone:
+                first = [s[i * D : (i + 1) * D] for s in first]
+            steps, ends = self._layer(operator, x, weights, first, batch, int(bool(return_states)), batch_first)
             x = steps[0]
             every.append(steps)
             last.append(ends)
 
         def layout(t: Tensor) -> Tensor:
-            """[..., T, B, K] as the input is."""
-            t = t.transpose(-3, -2) if self.batch_first and batch_sizes is None else t
-            return t.squeeze(batch_dim - 3) if one else t
+            """[..., T, B, K], or if `batch_first` [..., B, T, K], as the input was."""
+            t = t.transpose(-3, -2) if turned else t
+            return t.squeeze(-3 if self.batch_first else -2) if batch.unbatched else t
 
         h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
-        h_n = [h.squeeze(1) for h in h_n] if one else h_n
-        output: Any = layout(x) if batch_sizes is None else PackedSequence(x, batch_sizes, order, restore)
+        h_n = [h.squeeze(1) for h in h_n] if batch.unbatched else h_n
+        output: Any = layout(x)
+        if batch.batch_sizes is not None:
+            output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
+        pair = self.mode == "LSTM"
         result = output, tuple(h_n) if pair else h_n[0]
         if not return_states:
             return result
         columns = [layout(torch.stack(column)) for column in zip(*every)]
         return *result, tuple(columns) if pair else columns[0]
 
-    def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None,
-               masks: Sequence[Any], keep: int, restore: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None, batch: _Batch,
+               keep: int, batch_first: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The states after every step, like x but for their width, h first and with `keep` the others; and the last
-        states [D, B, H], in the order of `restore` if there is one. `first` is like these, zeros if None.
+        states [D, B, H], in the caller's order of sequences. `first` is like these, zeros if None.
 
         A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m. Only the first h is
         of no m: it comes in as further input of the first step."""
-        cell, reverse, (lengths, batch_sizes, resets) = _CELLS[self.mode], _REVERSE[self.bidirectional], masks
-        (w_ih, w_hh, b_ih, b_hh, *projection), S, N = weights, cell.states, len(reverse)
-        if projection:
-            down, inner = projection[0].chunk(N), w_hh.chunk(N)
-            w_hh = torch.cat([w @ w_hr for w, w_hr in zip(inner, down)])
+        cell, reverse = _CELLS[self.mode], (False, True) if self.bidirectional else (False,)
+        masks = batch.lengths, batch.batch_sizes, batch.resets
+        S, N, states = cell.states, len(reverse), first
+        if self.proj_size:
+            w_ih, w_hh, b_ih, b_hh, w_hr = weights
+            down, inner = w_hr.chunk(N), w_hh.chunk(N)
+            w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
             if first is not None:
                 x = torch.cat((x, _first_steps(x, first[0], masks, reverse)), -1)
                 w_ih = torch.cat((w_ih, torch.block_diag(*inner)), 1)
-        if first is None:
-            s0 = x.new_zeros((N * S, x.shape[1] if batch_sizes is None else int(batch_sizes[0]), self.hidden_size))
-        else:
-            h0 = torch.zeros_like(first[1]) if projection else first[0]
-            s0 = h0 if S == 1 else torch.stack((h0, *first[1:]), 1).flatten(0, 1)
-        y, others, last = operator(cell, x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets, reverse, keep,
-                                   self.plan, self.recompute)
-        steps = [y] if others is None else [y, *others.view(S - 1, *y.shape)]
-        last = last if restore is None else last.index_select(1, restore)
-        ends = [last] if S == 1 else [last[k::S] for k in range(S)]
-        if projection:
-            steps[0] = torch.cat([m @ w_hr.T for m, w_hr in zip(y.chunk(N, -1), down)], -1)
-            ends[0] = torch.stack([m @ w_hr.T for m, w_hr in zip(ends[0], down)])
-            if lengths is not None:
-                none = (lengths == 0).to(x.device)[:, None]
+                states = [torch.zeros_like(first[1]), *first[1:]]
+            weights = w_ih, w_hh, b_ih, b_hh
+        y, others, last = operator(cell, x, weights, states, masks, reverse, keep, self.plan,
+                                   self.recompute, batch_first)
+        steps = [y]
+        if keep and others is not None:
+            shape = (S - 1, x.shape[1], x.shape[0], y.shape[-1]) if batch_first else (S - 1, *y.shape)
+            steps += [other.transpose(0, 1) if batch_first else other for other in others.view(shape).unbind(0)]
+        restore = batch.restore
+        ends = [*last] if restore is None else [end.index_select(1, restore) for end in last]
+        if self.proj_size:
+            steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
+            ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
+            if batch.lengths is not None:
+                none = (batch.lengths == 0).to(x.device)[:, None]
                 ends[0] = torch.where(none, 0 if first is None else first[0], ends[0])
         return steps, ends
 
@@ -223,6 +341,11 @@ class LSTM(_Stack):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    # Of two states: torch.nn's.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+
 
 class GRU(_Stack):
     __doc__ = nn.GRU.__doc__
@@ -234,11 +357,20 @@ class GRU(_Stack):
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.
 class RNNCell(nn.RNNCell):
     __doc__ = nn.RNNCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.RNNCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
 
 
 class LSTMCell(nn.LSTMCell):
     __doc__ = nn.LSTMCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.LSTMCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
 
 
 class GRUCell(nn.GRUCell):
     __doc__ = nn.GRUCell.__doc__
+    qconfig = interop.qconfig
+    forward = interop.leaf(nn.GRUCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable

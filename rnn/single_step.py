@@ -20,7 +20,7 @@ from .kernels.cells import Cell
 from .kernels.memory import LASTING, lasting, working
 from .kernels.plan import STEP_PRODUCT
 
-_TORCHS: Any = torch._VF  # type: ignore[attr-defined]
+_TORCHS: Any = torch._VF
 _FREED = "A tensor that the gradient needs has a storage that was freed, or that is smaller than its shape says"
 _EDITED = "A bias, which gradients that are to be differentiated again need, has been modified by an inplace operation"
 

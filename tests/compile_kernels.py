@@ -104,6 +104,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
     body = loop(sass)
     return dict(registers=int(used[1]), stack=int(used[2]), loop=len(body), shared_bytes=shared_bytes(body),
                 LDG=sum(bool(re.search(r"\bLDG\b", text)) for text in body),
+                fused=sum(bool(re.search(r"\bFFMA2?\b", text)) for text in body),
                 barriers=sum(bool(re.search(r"\bBAR\b", text)) for text in body),
                 local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body))
 
@@ -119,7 +120,8 @@ def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: i
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
         if "graph" in options:
             arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
-        chosen = {k: launch[k] for k in ("num_warps", "num_stages", "launch_cooperative_grid") if k in launch}
+        names = "num_warps", "num_stages", "launch_cooperative_grid", "enable_fp_fusion"
+        chosen = {k: launch[k] for k in names if k in launch}
         target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
         if "debug" in options:
             chosen["debug"] = True

@@ -28,6 +28,48 @@ from triton.runtime import interpreter
 from rnn import compute
 from rnn.kernels import native, program
 
+RNN_SWITCH: Any = torch.backends.cudnn.rnn
+# torch 2.10 and 2.11 leave the precision of their RNNs as it is when that of cuDNN or of everything is set.
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+INHERITS_PRECISION = TORCH >= (2, 12)
+
+
+def _repair_interpreter() -> None:
+    """Mend two faults of Triton's interpreter.
+
+    It multiplies the bit patterns of bfloat16 operands: here it gets them as float32. That of
+    Triton 3.9 makes int32 of comparisons, which it then refuses as masks: here they are bool."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+    load = builder.create_masked_load
+    store = builder.create_masked_store
+
+    def upcast(handle: Any) -> Any:
+        if handle.dtype.scalar.is_bf16():
+            bits = handle.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+        return handle
+
+    def mask(handle: Any) -> Any:
+        return interpreter.TensorHandle(handle.data.astype(bool), interpreter.tl.int1)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, upcast(a), upcast(b), *rest)
+
+    def create_masked_load(self: Any, ptrs: Any, m: Any, *rest: Any, **named: Any) -> Any:
+        return load(self, ptrs, mask(m), *rest, **named)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, m: Any, *rest: Any) -> Any:
+        return store(self, ptrs, value, mask(m), *rest)
+
+    builder.create_dot = create_dot
+    builder.create_masked_load = create_masked_load
+    builder.create_masked_store = create_masked_store
+
+
+if not GPU:
+    _repair_interpreter()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=200, help="number of random cases")
@@ -37,11 +79,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+        if item.get_closest_marker("interpreted") and GPU:
+            item.add_marker(pytest.mark.skip(reason="runs in test_interpreted.py"))
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def precision_set_back() -> Iterator[None]:
+    """The switch for TF32 is as it was before each test.
+
+    (pytest's monkeypatch cannot undo it: torch 2.10 serves it by __getattr__.)"""
+    before = RNN_SWITCH.fp32_precision
+    yield
+    RNN_SWITCH.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def interpreted_by_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that launches Triton's kernels on tensors of the CPU is marked as "interpreted".
+
+    On a machine with a GPU kernels are compiled, and refuse such tensors. The tests of test_gpu*.py
+    have theirs on the GPU there."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        pytest.fail('launches a kernel of Triton\'s on the CPU without the mark "interpreted"')
+
+    if not request.node.get_closest_marker("interpreted") and not request.path.match("test_gpu*.py"):
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", refuse)
 
 
 @pytest.fixture
@@ -63,7 +131,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         def filled(*args: Any, **kwargs: Any) -> Any:
             array = make(*args, **kwargs)
             if isinstance(array, torch.Tensor):
-                return array.fill_(float("nan")) if array.is_floating_point() and type(array) is torch.Tensor else array
+                if array.is_floating_point() and type(array) is torch.Tensor:
+                    array.detach().fill_(float("nan"))  # a leaf that requires gradients cannot be filled itself
+                return array
             if array.dtype.kind == "f":
                 array.fill(np.nan)
             return array
@@ -72,19 +142,3 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def bfloat16_products() -> Iterator[None]:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 operands: here it gets them as float32."""
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def upcast(handle: Any) -> Any:
-        if handle.dtype.scalar.is_bf16():
-            bits = handle.data.astype(np.uint32) << 16
-            return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
-        return handle
-
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, upcast(a), upcast(b), *rest)
-    yield
-    interpreter.InterpreterBuilder.create_dot = create_dot

@@ -100,8 +100,9 @@ def mgu_by_hand(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tenso
 
 
 @pytest.mark.parametrize("plan", [
-    None, Plan("numpy"), Plan("torch"), Plan("native"), Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"),
-    Plan("triton", "launch", 16, 16, 16, 1, False, "tf32x3")],
+    None, Plan("numpy"), Plan("torch"), Plan("native"),
+    pytest.param(Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"), marks=pytest.mark.interpreted),
+    pytest.param(Plan("triton", "launch", 16, 16, 16, 1, False, "tf32x3"), marks=pytest.mark.interpreted)],
     ids=lambda plan: f"{plan.backend}-{plan.scope}" if plan else "chosen")
 def test_own_cell(plan: Plan | None) -> None:
     cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)

@@ -79,6 +79,8 @@ def check(row: Row, used: dict[str, Any], capability: int) -> str:
     moved = G + 2 + forward * fused * (G + 1 if getattr(cells, name).split else 1)
     if scope == "block" and set(options) <= {"tf32"} and not H % 16 and size < 8 and used["barriers"] > 2 * moved:
         return f"waits {used['barriers']} times in a step"
+    if name == "lstm" and scope == "block" and not used["fused"]:
+        return "multiplies and adds apart, as Triton's default is from 3.10 on"
     if used["shared"] > SHARED_MEMORY[capability]:
         return f"wants {used['shared']} bytes of shared memory"
     if scope == "launch":

@@ -124,17 +124,18 @@ class TestLayers:
             torch.testing.assert_close(loaded(x), layer(x))
 
     @pytest.mark.parametrize("how", ["export", "trace"])
-    def test_projections_with_initial_states(self, how: str) -> None:
+    @pytest.mark.parametrize("proj", [0, 2])
+    def test_initial_states(self, proj: int, how: str) -> None:
         class Model(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.layer = rnn.LSTM(I, H, proj_size=2, bidirectional=True)
+                self.layer = rnn.LSTM(I, H, proj_size=proj, bidirectional=True)
 
             def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
                 return self.layer(x, (h, c))
 
         def given(T: int, B: int) -> tuple[Tensor, ...]:
-            return torch.randn(T, B, I), torch.randn(2, B, 2), torch.randn(2, B, H)
+            return torch.randn(T, B, I), torch.randn(2, B, proj or H), torch.randn(2, B, H)
 
         model, dims = Model(), {"T": torch.export.Dim("T", min=2), "B": torch.export.Dim("B", min=2)}
         if how == "trace":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, check, check_recurrence, close, evaluate, operands, thrice
-from conftest import GPU
+from conftest import GPU, INHERITS_PRECISION, RNN_SWITCH
 from small import NAMES
 from torch import Tensor
 
@@ -61,14 +61,15 @@ def by_turns(items: list[Any], first: int = 0) -> Any:
     return params
 
 
-def in_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> torch.dtype:
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32" if mode == "tf32" else "ieee")
+def in_mode(mode: str) -> torch.dtype:
+    """For this test: conftest sets it back."""
+    RNN_SWITCH.fp32_precision = "tf32" if mode == "tf32" else "ieee"
     return MODES[mode]
 
 
 @pytest.fixture(autouse=True)
-def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_mode(monkeypatch, "ieee")
+def ieee() -> None:
+    in_mode("ieee")
 
 
 @pytest.mark.parametrize(("case", "scope"), by_turns([case for case in CASES if case.dtype != torch.float64]))
@@ -82,9 +83,9 @@ EVERY = sorted({case._replace(dtype=torch.float32) for case in CASES}, key=str)
 @pytest.mark.parametrize(("case", "mode"), [
     pytest.param(case, mode, id=f"{case}-{mode}", marks=[] if GPU or case == EVERY[11 * k] else pytest.mark.gpu)
     for case in EVERY for k, mode in enumerate(MODES)])
-def test_cases_in_modes(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_in_modes(case: Case, mode: str) -> None:
     """The plan that is chosen, in every dtype and both precisions of float32."""
-    case = case._replace(dtype=in_mode(monkeypatch, mode))
+    case = case._replace(dtype=in_mode(mode))
     thrice(lambda seed: check(case, chosen(case, mode), DEVICE, seed, mode == "tf32"))
 
 
@@ -181,8 +182,10 @@ print(*[plan.precision for plan in plans[1:]], error)
 @pytest.mark.gpu
 @pytest.mark.parametrize(("setting", "precision"), [
     ("cudnn.rnn.fp32_precision = 'tf32'", "tf32"), ("cudnn.rnn.fp32_precision = 'ieee'", "tf32x3"),
-    ("cudnn.rnn.fp32_precision = 'none'", "tf32x3"), ("cudnn.fp32_precision = 'ieee'", "tf32x3"),
-    ("fp32_precision = 'ieee'", "tf32x3"), ("fp32_precision = 'tf32'", "tf32"), ("cudnn.allow_tf32 = False", "tf32x3"),
+    ("cudnn.rnn.fp32_precision = 'none'", "tf32x3"),
+    ("cudnn.fp32_precision = 'ieee'", "tf32x3" if INHERITS_PRECISION else "tf32"),
+    ("fp32_precision = 'ieee'", "tf32x3" if INHERITS_PRECISION else "tf32"), ("fp32_precision = 'tf32'", "tf32"),
+    ("cudnn.allow_tf32 = False", "tf32x3"),
     ("cudnn.allow_tf32 = True", "tf32"), ("cuda.matmul.allow_tf32 = False", "tf32")])
 def test_precision_is_torchs_setting(setting: str, precision: str) -> None:
     """Each way in which it can be set, in a process in which nothing else was; TF32 is torch's default."""

@@ -28,38 +28,38 @@ KINDS = [("RNN", "ieee"), ("LSTM", "bfloat16"), ("GRU", "tf32"), ("RNN", "bfloat
 
 
 @pytest.fixture(autouse=True)
-def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_mode(monkeypatch, "ieee")
+def ieee() -> None:
+    in_mode("ieee")
 
 
-def check_mode(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_mode(case: Case, mode: str) -> None:
     """The chosen plan, against float64 on the same device."""
-    case = case._replace(dtype=in_mode(monkeypatch, mode))
+    case = case._replace(dtype=in_mode(mode))
     thrice(lambda seed: check(case, chosen(case, mode), DEVICE, seed, mode == "tf32", oracle=DEVICE))
 
 
 @pytest.mark.parametrize(("hidden", "kind", "mode"), [
     pytest.param(H, *kind, marks=[] if GPU or H == 17 else gpu_only)
     for k, H in enumerate(HIDDEN) for j, kind in enumerate(KINDS) if (k + j) % 3 == 0])
-def test_hidden_sizes(hidden: int, kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_sizes(hidden: int, kind: str, mode: str) -> None:
     sizes = (4, 37) if GPU else (2, 2)
-    check_mode(Case(*sizes, 5, hidden, mode=kind, bidirectional=hidden < 1000), mode, monkeypatch)
+    check_mode(Case(*sizes, 5, hidden, mode=kind, bidirectional=hidden < 1000), mode)
 
 
 @pytest.mark.parametrize("mode", ["ieee", "bfloat16"])
 @pytest.mark.parametrize("case", [Case(100_000, 1, 1, 16), Case(100_000, 3, 8, 64, mode="LSTM"),
                                   Case(100_000, 2, 5, 300), Case(100_000, 1, 4, 200, mode="GRU"),
                                   Case(20_000, 5, 40, 1030)] if GPU else [Case(20, 1, 1, 16)], ids=str)
-def test_long(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_mode(case, mode, monkeypatch)
+def test_long(case: Case, mode: str) -> None:
+    check_mode(case, mode)
 
 
 @pytest.mark.parametrize("mode", ["tf32", "float16"])
 @pytest.mark.parametrize("case", [Case(5, 4096, 3, 1), Case(20, 4096, 16, 64, mode="LSTM"), Case(5, 4096, 33, 257),
                                   Case(3, 4096, 64, 1024), Case(7, 4096, 8, 100, "packed", bidirectional=True,
                                                                 mode="GRU")] if GPU else [Case(2, 70, 3, 1)], ids=str)
-def test_wide(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_mode(case, mode, monkeypatch)
+def test_wide(case: Case, mode: str) -> None:
+    check_mode(case, mode)
 
 
 @pytest.mark.parametrize("scope", SCOPES if GPU else ["fused"])

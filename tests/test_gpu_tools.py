@@ -25,8 +25,8 @@ IN_SCOPES = pytest.mark.parametrize("scope", SCOPES)
 
 
 @pytest.fixture(autouse=True)
-def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_mode(monkeypatch, "ieee")
+def ieee() -> None:
+    in_mode("ieee")
 
 
 def build(name: str, scope: str, **options: Any) -> Any:

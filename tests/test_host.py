@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cases import check_recurrence
+from conftest import INHERITS_PRECISION, TORCH
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,7 +33,7 @@ BLOCK = Plan("triton", "block", 16, 8, 16, 1, False, "tf32x3")
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of ours but the kernels, at sizes at which arithmetic is nothing: 0.9 of torch.nn's time at most, with
-    backward all of it."""
+    backward all of it. (torch 2.15 does its own part in a tenth less time: there all of it too.)"""
     T, B, I, H = 4, 1, 8, 8
     ours, theirs = getattr(rnn, name)(I, H, plan=BLOCK), getattr(nn, name)(I, H)
     x, dy, cell, ready = torch.randn(T, B, I), torch.randn(T, B, H), rnn.layers._CELLS[ours.mode], list[Any]()
@@ -59,20 +60,21 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             ready[:] = [results()]
             for layer, column in zip((ours, theirs), times):
                 layer.zero_grad()
-                start = time.perf_counter()
+                start = time.process_time()  # others use this machine too
                 call(layer)
-                column.append(time.perf_counter() - start)
+                column.append(time.process_time() - start)
         return statistics.median(times[0]) / statistics.median(times[1])
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            inference = min(ratio(lambda layer: layer(x)) for _ in range(3))  # of three: others use this machine too
+            inference = min(ratio(lambda layer: layer(x)) for _ in range(3))
         training = min(ratio(train) for _ in range(3))
     finally:
         torch.set_num_threads(threads)
-    assert inference <= 0.9 and training <= 1, f"{inference:.2f} and {training:.2f} of torch.nn's time"
+    limit = 1 if TORCH >= (2, 15) else 0.9
+    assert inference <= limit and training <= 1, f"{inference:.2f} and {training:.2f} of torch.nn's time"
 
 
 @pytest.fixture
@@ -112,7 +114,8 @@ def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts
 
 
 @pytest.mark.parametrize(("layer", "B", "texts"), [
-    (rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"]),
+    pytest.param(rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"],
+                 marks=pytest.mark.interpreted),
     (rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True), 2, ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"]),
     (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "NumPy"]),
     (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own LSTM"]),
@@ -170,8 +173,9 @@ def test_explain_refuses_what_the_call_does() -> None:
 SWITCHES = {  # and whether cuDNN would then compute an RNN in TF32
     "pass": True, "b.cudnn.allow_tf32 = False": False, "b.cudnn.allow_tf32 = True": True,
     "b.cudnn.rnn.fp32_precision = 'ieee'": False, "b.cudnn.rnn.fp32_precision = 'tf32'": True,
-    "b.cudnn.rnn.fp32_precision = 'none'": False, "b.cudnn.fp32_precision = 'ieee'": False,
-    "b.cudnn.fp32_precision = 'tf32'": True, "b.fp32_precision = 'ieee'": False, "b.fp32_precision = 'tf32'": True,
+    "b.cudnn.rnn.fp32_precision = 'none'": False, "b.cudnn.fp32_precision = 'ieee'": not INHERITS_PRECISION,
+    "b.cudnn.fp32_precision = 'tf32'": True, "b.fp32_precision = 'ieee'": not INHERITS_PRECISION,
+    "b.fp32_precision = 'tf32'": True,
     "b.cudnn.allow_tf32 = False; b.cudnn.rnn.fp32_precision = 'tf32'": True,
     "b.cudnn.rnn.fp32_precision = 'ieee'; b.cudnn.allow_tf32 = True": True,
     "b.cudnn.rnn.fp32_precision = 'none'; b.fp32_precision = 'tf32'": True,
@@ -285,8 +289,24 @@ def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -
         assert not entered
 
 
-def test_broken_library(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cupy.py").write_text("raise OSError('no libcuda')")
+NO_COMPILER = """
+from types import SimpleNamespace
+def getVersion(): raise OSError("no libnvrtc")
+cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=getVersion))
+"""
+OLD_DRIVER = """
+from types import SimpleNamespace
+def getDeviceCount(): raise OSError("cudaErrorInsufficientDriver")
+cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
+                       runtime=SimpleNamespace(getDeviceCount=getDeviceCount))
+"""
+
+
+@pytest.mark.parametrize("source", ["raise OSError('no libcuda')", NO_COMPILER, OLD_DRIVER],
+                         ids=["no CUDA", "no compiler", "old driver"])
+def test_broken_library(source: str, tmp_path: Path, fresh: None,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cupy.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(compute, "_FOUND", {"triton": False, "cupy": True})

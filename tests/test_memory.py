@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import mmap
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from cases import check_recurrence
 from torch import Tensor, nn
 
 import rnn
-from rnn.kernels import memory
+from rnn import compute
+from rnn.kernels import cells, cpu, memory, native
 from rnn.kernels.plan import Plan
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily")
@@ -172,3 +174,113 @@ def test_as_any_tensor(pieces: list[Any]) -> None:
     layer(x)
     assert y.is_shared() and y.equal(was)
     assert y.mul_(2).equal(2 * was)
+
+
+@pytest.mark.parametrize("plan", [Plan("native"), Plan("numpy")], ids=lambda plan: plan.backend)
+@pytest.mark.parametrize("nested", ["forward", "training", "release"])
+def test_a_call_within_a_call(plan: Plan, nested: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler or a finalizer may run a layer, or give memory back, wherever another call of the thread is."""
+    if plan.backend == "native" and not compute.compiles(cells.lstm):
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(cpu, "WINDOW", 1)
+    theirs = nn.LSTM(H, H)
+    ours: Any = rnn.LSTM(H, H, plan=plan)
+    ours.load_state_dict(theirs.state_dict())
+    theirs = theirs.double()
+    x = torch.randn(T, B, H, requires_grad=True)
+    other = torch.randn(2 * T, B, H, requires_grad=True)
+    take = memory.working
+    lent: list[Tensor] = []
+    depth = 0
+
+    def working(like: Tensor, size: int) -> Tensor:
+        nonlocal depth
+        mine = take(like, size).fill_(7)  # whoever else has it finds out
+        lent.append(mine)
+        if depth == 0:
+            depth += 1
+            if nested == "release":
+                memory.release()
+            else:
+                with torch.enable_grad():
+                    y = ours(other)[0]
+                    if nested == "training":
+                        torch.autograd.grad(y.sum(), other)
+            depth -= 1
+        assert (mine == 7).all()
+        return mine
+
+    for module in (native, cpu):
+        monkeypatch.setattr(module, "working", working)
+    want = theirs(x.double())[0]
+    y = ours(x)[0]
+    near([y.double()], [want])
+    near(gradients(ours, x, y), gradients(theirs, x, want))
+    assert depth == 0 and len(lent) >= 2
+    lent.clear()
+    addresses = {take(x, 1).data_ptr() for _ in range(3)}
+    assert len(addresses) == 1, "one after the other they get the same"
+
+
+def test_memory_that_an_exception_holds() -> None:
+    """A traceback that somebody keeps, with what a call worked in, does not cost every later call."""
+    like = torch.zeros(1)
+    held = memory.working(like, 100)
+    after = [memory.working(like, 100).data_ptr() for _ in range(3)]
+    assert len(set(after)) == 1 and held.data_ptr() not in after
+
+
+def test_a_signal_at_any_time() -> None:
+    """Its handler trains a layer and gives memory back, between whatever two operations of a call it comes."""
+    ours, theirs = layers("GRU")
+    x = torch.randn(T, B, H, requires_grad=True)
+    other = torch.randn(2 * T, B, H)
+    exact = theirs(x.double())[0]
+    wanted = gradients(theirs, x, exact)
+    handled = 0
+
+    def handle(*_: Any) -> None:
+        nonlocal handled
+        handled += 1
+        with torch.no_grad():
+            ours(other)
+        memory.release()
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 1e-3)
+    try:
+        for _ in range(300):
+            y = ours(x)[0]
+            near([y.double()], [exact])
+            near(gradients(ours, x, y), wanted)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert handled > 10
+
+
+def test_a_finalizer_that_runs_a_layer() -> None:
+    ours, theirs = layers("RNN")
+    x = torch.randn(T, B, H, requires_grad=True)
+    exact = theirs(x.double())[0]
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            with torch.no_grad():
+                ours(x)
+            memory.release()
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        for _ in range(100):
+            Cycle()
+            y = ours(x)[0]
+            near(gradients(ours, x, y), gradients(theirs, x, theirs(x.double())[0]))
+            near([y.double()], [exact])
+    finally:
+        gc.set_threshold(*thresholds)

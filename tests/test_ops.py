@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from cases import check_recurrence, kept_bytes, step_by_step
-from conftest import GPU
 from small import NAMES, B, H, I, T, data, outputs
 from test_gpu import plan_for
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from rnn.kernels.plan import Plan
 recurrence: Any = rnn.functional.recurrence
 NUMPY, TORCH, BLOCK, LAUNCH = Plan("numpy"), Plan("torch"), plan_for("fused", 6), plan_for("launch", 6)
 PLANS = pytest.mark.parametrize("plan", [
-    pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"), pytest.param(BLOCK, id="block"),
-    pytest.param(LAUNCH, id="launch", marks=[] if GPU else pytest.mark.slow)])
+    pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"),
+    pytest.param(BLOCK, id="block", marks=pytest.mark.interpreted),
+    pytest.param(LAUNCH, id="launch", marks=[pytest.mark.interpreted, pytest.mark.slow])])
 
 
 class TestMasks:

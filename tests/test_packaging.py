@@ -1,6 +1,7 @@
 """What is imported by what, what is in the wheel, and that nothing else is needed."""
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
@@ -8,13 +9,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from matrix import ENVIRONMENTS, index_alone
 
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
-FLOORS = [["kernels.cells"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
+FLOORS = [["kernels.cells", "kernels.forks"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
           ["kernels.memory", "kernels.program"], ["kernels.host"],
           ["kernels.cpu", "kernels.native", "kernels.onednn", "kernels.gpu", "kernels.cuda"],
-          ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"], ["replace", "explain"]]
+          ["kernels.device"], ["compute"], ["onnx", "flops"], ["ops"], ["interop"], ["layers"], ["convert", "explain"]]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
@@ -64,8 +66,9 @@ def test_import_is_light() -> None:
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.compute", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.replace", "rnn.explain", "rnn.kernels",
-        "rnn.kernels.cells", "rnn.kernels.plan"}
+        "rnn", "rnn.compute", "rnn.flops", "rnn.interop", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.convert",
+        "rnn.explain", "rnn.single_step", "rnn.kernels", "rnn.kernels.cells", "rnn.kernels.forks",
+        "rnn.kernels.plan"}
 
 
 def test_without_triton() -> None:
@@ -73,37 +76,66 @@ def test_without_triton() -> None:
            "import torch, rnn; rnn.RNN(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()")
 
 
-def test_size() -> None:
-    """Small enough to be read in an afternoon: 2,600 lines, and what the CPU has of its own: C++, memory, products."""
-    lines = {p: p.read_text().splitlines() for folder in ("kernels", "rnn") for kind in ("py", "cu", "cuh", "cpp", "h")
-             for p in (ROOT / folder).glob(f"*.{kind}")}
-    assert sum(map(len, lines.values())) < 3890
-    assert max(map(len, lines.values())) <= 400
-    assert all(len(line) <= 120 for text in lines.values() for line in text)
+CONSTRAINTS = [ROOT / "constraints.txt", *sorted((ROOT / "constraints").glob("*.txt"))]
 
 
-def test_pins_are_allowed() -> None:
+def pins(path: Path) -> dict[str, str]:
+    """The version of each distribution."""
+    lines = path.read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and line[0] != "#")
+
+
+def test_every_environment_has_constraints() -> None:
+    assert {path.stem for path in CONSTRAINTS[1:]} == {*ENVIRONMENTS}
+
+
+@pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
+def test_pins_are_allowed(path: Path) -> None:
     """The constraints fit what the package asks for."""
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [project["dependencies"], *project["optional-dependencies"].values()]
     asked = {r.name: r for group in texts for r in map(Requirement, group)}
-    pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()
-              if line and line[0] != "#"]
-    assert pinned
-    for pin in pinned:
-        (specifier,) = pin.specifier
-        assert pin.name not in asked or specifier.version in asked[pin.name].specifier
+    assert pins(path)
+    for name, version in pins(path).items():
+        assert name not in asked or version in asked[name].specifier
+
+
+def copy_source(folder: Path) -> Path:
+    """What the wheel is made of, where building leaves nothing behind in the work tree."""
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "rnn", "kernels"):
+        subprocess.run(["cp", "-R", ROOT / name, source], check=True)
+    return source
+
+
+@pytest.mark.slow
+@pytest.mark.index
+def test_pins_resolve(tmp_path: Path) -> None:
+    """With this Python, from the package index alone: no wheels on disk, no other pins.
+
+    What `make test` installs includes what `make demo` does."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed",
+               "--report", str(report), "--constraint", str(ROOT / "constraints.txt"),
+               f"{copy_source(tmp_path)}[test]"]
+    done = subprocess.run(command, text=True, capture_output=True, env=index_alone())
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for item in json.loads(report.read_text())["install"]:
+        name = item["metadata"]["name"].lower().replace("_", "-")
+        found[name] = item["metadata"]["version"]
+        url = item["download_info"]["url"]
+        assert name == "fused-rnn" or url.startswith("http"), url
+    assert pins(ROOT / "constraints.txt").items() <= found.items()
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "rnn", "kernels"):
-        subprocess.run(["cp", "-R", ROOT / name, source], check=True)
+    source = copy_source(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     done = subprocess.run([*pip, "--wheel-dir", folder, source], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -113,10 +145,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        archive.extractall(tmp_path)
     sources = {f"rnn/{p.name}" for p in (ROOT / "rnn").glob("*.py")} | {
         f"rnn/kernels/{p.name}" for p in (ROOT / "kernels").iterdir() if p.is_file()} | {"rnn/py.typed"}
     assert names == sources
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*pip, "--target", tmp_path, wheel], check=True)
     assert python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport torch, rnn, rnn.kernels.cells\n"
                   "rnn.RNN(3, 4)(torch.randn(5, 2, 3)); print(rnn.__file__)", "-I", path=tmp_path
                   ).startswith(str(tmp_path))

@@ -1,11 +1,13 @@
 """rnn.replace and rnn.restore."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 import rnn
 
@@ -73,3 +75,61 @@ def test_a_model_that_is_one_layer_in_training() -> None:
     before = layer.get_parameter("weight_hh_l0").detach().clone()
     optimizer.step()
     assert not torch.equal(layer.get_parameter("weight_hh_l0"), before)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTMCell"])
+def test_parametrized(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch.nn.utils.parametrize gives such a module a class of its own."""
+    model: Any = nn.Sequential(getattr(nn, name)(3, 4))
+    layer = model[0]
+    weight = "weight_hh" if name == "LSTMCell" else "weight_hh_l0"
+    parametrizations.weight_norm(layer, weight)
+    parametrizations.orthogonal(layer, weight.replace("hh", "ih"))
+    x, parameters, keys = torch.randn(5, 3), list(model.parameters()), list(model.state_dict())
+    with torch.no_grad():
+        want = model(x)
+    rnn.replace(model)
+    assert f"rnn.layers.{name} with parametrizations" in capsys.readouterr().out
+    assert isinstance(layer, getattr(rnn, name)) and isinstance(copy.deepcopy(model)[0], getattr(rnn, name))
+    assert parametrize.is_parametrized(layer, weight)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(copy.deepcopy(model)(x), want)
+    torch.testing.assert_close(model(x), want)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(model)
+    with torch.no_grad():
+        setattr(layer, weight, getattr(layer, weight) * 2)
+    changed = model(x)
+    rnn.restore(model, verbose=False)
+    assert not isinstance(layer, getattr(rnn, name))
+    torch.testing.assert_close(model(x), changed)
+    rnn.replace(model, verbose=False)
+    parametrize.remove_parametrizations(layer, weight)
+    parametrize.remove_parametrizations(layer, weight.replace("hh", "ih"))
+    assert type(layer) is getattr(rnn, name)
+    torch.testing.assert_close(model(x), changed)
+
+
+def test_a_layer_that_is_parametrized_later() -> None:
+    model: Any = rnn.replace(nn.Sequential(nn.GRU(3, 4)), verbose=False)
+    parametrizations.weight_norm(model[0], "weight_hh_l0")
+    rnn.restore(model, verbose=False)
+    assert isinstance(model[0], nn.GRU)
+    assert parametrize.is_parametrized(model[0])
+
+
+def test_scripted_models_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 3), nn.LSTM(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.first(x))[0]
+
+    for model in (torch.jit.script(Text()), torch.jit.trace(Text(), torch.randn(5, 2, 3))):
+        rnn.replace(model)
+        said = capsys.readouterr().out
+        assert said.startswith("layer") and "left alone" in said and "TorchScript" in said
+        assert said.count("\n") == 1

@@ -12,6 +12,8 @@ from test_gpu import plan_for
 from rnn.kernels import cells, device, gpu, replay
 from rnn.kernels.plan import Rows
 
+pytestmark = pytest.mark.interpreted
+
 
 class Machine:
     """Kernels that run in the interpreter, except while a graph captures them. With a table, the tensors they are
@@ -207,6 +209,7 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
     run(1, 1)
     run(7, 16)
     assert len(made) == 1 and [number for number, _ in again] == [0, 0]
+    assert made[0]["enable_fp_fusion"], "whatever Triton's default is"
     assert {k: again[1][1][k] for k in ("T", "B", "R", "u1")} == dict(T=7, B=16, R=112, u1=7)
     assert again[1][1]["grid"] == (1, 2, 1)
     same = set(names) - {"T", "B", "R", "u1", "tensors"}
