@@ -6,7 +6,6 @@ differentiable formula."""
 
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -21,11 +20,8 @@ from .kernels.memory import LASTING, lasting, working
 from .kernels.plan import STEP_PRODUCT
 
 _TORCHS: Any = torch._VF
-_FREED = "A tensor that the gradient needs has a storage that was freed, or that is smaller than its shape says"
-_EDITED = "A bias, which gradients that are to be differentiated again need, has been modified by an inplace operation"
-
-
 _PLAIN = {Tensor, Parameter}
+_FLOAT32 = torch.empty(0, dtype=torch.float32, device="cpu")
 # What the C++ is told: B, I, H, L, how many parameters a layer has, and threads.
 Sizes = tuple[int, int, int, int, int, int]
 
@@ -46,7 +42,13 @@ def _pack(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"{count}q").pack
 
 
-_address = Tensor.data_ptr
+def _call(function: Any, before: Sequence[int], sizes: Sizes, after: Sequence[int]) -> None:
+    """Calls it with a struct of single_step.cpp, `before` and `after` being what is around memory and sizes."""
+    pack = _pack(len(before) + len(after) + 8)
+    needed = function(pack(*before, 0, 0, *sizes, *after))
+    if needed:
+        memory = working(_FLOAT32, needed)
+        function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 
 def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: int, hidden: int,
@@ -81,14 +83,12 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
                 return None
             if grad and t.requires_grad:
                 train = True
-            address = t.data_ptr()
-            if not t.is_contiguous() and address:
-                t = t.contiguous()
+            if not t.is_contiguous():
+                t = compute.ready([t])[0]
                 copies.append(t)
-                address = t.data_ptr()
             if t.untyped_storage().nbytes() < t.nbytes + itemsize * t.storage_offset():
                 return None
-            addresses.append(address)
+            addresses.append(t.data_ptr())
     except RuntimeError:  # a sparse tensor, or another that has no memory
         return None
     if dtype is not torch.float32 or not compute.compiles(cell):
@@ -122,13 +122,8 @@ def _forward(cell: Cell, sizes: Sizes, addresses: Sequence[int], x: Tensor,
     else:
         y = x.new_empty(shape[0], shape[1], hidden)
     saved = x.new_empty(layers, cell.saved + cell.states, batch, hidden) if save else None
-    results = [y.data_ptr(), *map(_address, last), 0 if saved is None else saved.data_ptr()]
-    step = native.load(cell).step
-    pack = _pack(len(results) + len(addresses) + 8)
-    needed = step(pack(*addresses[:first], *results, 0, 0, *sizes, *addresses[first:]))
-    if needed:
-        memory = working(x, needed)
-        step(pack(*addresses[:first], *results, memory.data_ptr(), needed, *sizes, *addresses[first:]))
+    results = [y.data_ptr(), *[s.data_ptr() for s in last], 0 if saved is None else saved.data_ptr()]
+    _call(native.load(cell).step, addresses[:first] + results, sizes, addresses[first:])
     return y, last, saved
 
 
@@ -145,8 +140,8 @@ class _SingleStep(torch.autograd.Function):
                 kept += given[k : k + 2]
                 ctx.biases += given[k + 2 : k + 4]
         ctx.save_for_backward(*kept, saved)
-        # The adjoint is without biases: they may be edited, unless it is to be differentiated itself.
-        ctx.versions = [0 if b.is_inference() else b._version for b in ctx.biases]
+        # An ordinary backward pass reads no biases: as those of torch.nn they may change before it.
+        ctx.versions = ops._versions(ctx.biases)
         ctx.choices = cell, sizes
         ctx.set_materialize_grads(False)
         return y, *last
@@ -156,16 +151,13 @@ class _SingleStep(torch.autograd.Function):
         cell, sizes = ctx.choices
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
-        plain = not torch.is_grad_enabled() and not ops._transformed()
-        for t in d:
-            plain = plain and (t is None or (type(t) is Tensor and not ops._batched(t)))
-        if plain:
-            found = _backward(cell, sizes, [_ready(t) for t in tensors], needs, [_ready(t) for t in d])
-        else:
-            versions = [0 if b.is_inference() else b._version for b in ctx.biases]
-            if versions != ctx.versions:
-                raise RuntimeError(_EDITED)
+        if ops._again(d) or any(t is not None and type(t) is not Tensor for t in d):
+            if ops._versions(ctx.biases) != ctx.versions:
+                raise RuntimeError("one of the variables needed for gradient computation has been modified by an "
+                                   "inplace operation: a bias of a recurrent layer")
             found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
+        else:
+            found = _backward(cell, sizes, tensors, needs, d)
         return None, None, None, *found
 
 
@@ -173,26 +165,14 @@ class _SingleStep(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 
-def _ready(t: Any) -> Any:
-    """As the C++ takes it, if there is one."""
-    if t is None:
-        return None
-    if t._is_zerotensor():
-        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-    if (t.is_neg() or not t.is_contiguous()) and t.data_ptr():
-        t = t.resolve_neg().contiguous()
-    if t.untyped_storage().nbytes() < t.nbytes + t.element_size() * t.storage_offset():
-        raise RuntimeError(_FREED)
-    return t
-
-
 def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
               d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
     `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
-    *given, saved = tensors
-    x = given[0]
     first = cell.states + 1
+    tensors = compute.ready(tensors, _FLOAT32)
+    d = compute.ready(d, _FLOAT32)
+    *given, saved = tensors
     parameters = sizes[4]
     grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
     for k, need in enumerate(needs[first:]):
@@ -200,19 +180,13 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
         if not need:
             grads.append(None)
         elif place > 1:
-            grads.append(x.new_empty(cell.gates * sizes[2]))
+            grads.append(saved.new_empty(cell.gates * sizes[2]))
         else:
             w = given[first + 2 * layer + place]
             grads.append(torch.empty_like(w) if w.nbytes < LASTING else lasting(w, *w.size()))
     before = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
-    memory = working(x, 1)
-    step = native.load(cell).step_backward
-    pack = _pack(len(before) + len(after) + 8)
-    needed = step(pack(*before, memory.data_ptr(), memory.numel(), *sizes, *after))
-    if needed:
-        memory = working(x, needed)
-        step(pack(*before, memory.data_ptr(), needed, *sizes, *after))
+    _call(native.load(cell).step_backward, before, sizes, after)
     return grads
 
 
@@ -225,22 +199,16 @@ def _differentiable(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], biases:
     for k in range(layers):
         given += tensors[first + 2 * k : first + 2 * k + 2]
         given += biases[2 * k : 2 * k + 2]
-    autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        # Aliases, so that an input which was computed from another one counts for itself alone.
-        alias = [t.view_as(t) for t in given]
+    with ops._as_it_ran(given[0].device), torch.enable_grad():
+        alias = ops._aliases(given)
         y = alias[0].reshape(1, batch, inputs)
         ends = []
         for k in range(layers):
-            own: list[Any] = alias[first + parameters * k :][:parameters]
+            own = alias[first + parameters * k :][:parameters]
             s0 = torch.stack([s[k] for s in alias[1:first]])
             weights = own if parameters > 2 else [*own, None, None]
             y, _, last = compute.formula(cell, (y, *weights, s0), (None, None, None), (False,), 0)
             ends.append(last)
         columns = [torch.stack(column) for column in zip(*ends)]
-        outputs = [y.reshape(*given[0].shape[:2], hidden), *columns]
-        pairs = [(t, grad) for t, grad in zip(outputs, d) if grad is not None]
-        wanted = [t for t, need in zip(alias, needs) if need]
-        found = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [grad for _, grad in pairs],
-                                         create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+        y = y.reshape(*given[0].shape[:2], hidden)
+        return ops._differentiate((y, *columns), d, alias, needs)
