@@ -5,11 +5,12 @@
 // Rows of the batch from which packing a tile of W costs less than it saves, forward and back.
 constexpr i64 PACKED_FORWARD = 12, PACKED_BACKWARD = ACCUMULATORS / TWO + 1;
 constexpr int ONE = ACCUMULATORS >= 24 ? 16 : 8;  // vectors of columns of a tile of one row
+constexpr i64 SMALL = 4096;  // numbers of memory that are on the stack
 constexpr i64 FEW_ROWS = 4;  // up to which the gradients of W are made without panels
 constexpr int SAVED_ALL = SAVED + STATES;  // what is saved of each unit: the activations, and the states after the step
 
 // Tensors are as rnn/single_step.py has them: states and their gradients [L, B, H], saved [L, SAVED_ALL, B, H]. `memory`
-// has `size` numbers. After the struct come pointers, `parameters` of each layer: w_ih, w_hh, and with biases b_ih, b_hh.
+// has `size` numbers, or none are given at first. After the struct come pointers, `parameters` of each layer: w_ih, w_hh, and with biases b_ih, b_hh.
 struct Step {
   const float *x, *s[STATES];
   float *y, *n[STATES], *saved, *memory;
@@ -307,18 +308,18 @@ extern "C" i64 step_backward(const StepAdjoint& c) {
   const i64 B = c.B, H = c.H, K = GATES * H, widest = std::max(c.I, H), last = c.layers - 1;
   // Rows a power of 2 apart would have the same place in the caches.
   const i64 width = padded_to(K, LANES) + (K < 256 ? 0 : LANES);
+  alignas(64) float small[SMALL];
   i64 used = 0;
-  auto take = [&](i64 numbers) {
-    float* const place = c.memory + used;
-    used += padded_to(numbers, 16);
-    return place;
-  };
-  float *const dr = take(B * width), *const dx = SPLIT ? take(B * width) : dr, *const below = take(last ? B * H : 0);
-  float *const x_panels = take(B * padded_to(widest, PADDING)), *const h_panels = take(B * padded_to(H, PADDING));
+  auto take = [&](i64 numbers) { return std::exchange(used, used + padded_to(numbers, 16)); };
   const bool few = B <= FEW_ROWS;
   const i64 panel = B >= PACKED_BACKWARD ? padded_to(K * PADDING, 16) : 0;
-  float* const panels = take(panel * c.threads);
-  if (used > c.size) return used;
+  const i64 at_dr = take(B * width), at_dx = SPLIT ? take(B * width) : at_dr, at_below = take(last ? B * H : 0);
+  const i64 at_x = take(few ? 0 : B * padded_to(widest, PADDING)), at_h = take(few ? 0 : B * padded_to(H, PADDING));
+  const i64 at_panels = take(panel * c.threads);
+  if (used > std::max(SMALL, c.size)) return used;
+  float* const memory = used <= SMALL ? small : c.memory;
+  float *const dr = memory + at_dr, *const dx = memory + at_dx, *const below = memory + at_below;
+  float *const x_panels = memory + at_x, *const h_panels = memory + at_h, *const panels = memory + at_panels;
 #pragma omp parallel num_threads(c.threads) if (c.threads > 1)
   for (i64 l = last; l >= 0; --l) {
     const i64 I = l ? H : c.I, layer = l * B * H, tiles = (H + LANES - 1) / LANES, I_tiles = (I + LANES - 1) / LANES;

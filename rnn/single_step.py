@@ -5,10 +5,9 @@ a plain tensor is left to the general path of the layers. Gradients that are to 
 differentiable formula."""
 
 import struct
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,34 +17,39 @@ from torch.overrides import has_torch_function_unary
 from . import compute, ops
 from .kernels import native
 from .kernels.cells import Cell
-from .kernels.memory import working
+from .kernels.memory import LASTING, lasting, working
 from .kernels.plan import STEP_PRODUCT
 
 _TORCHS: Any = torch._VF
-_FREED = "A tensor that the gradient needs has a storage that was freed, or that is smaller than its shape says"
-_EDITED = "A bias, which gradients that are to be differentiated again need, has been modified by an inplace operation"
+_PLAIN = {Tensor, Parameter}
+_FLOAT32 = torch.empty(0, dtype=torch.float32, device="cpu")
+# What the C++ is told: B, I, H, L, how many parameters a layer has, and threads.
+Sizes = tuple[int, int, int, int, int, int]
 
 
-class _Sizes(NamedTuple):
-    """What the C++ is told, in its order. `parameters` is how many a layer has."""
-
-    batch: int
-    inputs: int
-    hidden: int
-    layers: int
-    parameters: int
-    threads: int
+@lru_cache(1024)
+def _shapes(cell: Cell, x: tuple[int, ...], batch: int, hidden: int, layers: int,
+            parameters: int) -> list[tuple[int, ...]]:
+    """Of x, the states, and w_ih, w_hh (and b_ih, b_hh) of each layer."""
+    gates = cell.gates * hidden
+    found = [x, *[(layers, batch, hidden)] * cell.states]
+    for layer in range(layers):
+        found += [(gates, hidden if layer else x[2]), (gates, hidden), *[(gates,)] * (parameters - 2)]
+    return found
 
 
 @lru_cache
-def _shapes(cell: Cell, inputs: int, hidden: int, layers: int, biased: bool) -> list[tuple[int, ...]]:
-    """Of the weights: w_ih, w_hh (and b_ih, b_hh) of each layer."""
-    gates = cell.gates * hidden
-    biases = [(gates,)] * 2 if biased else []
-    found: list[tuple[int, ...]] = []
-    for layer in range(layers):
-        found += [(gates, hidden if layer else inputs), (gates, hidden), *biases]
-    return found
+def _pack(count: int) -> Callable[..., bytes]:
+    return struct.Struct(f"{count}q").pack
+
+
+def _call(function: Any, before: Sequence[int], sizes: Sizes, after: Sequence[int]) -> None:
+    """Calls it with a struct of single_step.cpp, `before` and `after` being what is around memory and sizes."""
+    pack = _pack(len(before) + len(after) + 8)
+    needed = function(pack(*before, 0, 0, *sizes, *after))
+    if needed:
+        memory = working(_FLOAT32, needed)
+        function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 
 def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: int, hidden: int,
@@ -55,39 +59,37 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
     if ops._transformed() or ops._traced() or has_torch_function_unary(x) or torch._C._is_any_autocast_enabled():
         return None
     shape = x.size()
-    inputs = shape[2]
     batch = shape[0] if batch_first else shape[1]
-    before = layers, batch, hidden
     count = cell.states
     states = hx
     if hx is None:
-        states = [x.new_zeros(before)] * count
+        states = [x.new_zeros(layers, batch, hidden)] * count
     elif count == 1:
         states = [hx]
     elif type(hx) not in (tuple, list) or len(hx) != count:
         return None
-    parameters = len(weights) // layers
     dtype = x.dtype
+    itemsize = x.itemsize
+    parameters = len(weights) // layers
     given = [x, *states, *weights]
-    expected = [shape, *[before] * count, *_shapes(cell, inputs, hidden, layers, parameters > 2)]
-    ready = []
+    copies = []
+    addresses = []
+    grad = torch.is_grad_enabled()
     train = False
     try:
-        for t, size in zip(given, expected):
-            kind = type(t)  # a parametrized weight is None
-            if (kind is not Tensor and kind is not Parameter) or t.size() != size:
+        for t, size in zip(given, _shapes(cell, shape, batch, hidden, layers, parameters)):
+            if type(t) not in _PLAIN or t.dtype is not dtype or t.size() != size:  # a parametrized weight is None
                 return None
-            if t.dtype is not dtype or not t.is_cpu or t.is_neg():
+            if t.is_neg() or not t.is_cpu:
                 return None
-            if t.requires_grad:
+            if grad and t.requires_grad:
                 train = True
             if not t.is_contiguous():
-                if not t.data_ptr():
-                    return None
-                t = t.contiguous()
-            if t.untyped_storage().nbytes() < t.nbytes + t.element_size() * t.storage_offset():
+                t = compute.ready([t])[0]
+                copies.append(t)
+            if t.untyped_storage().nbytes() < t.nbytes + itemsize * t.storage_offset():
                 return None
-            ready.append(t)
+            addresses.append(t.data_ptr())
     except RuntimeError:  # a sparse tensor, or another that has no memory
         return None
     if dtype is not torch.float32 or not compute.compiles(cell):
@@ -99,61 +101,49 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
         return y, tuple(last) if count > 1 else last[0]
     if not batch:
         return None
-    large = batch * cell.gates * hidden * (hidden + inputs) > STEP_PRODUCT
-    sizes = _Sizes(batch, inputs, hidden, layers, parameters, native.threads() if large else 1)
-    if train and torch.is_grad_enabled():
-        y, *last = _apply(cell, sizes, ready, *given)
+    large = batch * cell.gates * hidden * (hidden + shape[2]) > STEP_PRODUCT
+    sizes = batch, shape[2], hidden, layers, parameters, native.threads() if large else 1
+    if train:
+        y, *last = _apply(cell, sizes, addresses, *given)
     else:
-        y, last, _ = _forward(cell, sizes, ready, False)
+        y, last, _ = _forward(cell, sizes, addresses, x, False)
     return y, tuple(last) if count > 1 else last[0]
 
 
-def _call(function: Any, like: Tensor, before: Sequence[int], after: Sequence[int],
-          memory: Tensor | None = None) -> None:
-    """Calls it with a struct of single_step.cpp, `before` and `after` being what is around its memory."""
-    layout = f"{len(before) + len(after) + 2}q"
-    place = (0, 0) if memory is None else (memory.data_ptr(), memory.numel())
-    needed = function(struct.pack(layout, *before, *place, *after))
-    if needed:
-        memory = working(like, needed)
-        function(struct.pack(layout, *before, memory.data_ptr(), memory.numel(), *after))
-
-
-def _forward(cell: Cell, sizes: _Sizes, ready: Sequence[Tensor],
+def _forward(cell: Cell, sizes: Sizes, addresses: Sequence[int], x: Tensor,
              save: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once more: what is returned
-    may be edited in place."""
+    may be edited in place. `addresses` are of x, the states and the parameters."""
     batch, _, hidden, layers, _, _ = sizes
     first = cell.states + 1
-    x = ready[0]
-    last = [torch.empty_like(s) for s in ready[1:first]]
+    h = x.new_empty(layers, batch, hidden)
+    last = [h] if first == 2 else [h, *[torch.empty_like(h) for _ in range(first - 2)]]
     shape = x.size()
     if layers == 1 and shape[0] == 1:
-        y = torch.empty_like(ready[1])
+        y = torch.empty_like(h)
     else:
         y = x.new_empty(shape[0], shape[1], hidden)
     saved = x.new_empty(layers, cell.saved + cell.states, batch, hidden) if save else None
-    given = [t.data_ptr() for t in ready]
     results = [y.data_ptr(), *[s.data_ptr() for s in last], 0 if saved is None else saved.data_ptr()]
-    _call(native.load(cell).step, x, given[:first] + results, [*sizes, *given[first:]])
+    _call(native.load(cell).step, addresses[:first] + results, sizes, addresses[first:])
     return y, last, saved
 
 
 class _SingleStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Cell, sizes: _Sizes, ready: Sequence[Tensor], *given: Any) -> tuple[Tensor, ...]:
-        y, last, saved = _forward(cell, sizes, ready, True)
+    def forward(ctx: Any, cell: Cell, sizes: Sizes, addresses: Sequence[int], *given: Any) -> tuple[Tensor, ...]:
+        y, last, saved = _forward(cell, sizes, addresses, given[0], True)
         first = cell.states + 1
         kept = given
         ctx.biases = []
-        if sizes.parameters > 2:
+        if sizes[4] > 2:
             kept = given[:first]
             for k in range(first, len(given), 4):
                 kept += given[k : k + 2]
                 ctx.biases += given[k + 2 : k + 4]
         ctx.save_for_backward(*kept, saved)
-        # The adjoint is without biases: they may be edited, unless it is to be differentiated itself.
-        ctx.versions = [0 if b.is_inference() else b._version for b in ctx.biases]
+        # An ordinary backward pass reads no biases: as those of torch.nn they may change before it.
+        ctx.versions = ops._versions(ctx.biases)
         ctx.choices = cell, sizes
         ctx.set_materialize_grads(False)
         return y, *last
@@ -163,16 +153,13 @@ class _SingleStep(torch.autograd.Function):
         cell, sizes = ctx.choices
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
-        plain = not torch.is_grad_enabled() and not ops._transformed()
-        for t in d:
-            plain = plain and (t is None or (type(t) is Tensor and not ops._batched(t)))
-        if plain:
-            found = _backward(cell, sizes, [_ready(t) for t in tensors], needs, [_ready(t) for t in d])
-        else:
-            versions = [0 if b.is_inference() else b._version for b in ctx.biases]
-            if versions != ctx.versions:
-                raise RuntimeError(_EDITED)
+        if ops._again(d) or any(t is not None and type(t) is not Tensor for t in d):
+            if ops._versions(ctx.biases) != ctx.versions:
+                raise RuntimeError("one of the variables needed for gradient computation has been modified by an "
+                                   "inplace operation: a bias of a recurrent layer")
             found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
+        else:
+            found = _backward(cell, sizes, tensors, needs, d)
         return None, None, None, *found
 
 
@@ -180,42 +167,32 @@ class _SingleStep(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 
-def _ready(t: Any) -> Any:
-    """As the C++ takes it, if there is one."""
-    if t is None:
-        return None
-    if t._is_zerotensor():
-        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-    if (t.is_neg() or not t.is_contiguous()) and t.data_ptr():
-        t = t.resolve_neg().contiguous()
-    if t.untyped_storage().nbytes() < t.nbytes + t.element_size() * t.storage_offset():
-        raise RuntimeError(_FREED)
-    return t
-
-
-def _backward(cell: Cell, sizes: _Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
+def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
               d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
     `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
-    *given, saved = tensors
-    x = given[0]
     first = cell.states + 1
+    tensors = compute.ready(tensors, _FLOAT32)
+    d = compute.ready(d, _FLOAT32)
+    *given, saved = tensors
+    parameters = sizes[4]
     grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
     for k, need in enumerate(needs[first:]):
-        layer, place = divmod(k, sizes.parameters)
+        layer, place = divmod(k, parameters)
         if not need:
             grads.append(None)
-        elif place < 2:
-            grads.append(torch.empty_like(given[first + 2 * layer + place]))
+        elif place > 1:
+            grads.append(saved.new_empty(cell.gates * sizes[2]))
         else:
-            grads.append(x.new_empty(cell.gates * sizes.hidden))
-    pointers = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
-    weights = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
-    _call(native.load(cell).step_backward, x, pointers, [*sizes, *weights], working(x, 1))
+            w = given[first + 2 * layer + place]
+            grads.append(torch.empty_like(w) if w.nbytes < LASTING else lasting(w, *w.size()))
+    before = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
+    after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
+    _call(native.load(cell).step_backward, before, sizes, after)
     return grads
 
 
-def _differentiable(cell: Cell, sizes: _Sizes, tensors: Sequence[Tensor], biases: Sequence[Tensor],
+def _differentiable(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], biases: Sequence[Tensor],
                     needs: Sequence[bool], d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """As `_backward`, from the formula: whatever d is, and to be differentiated again."""
     batch, inputs, hidden, layers, parameters, _ = sizes
@@ -224,22 +201,16 @@ def _differentiable(cell: Cell, sizes: _Sizes, tensors: Sequence[Tensor], biases
     for k in range(layers):
         given += tensors[first + 2 * k : first + 2 * k + 2]
         given += biases[2 * k : 2 * k + 2]
-    autocast = torch._C._is_any_autocast_enabled()  # what ran in one precision stays in it
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        # Aliases, so that an input which was computed from another one counts for itself alone.
-        alias = [t.view_as(t) for t in given]
+    with ops._as_it_ran(given[0].device), torch.enable_grad():
+        alias = ops._aliases(given)
         y = alias[0].reshape(1, batch, inputs)
         ends = []
         for k in range(layers):
-            own: list[Any] = alias[first + parameters * k :][:parameters]
+            own = alias[first + parameters * k :][:parameters]
             s0 = torch.stack([s[k] for s in alias[1:first]])
             weights = own if parameters > 2 else [*own, None, None]
             y, _, last = compute.formula(cell, (y, *weights, s0), (None, None, None), (False,), 0)
             ends.append(last)
         columns = [torch.stack(column) for column in zip(*ends)]
-        outputs = [y.reshape(*given[0].shape[:2], hidden), *columns]
-        pairs = [(t, grad) for t, grad in zip(outputs, d) if grad is not None]
-        wanted = [t for t, need in zip(alias, needs) if need]
-        found = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [grad for _, grad in pairs],
-                                         create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+        y = y.reshape(*given[0].shape[:2], hidden)
+        return ops._differentiate((y, *columns), d, alias, needs)
