@@ -116,8 +116,8 @@ GOOD: dict[str, Callable[[random.Random, Tensor], Any]] = {
 OBJECTS: dict[str, Callable[[], Any]] = {
     "0": lambda: 0, "3": lambda: 3, "-1": lambda: -1, "2.5": lambda: 2.5, "nan": lambda: float("nan"),
     "inf": lambda: float("inf"), "2**70": lambda: 2**70, "True": lambda: True, "1j": lambda: 1j, "text": lambda: "text",
-    "''": lambda: "", "bytes": lambda: b"x", "None": lambda: None, "[]": lambda: [], "[1, 2]": lambda: [1, 2],
-    "()": lambda: (), "(None, None)": lambda: (None, None), "{}": lambda: {}, "a dict": lambda: {"h": 1, "c": 2},
+    "''": lambda: "", "bytes": lambda: b"x", "None": lambda: None, "[]": list, "[1, 2]": lambda: [1, 2],
+    "()": lambda: (), "(None, None)": lambda: (None, None), "{}": dict, "a dict": lambda: {"h": 1, "c": 2},
     "a set": lambda: {1, 2}, "object()": object, "a type": lambda: int, "a function": lambda: len,
     "an array": lambda: np.zeros((2, 3)), "an array of one": lambda: np.array(4), "np.int64": lambda: np.int64(4),
     "np.float32": lambda: np.float32(2.5), "np.nan": lambda: np.nan, "an array of objects": lambda: np.array([None, {}]),
@@ -162,7 +162,7 @@ def wrong_tensor(rng: random.Random, t: Tensor) -> Wrong:
             value = TENSORS[name](rng, t)
         except RIGHT + (NotImplementedError,):  # torch has no such tensor
             continue
-        dense = isinstance(value, Tensor) and name in ("sparse",) or name == "mkldnn" and t.dtype == torch.float32
+        dense = (isinstance(value, Tensor) and name in ("sparse",)) or (name == "mkldnn" and t.dtype == torch.float32)
         same = name in ("other dimensions", "other sizes") and value.shape == t.shape
         return Wrong(name, value, t.detach() if dense or same else REFUSED)
 
@@ -362,8 +362,7 @@ def constructor(rng: random.Random) -> Result:
     own = {"plan": PLANS, "recompute": OBJECTS}
     tables = {"input_size": OBJECTS, "hidden_size": OBJECTS, "bias": OBJECTS, "device": OBJECTS, "dtype": OBJECTS}
     if name[-4:] != "Cell":
-        tables |= {key: OBJECTS for key in ("num_layers", "batch_first", "dropout", "bidirectional", "proj_size",
-                                            "nonlinearity", "unknown")}
+        tables |= dict.fromkeys(("num_layers", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity", "unknown"), OBJECTS)
         tables |= {"plan": PLANS, "recompute": OBJECTS}
     elif name == "RNNCell":
         tables["nonlinearity"] = OBJECTS

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import cases
 import fuzz_arguments
 import fuzz_layouts
 import fuzzing
@@ -14,8 +15,6 @@ from fuzzing import ByCells, place, plain
 from test_cpu import KINDS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
-
-import cases
 
 
 @pytest.mark.parametrize("which", [fuzz_layouts, fuzz_arguments], ids=lambda module: module.__name__)
