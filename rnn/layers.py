@@ -137,15 +137,15 @@ class _Stack(nn.RNNBase):
         `input`, of an LSTM two, h and c.
         Raises ValueError and RuntimeError for what torch.nn refuses, as it does, and TypeError for an argument of the
         wrong kind, before anything is computed."""
+        if lengths is None and resets is None and not return_states:
+            found = self._single_step(input, hx)
+            if found is not None:
+                return found
         states = hx if type(hx) is tuple else (hx,)
         if (has_torch_function_variadic(input, *states, lengths, resets, *self._parameters.values())
                 or torch._C._get_tracing_state() is not None):
             extra = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
             found = interop.other_forward(self, input, hx, {k: v for k, v in extra.items() if v is not None})
-            if found is not None:
-                return found
-        if lengths is None and resets is None and not return_states:
-            found = self._single_step(input, hx)
             if found is not None:
                 return found
         return self._run(run_layer, input, hx, lengths, resets, return_states)
