@@ -17,7 +17,7 @@ from torch.overrides import has_torch_function_unary
 from . import compute, ops
 from .kernels import native
 from .kernels.cells import Cell
-from .kernels.memory import LASTING, lasting, working
+from .kernels.memory import working
 from .kernels.plan import STEP_PRODUCT
 
 _TORCHS: Any = torch._VF
@@ -87,9 +87,13 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
             if not t.is_contiguous():
                 t = compute.ready([t])[0]
                 copies.append(t)
-            if t.untyped_storage().nbytes() < t.nbytes + itemsize * t.storage_offset():
+            offset = t.storage_offset()
+            address = t.data_ptr()
+            if t.untyped_storage().nbytes() < t.nbytes + itemsize * offset:
                 return None
-            addresses.append(t.data_ptr())
+            if (offset or not address) and t._is_zerotensor():
+                return None
+            addresses.append(address)
     except RuntimeError:  # a sparse tensor, or another that has no memory
         return None
     if dtype is not torch.float32 or not compute.compiles(cell):
@@ -185,7 +189,7 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
             grads.append(saved.new_empty(cell.gates * sizes[2]))
         else:
             w = given[first + 2 * layer + place]
-            grads.append(torch.empty_like(w) if w.nbytes < LASTING else lasting(w, *w.size()))
+            grads.append(torch.empty_like(w))
     before = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
     _call(native.load(cell).step_backward, before, sizes, after)
