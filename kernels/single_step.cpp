@@ -18,9 +18,9 @@ struct Step {
 };
 
 // Likewise, but first w_ih and w_hh of all layers, then the gradients of the parameters of all. What is not wanted is
-// null.
+// null; if all of dy are the same number, dy_alike has it.
 struct StepAdjoint {
-  const float *x, *s[STATES], *saved, *dy, *dn[STATES];
+  const float *x, *s[STATES], *saved, *dy, *dy_alike, *dn[STATES];
   float *dx, *ds[STATES], *memory;
   i64 size, B, I, H, layers, parameters, threads;
 };
@@ -329,6 +329,7 @@ extern "C" i64 step_backward(const StepAdjoint& c) {
     const float* const saved = c.saved + SAVED_ALL * layer;
     const float* const x = l ? saved - STATES * B * H : c.x;  // the first state of the layer below
     const float *const h = c.s[0] + layer, *const dy = l == last ? c.dy : below;
+    const V alike = number(l == last && c.dy_alike ? *c.dy_alike : 0.f);
     float *const own = panels + panel * thread_number(), *const x_grad = l ? below : c.dx;
 #pragma omp for nowait
     for (i64 i = 0; i < B * tiles; ++i) {
@@ -338,7 +339,7 @@ extern "C" i64 step_backward(const StepAdjoint& c) {
       EACH(k, SAVED) a[k] = load(saved + k * B * H + at, left);
       EACH(k, STATES) {
         o[k] = load(c.s[k] + layer + at, left), n[k] = load(saved + (SAVED + k) * B * H + at, left);
-        d[k] = k == 0 && dy ? load(dy + at, left) : V{};
+        d[k] = k ? V{} : dy ? load(dy + at, left) : alike;
         if (c.dn[k]) d[k] += load(c.dn[k] + layer + at, left);
       }
       cell_backward(a, o, n, d, gates, r, p);

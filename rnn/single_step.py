@@ -43,7 +43,7 @@ def _pack(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"{count}q").pack
 
 
-def _call(function: Any, before: Sequence[int], sizes: Sizes, after: Sequence[int]) -> None:
+def _call(function: Any, before: list[int], sizes: Sizes, after: list[int]) -> None:
     """Calls it with a struct of single_step.cpp, `before` and `after` being what is around memory and sizes."""
     pack = _pack(len(before) + len(after) + 8)
     needed = function(pack(*before, 0, 0, *sizes, *after))
@@ -103,8 +103,6 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
         first = states if count > 1 else states[0]
         y, *last = operator(x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first)
         return y, tuple(last) if count > 1 else last[0]
-    if not batch:
-        return None
     large = batch * cell.gates * hidden * (hidden + shape[2]) > STEP_PRODUCT
     sizes = batch, shape[2], hidden, layers, parameters, native.threads() if large else 1
     if train:
@@ -114,7 +112,7 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
     return y, tuple(last) if count > 1 else last[0]
 
 
-def _forward(cell: Cell, sizes: Sizes, addresses: Sequence[int], x: Tensor,
+def _forward(cell: Cell, sizes: Sizes, addresses: list[int], x: Tensor,
              save: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once more: what is returned
     may be edited in place. `addresses` are of x, the states and the parameters."""
@@ -135,7 +133,7 @@ def _forward(cell: Cell, sizes: Sizes, addresses: Sequence[int], x: Tensor,
 
 class _SingleStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Cell, sizes: Sizes, addresses: Sequence[int], *given: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, cell: Cell, sizes: Sizes, addresses: list[int], *given: Any) -> tuple[Tensor, ...]:
         y, last, saved = _forward(cell, sizes, addresses, given[0], True)
         first = cell.states + 1
         kept = given
@@ -157,7 +155,7 @@ class _SingleStep(torch.autograd.Function):
         cell, sizes = ctx.choices
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
-        if ops._again(d) or any(t is not None and type(t) is not Tensor for t in d):
+        if ops._again(d) or not all(t is None or type(t) is Tensor for t in d):
             if ops._versions(ctx.biases) != ctx.versions:
                 raise RuntimeError("one of the variables needed for gradient computation has been modified by an "
                                    "inplace operation: a bias of a recurrent layer")
@@ -171,14 +169,35 @@ class _SingleStep(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 
+def _ready(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """`compute.ready`, with less to ask where they are as nearly all are."""
+    found: list[Any] = []
+    for t in tensors:
+        if t is not None:
+            if not t.is_contiguous() and t.data_ptr() and not t.is_neg():
+                t = t.contiguous()
+            offset = t.storage_offset()
+            if (t.dtype is not torch.float32 or t.is_neg() or not t.is_cpu or (offset and t._is_zerotensor())
+                    or t.untyped_storage().nbytes() < t.nbytes + 4 * offset):
+                t = compute.ready([t], _FLOAT32)[0]
+        found.append(t)
+    return found
+
+
 def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
               d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
     `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
     first = cell.states + 1
-    tensors = compute.ready(tensors, _FLOAT32)
-    d = compute.ready(d, _FLOAT32)
-    *given, saved = tensors
+    *given, saved = _ready(tensors)
+    dy, *dlast = d
+    alike = 0
+    if (dy is not None and dy.stride() == (0, 0, 0) and dy.data_ptr() and not dy.is_neg() and not dy._is_zerotensor()
+            and dy.untyped_storage().nbytes() > 4 * dy.storage_offset()):  # that of a sum: one number
+        alike = dy.data_ptr()
+        dlast = _ready(dlast)
+    else:
+        dy, *dlast = _ready(d)
     parameters = sizes[4]
     grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
     for k, need in enumerate(needs[first:]):
@@ -190,7 +209,9 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
         else:
             w = given[first + 2 * layer + place]
             grads.append(torch.empty_like(w))
-    before = [0 if t is None else t.data_ptr() for t in (*given[:first], saved, *d, *grads[:first])]
+    before = [t.data_ptr() for t in (*given[:first], saved)]
+    before += [0 if alike or dy is None else dy.data_ptr(), alike]
+    before += [0 if t is None else t.data_ptr() for t in (*dlast, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
     _call(native.load(cell).step_backward, before, sizes, after)
     return grads

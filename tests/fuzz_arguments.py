@@ -120,7 +120,8 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "()": lambda: (), "(None, None)": lambda: (None, None), "{}": dict, "a dict": lambda: {"h": 1, "c": 2},
     "a set": lambda: {1, 2}, "object()": object, "a type": lambda: int, "a function": lambda: len,
     "an array": lambda: np.zeros((2, 3)), "an array of one": lambda: np.array(4), "np.int64": lambda: np.int64(4),
-    "np.float32": lambda: np.float32(2.5), "np.nan": lambda: np.nan, "an array of objects": lambda: np.array([None, {}]),
+    "np.float32": lambda: np.float32(2.5), "np.nan": lambda: np.nan,
+    "an array of objects": lambda: np.array([None, {}]),
     "a tensor of one": lambda: torch.tensor(4), "a tensor of two": lambda: torch.tensor([1.0, 2.0]),
     "torch.float32": lambda: torch.float32, "a device": lambda: torch.device("cpu"), "a range": lambda: range(3),
     "a generator": lambda: iter([1, 2]), "Ellipsis": lambda: ..., "a module": lambda: nn.Linear(2, 2),
@@ -160,7 +161,7 @@ def wrong_tensor(rng: random.Random, t: Tensor) -> Wrong:
         name = rng.choice(list(TENSORS))
         try:
             value = TENSORS[name](rng, t)
-        except RIGHT + (NotImplementedError,):  # torch has no such tensor
+        except (*RIGHT, NotImplementedError):  # torch has no such tensor
             continue
         dense = (isinstance(value, Tensor) and name in ("sparse",)) or (name == "mkldnn" and t.dtype == torch.float32)
         same = name in ("other dimensions", "other sizes") and value.shape == t.shape
@@ -306,7 +307,8 @@ def named(error: BaseException, names: Sequence[str]) -> bool:
     return any(word in parts for name in names for word in NAMES.get(name, (name,)))
 
 
-def judge(what: str, names: Sequence[str], ours: Outcome, theirs: Outcome | None, right: Outcome | None) -> list[Finding]:
+def judge(what: str, names: Sequence[str], ours: Outcome, theirs: Outcome | None,
+          right: Outcome | None) -> list[Finding]:
     """Findings, where `theirs` is torch.nn's and `right` what the arguments mean, if they mean anything. `names` are
     those of the arguments that are wrong."""
     error = ours.error
@@ -362,7 +364,8 @@ def constructor(rng: random.Random) -> Result:
     own = {"plan": PLANS, "recompute": OBJECTS}
     tables = {"input_size": OBJECTS, "hidden_size": OBJECTS, "bias": OBJECTS, "device": OBJECTS, "dtype": OBJECTS}
     if name[-4:] != "Cell":
-        tables |= dict.fromkeys(("num_layers", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity", "unknown"), OBJECTS)
+        others = "num_layers", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity", "unknown"
+        tables |= dict.fromkeys(others, OBJECTS)
         tables |= {"plan": PLANS, "recompute": OBJECTS}
     elif name == "RNNCell":
         tables["nonlinearity"] = OBJECTS
@@ -426,7 +429,8 @@ def _layer_arguments(rng: random.Random, name: str, options: dict[str, Any], for
     return given
 
 
-def _spoil(rng: random.Random, name: str, options: dict[str, Any], given: dict[str, Any], form: str) -> tuple[str, Wrong]:
+def _spoil(rng: random.Random, name: str, options: dict[str, Any], given: dict[str, Any],
+           form: str) -> tuple[str, Wrong]:
     """A wrong argument, and its name."""
     T, B = 3, 2
     key = rng.choice(("input", "input", "hx", "hx", "lengths", "resets"))
@@ -470,7 +474,7 @@ def _spoil(rng: random.Random, name: str, options: dict[str, Any], given: dict[s
         one = wrong_tensor(rng, part) if k == 0 else _wrong_indices(rng, part)
         fields[k] = one.value
         try:
-            found = PackedSequence(*fields)
+            found = PackedSequence(*fields)  # type: ignore[arg-type]
         except Exception:  # torch refuses it
             return key, Wrong("text", "text", REFUSED)
         meaning = value if one.meaning is part else REFUSED
@@ -822,7 +826,8 @@ def whole_models(rng: random.Random) -> Result:
 
 
 CASES: list[tuple[int, Callable[[random.Random], Result]]] = [
-    (12, constructor), (34, layer_call), (8, weights), (3, attribute_plan), (26, operator), (10, between), (3, cell_call),
+    (12, constructor), (34, layer_call), (8, weights), (3, attribute_plan), (26, operator), (10, between),
+    (3, cell_call),
     (2, whole_models)]
 
 

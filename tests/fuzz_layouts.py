@@ -32,8 +32,8 @@ WITHOUT = ("none", "inference")
 
 
 class Layer(NamedTuple):
-    """A call of a layer. `asks` is how gradients are asked for, `frozen` the chance of a tensor to need none, `used` the
-    outputs whose gradients come in."""
+    """A call of a layer. `asks` is how gradients are asked for, `frozen` the chance of a tensor to need none, `used`
+    the outputs whose gradients come in."""
 
     case: Case
     asks: str
@@ -84,7 +84,7 @@ def _words(values: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def _plan(rng: random.Random, dtype: torch.dtype) -> Plan | None:
-    choices = [None, None, None]
+    choices: list[Plan | None] = [None, None, None]
     if dtype in (torch.float32, torch.float64):
         choices += [Plan("numpy"), Plan("torch")]
     if dtype == torch.float32:
@@ -238,8 +238,8 @@ def returns(found: Found, asks: str) -> dict[str, Tensor]:
 
 
 def forms(found: dict[str, Tensor], theirs: dict[str, Tensor], allowed: dict[str, list[tuple[int, ...]]]) -> list[str]:
-    """What is wrong with the form of tensors. `theirs` are those that torch.nn returns, as far as it does; `allowed` are
-    strides that are right as well."""
+    """What is wrong with the form of tensors. `theirs` are those that torch.nn returns, as far as it does; `allowed`
+    are strides that are right as well."""
     wrong = []
     for name, t in found.items():
         other = theirs.get(name)
@@ -248,12 +248,10 @@ def forms(found: dict[str, Tensor], theirs: dict[str, Tensor], allowed: dict[str
             strides = [_strides(other), *allowed.get(name, [])]
         if _strides(t) not in strides:
             wrong.append(f"strides of {name}: {t.stride()}, torch.nn's {None if other is None else other.stride()}")
-        if other is None or not other._is_view():
-            if t._base is not None or t._is_view():
-                wrong.append(f"{name} is a view")
-        if other is None or other.storage_offset() == 0:
-            if t.storage_offset() != 0:
-                wrong.append(f"{name} has an offset")
+        if (other is None or not other._is_view()) and (t._base is not None or t._is_view()):
+            wrong.append(f"{name} is a view")
+        if (other is None or other.storage_offset() == 0) and t.storage_offset() != 0:
+            wrong.append(f"{name} has an offset")
         exact = other is None or other.untyped_storage().nbytes() == other.numel() * other.element_size()
         if exact and t.untyped_storage().nbytes() != t.numel() * t.element_size():
             wrong.append(f"storage of {name} has another size than it")
@@ -464,7 +462,8 @@ def check_layer(layer: Layer, rng: random.Random, attempt: int) -> tuple[list[Fi
     frozen = {name for name in weights if rng.random() < layer.frozen}
     options = dict(dropout=layer.dropout)
     other = torch.float32 if case.dtype == torch.float64 else case.dtype
-    ours = fill(build(rnn, case, dtype=case.dtype, plan=layer.plan, recompute=layer.recompute, **options), weights, frozen)
+    built = build(rnn, case, dtype=case.dtype, plan=layer.plan, recompute=layer.recompute, **options)
+    ours = fill(built, weights, frozen)
     theirs = fill(build(nn, case, dtype=case.dtype, **options), weights, frozen)
     others = fill(build(nn, case, dtype=other, **options), {n: plain(t, other) for n, t in weights.items()}, frozen)
     exact = fill(build(nn, case, **options), {n: plain(t, torch.float64) for n, t in weights.items()}, frozen)
@@ -558,8 +557,9 @@ def check_call(call: Call, rng: random.Random, attempt: int) -> tuple[list[Findi
 
     def ours() -> Found:
         arguments: Any = [given.get(name) for name in shapes]
+        recurrence: Any = rnn.functional.recurrence
         with contexts(call.asks):
-            out: Any = rnn.functional.recurrence(cell, *arguments, lengths if sizes is None else None, sizes, resets,
+            out: Any = recurrence(cell, *arguments, lengths if sizes is None else None, sizes, resets,
                                                  call.reverse, call.keep, call.plan, call.recompute)
         outputs = {name: t for name, t in zip(("y", "states", "last"), out) if t is not None}
         return Found(outputs, gradients(call.asks, outputs, seeds, given))

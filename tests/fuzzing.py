@@ -184,7 +184,7 @@ def _cell(name: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]
 
 def sweep(name: str, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], lengths: Tensor | None,
           resets: Tensor | None, backwards: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """One recurrence over x [T, B, I] from states [B, H] each: all its states [T, B, H], 0 past an end, and the last."""
+    """One recurrence over x [T, B, I] from states [B, H] each: its states [T, B, H], 0 past an end, and the last."""
     T, B = x.shape[:2]
     ends = torch.full((B,), T) if lengths is None else lengths
     now = list(states)
@@ -345,7 +345,7 @@ class _Watch:
             raise RuntimeError(f"{' '.join(command)}: {''.join(errors[-20:])}")
         words = [line for line in errors if line.startswith("WHERE")]
         why = f"the process ends with {f'signal {-status}' if status < 0 else f'status {status}'}"
-        side, what, *more = [*words[-1].strip().split(" | ", 1)[:2]] if words else ["", "".join(errors[-3:]).strip()]
+        side, what, *_more = [*words[-1].strip().split(" | ", 1)[:2]] if words else ["", "".join(errors[-3:]).strip()]
         if side != "WHERE torch":  # whose fault it is
             self.findings.append((at, Finding(f"{why}: {what.split(' || ')[0]}" if side else why, what)))
         self.next = at + self.step

@@ -44,7 +44,8 @@ def test_the_oracle(mode: str, nonlinearity: str, form: str, proj: int) -> None:
                       dtype=torch.float64, mode=mode, proj=proj)
     module = cases.build(nn, case, dtype=torch.float64)
     x = torch.randn(case.B, case.T, case.I, dtype=torch.float64)
-    states = [torch.randn(4, case.B, width, dtype=torch.float64) for width in (proj or 6, 6)][: 2 if mode == "LSTM" else 1]
+    widths = (proj or 6, 6) if mode == "LSTM" else (6,)
+    states = [torch.randn(4, case.B, width, dtype=torch.float64) for width in widths]
     hx: Any = tuple(states) if mode == "LSTM" else states[0]
     if form == "lengths":
         got = ByCells(module)(x, hx, lengths=lengths_of(case))
@@ -61,7 +62,8 @@ def test_the_oracle(mode: str, nonlinearity: str, form: str, proj: int) -> None:
     torch.testing.assert_close(fuzz_layouts.flat(got), fuzz_layouts.flat(want))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [
+    torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
 def test_layouts_are_what_they_say(dtype: torch.dtype) -> None:
     """Every layout is drawn, holds the values of the data where it can, and some are what kernels cannot read."""
     drawn: dict[str, set[bool]] = {}

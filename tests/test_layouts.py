@@ -284,7 +284,7 @@ def test_what_one_may_do_with_a_tensor(name: str, size: int, deed: str, plan: Pl
     layer = getattr(rnn, name)(size, size, plan=plan)
     x = torch.randn(T, B, size, requires_grad=True)
     out = flat(layer(x))
-    grads = torch.autograd.grad(sum(t.sum() for t in out.values()), [x, *layer.parameters()], retain_graph=True)
+    grads = torch.autograd.grad([t.sum() for t in out.values()], [x, *layer.parameters()], retain_graph=True)
     assert size == 4 or max(t.nbytes for t in out.values()) > LARGE
     with torch.no_grad():
         plain = flat(layer(x))
