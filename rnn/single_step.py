@@ -202,7 +202,7 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
             grads.append(saved.new_empty(cell.gates * sizes[2]))
         else:
             w = given[first + 2 * layer + place]
-            grads.append(torch.empty_like(w) if w.nbytes < LASTING else lasting(w, *w.size()))
+            grads.append(torch.empty_like(w) if w.nbytes <= LASTING else lasting(w, *w.size()))
     before = [t.data_ptr() for t in (*given[:first], saved)]
     before += [0 if alike or dy is None else dy.data_ptr(), alike]
     before += [0 if t is None else t.data_ptr() for t in (*dlast, *grads[:first])]

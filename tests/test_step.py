@@ -1,6 +1,7 @@
 """One step a call, as in streaming and decoding, on a path of its own: in C++ or by torch's own operators."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -143,6 +144,10 @@ def outputs(found: Any) -> list[Tensor]:
     return list(flat(found).values())
 
 
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.sum() for t in tensors]).sum()
+
+
 def gradients(layer: Any, B: int, used: str = "all", **options: Any) -> dict[str, Tensor]:
     """Outputs and gradients from a loss of y, of the last states, or of `all`."""
     x, hx, wanted = leaves(layer, B, **options)
@@ -166,8 +171,8 @@ def gradients(layer: Any, B: int, used: str = "all", **options: Any) -> dict[str
 def test_gradients(kind: tuple[str, dict[str, Any]], sizes: tuple[int, int, int], options: dict[str, Any],
                    how: dict[str, Any], taken: list[Any]) -> None:
     B, I, H = sizes
-    ours, theirs, exact = made(kind, I, H, **options)
-    close(*(gradients(layer, B, **how) for layer in (ours, theirs, exact)))
+    ours, theirs, exact = (gradients(layer, B, **how) for layer in made(kind, I, H, **options))
+    close(ours, theirs, exact)
     assert None not in taken
     if compute.compiles(rnn.kernels.cells.gru):
         assert taken[0][0].grad_fn.name() == "_SingleStepBackward"
@@ -180,9 +185,10 @@ def test_threads(kind: tuple[str, dict[str, Any]], threads: int, taken: list[Any
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        close(*(gradients(layer, 14) for layer in layers))
+        ours, theirs, exact = (gradients(layer, 14) for layer in layers)
     finally:
         torch.set_num_threads(before)
+    close(ours, theirs, exact)
     assert None not in taken
 
 
@@ -193,8 +199,9 @@ def test_frozen(kind: tuple[str, dict[str, Any]], frozen: str, taken: list[Any])
     for layer in layers:
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(frozen not in name)
-    close(*(gradients(layer, 3) for layer in layers))
-    close(*(gradients(layer, 3, x_grad=False, given=False) for layer in layers))
+    for how in ({}, dict(x_grad=False, given=False)):
+        ours, theirs, exact = (gradients(layer, 3, **how) for layer in layers)
+        close(ours, theirs, exact)
     assert None not in taken
 
 
@@ -251,16 +258,11 @@ def test_in_place(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
     def edited(layer: Any) -> dict[str, Tensor]:
         x, hx, wanted = leaves(layer, 3)
         found = outputs(layer(x, hx))
-        loss = sum(t.sin().sum() for t in found)
-        with torch.no_grad():
-            for t in found:
-                t.add_(0)
-        again = [t * 2 for t in outputs(layer(x, hx))]
-        for t in outputs(layer(x, hx)):
-            t.mul_(3)
-        return dict(enumerate(torch.autograd.grad([t.sum() for t in again], wanted))) if loss else {}
+        loss = total([t.mul_(3).sin() for t in found])
+        return {str(k): t for k, t in enumerate(torch.autograd.grad(loss, wanted))}
 
-    close(*({str(k): t for k, t in edited(layer).items()} for layer in made(kind, 4, 6)))
+    ours, theirs, exact = map(edited, made(kind, 4, 6))
+    close(ours, theirs, exact)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -287,8 +289,9 @@ def test_double_backward(kind: tuple[str, dict[str, Any]], options: dict[str, An
     found = []
     for layer in made(kind, 3, 4, **options)[::2]:
         x, hx, wanted = leaves(layer, 2)
-        first = torch.autograd.grad(sum(t.sin().sum() for t in outputs(layer(x, hx))), wanted, create_graph=True)
-        found.append([*first, *torch.autograd.grad(sum(g.cos().sum() for g in first), wanted)])
+        loss = total([t.sin() for t in outputs(layer(x, hx))])
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        found.append([*first, *torch.autograd.grad(total([g.cos() for g in first]), wanted)])
     for got, want in zip(*found):
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
 
@@ -361,7 +364,7 @@ def test_decoder(taken: list[Any]) -> None:
     """A loop of steps, whose states go from call to call, and whose gradients come together."""
     for kind in KINDS:
         layers = made(kind, 8, 12, num_layers=2)
-        found = []
+        found: list[dict[str, Any]] = []
         for layer in layers:
             x = torch.linspace(-1, 1, 6 * 3 * 8, dtype=layer.weight_ih_l0.dtype).view(6, 1, 3, 8).requires_grad_()
             ends, ys = None, []
@@ -371,7 +374,8 @@ def test_decoder(taken: list[Any]) -> None:
             torch.cat(ys).sin().sum().backward()
             grads = dict(layer.named_parameters(), x=x)
             found.append({name: t.grad for name, t in grads.items()})
-        close(*found)
+        ours, theirs, exact = found
+        close(ours, theirs, exact)
     assert None not in taken
 
 
