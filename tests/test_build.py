@@ -96,8 +96,8 @@ def test_small_stacks() -> None:
 @needs_compiler
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_frames_are_small(cell: str, tmp_path: Path) -> None:
-    """No function has more than 16 KiB on the stack, even without the compiler's help."""
-    flags = ["-O1", "-fopenmp", "-Wframe-larger-than=16384", "-Werror", "-x", "c++", "-"]
+    """No function has more than 20 KiB on the stack, even without the compiler's help."""
+    flags = ["-O1", "-fopenmp", "-Wframe-larger-than=20480", "-Werror", "-x", "c++", "-"]
     done = subprocess.run([*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")],
                           input=native.program(getattr(cells, cell)), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
