@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
-FLOORS = [["kernels.cells", "kernels.forks"], ["kernels.plan", "kernels.replay", "kernels.trace", "kernels.disk"],
-          ["kernels.memory", "kernels.program"], ["kernels.host"],
+FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
+          ["kernels.plan", "kernels.replay", "kernels.trace"],
+          ["kernels.memory", "kernels.program", "kernels.native_build"], ["kernels.host"],
           ["kernels.cpu", "kernels.native", "kernels.onednn", "kernels.gpu", "kernels.cuda"],
           ["kernels.device"], ["compute"], ["onnx"], ["ops"], ["layers"], ["replace", "explain"]]
 
