@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .build_cache import build_once
 from .cells import Cell
-from .disk import kept
 from .plan import Plan, Rows, shared_bytes
 from .trace import statements
 
@@ -54,9 +54,10 @@ def _cubin(code: str, capability: int) -> Path:
     from cupy.cuda import nvrtc
 
     key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
-    folder = os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")
-    path = Path(folder).expanduser() / f"fused_rnn_{key}.cubin"
-    return kept(path, lambda made: made.write_bytes(build(code, capability)[0]))
+    base = os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
+    # In a folder of our own, as others may be allowed to write to CuPy's. A user without a home has none.
+    folder = None if base.startswith("~") else Path(base).absolute() / "fused_rnn"
+    return build_once(key[:32], ".cubin", folder, lambda: build(code, capability)[0], lambda path: path)
 
 
 def on_stream(cuda: Any, device: torch.device) -> Any:

@@ -1,16 +1,10 @@
-"""The recurrence in C++ for the CPU: native.cpp and its headers, compiled for a cell and this machine by the machine's
-own compiler ($CXX or c++). Libraries are kept on disk. Threads are those of torch, where the compiler has OpenMP."""
+"""The recurrence in C++ for the CPU: native.cpp and its headers, compiled for a cell and this machine, and kept on
+disk. Threads are those of torch, where the compiler has OpenMP."""
 
 import ctypes
-import hashlib
-import os
-import shlex
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
-from .disk import kept
 from .forks import forked
 from .host import States
 from .memory import working
+from .native_build import compiler as compiler
+from .native_build import load_library
 from .plan import Plan, Rows
 from .trace import statements
 
@@ -37,42 +32,11 @@ def program(cell: Cell) -> str:
     return "".join((*(f"#define {k} {v}\n" for k, v in choices.items()), *(file.read_text() for file in files)))
 
 
-def _run(command: Sequence[str], text: str) -> str:
-    done = subprocess.run(command, input=text, text=True, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}: {done.stderr}")
-    return done.stdout
-
-
-def compiler() -> list[str]:
-    """The command of the machine's compiler; none if it has none."""
-    found = shlex.split(os.environ.get("CXX", "c++"))
-    return found if found and shutil.which(found[0]) else []
-
-
-def build(code: str, to: Path) -> None:
-    try:
-        _run([*compiler(), *_FLAGS, "-fopenmp", "-x", "c++", "-", "-o", str(to)], code)
-    except RuntimeError:  # Apple's compiler has no OpenMP: one thread
-        _run([*compiler(), *_FLAGS, "-x", "c++", "-", "-o", str(to)], code)
-
-
 @cache
 def load(cell: Cell) -> Any:
-    """A cell's library, compiled if it is not on disk. Raises RuntimeError or OSError if that cannot be."""
-    if not compiler():
-        raise RuntimeError("The plan \"native\" needs a C++ compiler: c++, or what $CXX names")
-    code = program(cell)
-    # What the compiler says of itself and of this machine: other machines may share the disk.
-    machine = _run([*compiler(), "-march=native", "-dM", "-E", "-x", "c++", "-"], "")
-    key = hashlib.sha256((machine + shlex.join(_FLAGS) + code).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fused_rnn"
-    try:
-        library = ctypes.CDLL(str(kept(folder / f"{key}.so", partial(build, code))))
-    except OSError:  # a disk that cannot be written to
-        with tempfile.TemporaryDirectory() as temporary:
-            build(code, Path(temporary) / "cell.so")
-            library = ctypes.CDLL(str(Path(temporary) / "cell.so"))
+    """A cell's library, compiled if it is not on disk. Raises RuntimeError if that cannot be."""
+    functions = "needed", "forward", "backward", "step", "step_backward"
+    library: Any = load_library(program(cell), _FLAGS, functions)
     library.needed.restype = library.step.restype = library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library

@@ -2,6 +2,7 @@
 the formula, in differentiable torch operations: slow, and right wherever torch is.
 Shapes are those of `ops.recurrence`; `given` is its x to s0, `masks` its lengths, batch_sizes and resets."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -22,6 +23,7 @@ from .kernels.states import join_states, part_states
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_REPORTED: set[str] = set()  # compilers that fail
 _HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
 
@@ -70,13 +72,25 @@ def _module(name: str) -> Any:
 
 @lru_cache
 def compiles(cell: Cell) -> bool:
-    """Whether the cell's C++ can be compiled. A compiler that is there, and fails, is reported once."""
+    """Whether the cell's C++ can be compiled. A compiler that fails, or that $CXX names and is not there, is reported
+    once."""
     native = _module("native")
-    try:
-        return bool(native.compiler()) and native.load(cell) is not None
-    except (OSError, RuntimeError) as error:
-        warnings.warn(f"rnn does without {native.compiler()[0]}, which is installed and fails: {error}", stacklevel=2)
+    command = native.compiler()
+    named = os.environ.get("CXX")
+    if command:
+        try:
+            return native.load(cell) is not None
+        except RuntimeError as error:
+            _report(command[0], f"rnn does without {command[0]}, which is installed and fails: {error}", UserWarning)
+    elif named:
+        _report(named, f"rnn does without a C++ compiler: $CXX is {named!r}, which is no program", RuntimeWarning)
     return False
+
+
+def _report(compiler: str, text: str, kind: type[Warning]) -> None:
+    if compiler not in _REPORTED:
+        _REPORTED.add(compiler)
+        warnings.warn(text, kind, stacklevel=3)
 
 
 @lru_cache(4096)

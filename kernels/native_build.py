@@ -1,0 +1,141 @@
+"""The machine's own C++ compiler, $CXX or c++, and the libraries that it makes. Whatever is wrong with it is a
+RuntimeError: nothing that it does ends the process, or keeps it waiting for ever."""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from . import build_cache
+
+ROOM = 2**25  # bytes on a disk that a compiler may need
+# What a sanitizer's runtime is started by. One that is not in the process from its start on ends it when it is loaded.
+SANITIZERS = ("__asan_init", "__hwasan_init", "__msan_init", "__tsan_init")
+
+_silent: set[tuple[str, ...]] = set()  # commands that took too long, and are not tried again
+
+
+class _NoAnswer(RuntimeError):
+    pass
+
+
+def compiler() -> list[str]:
+    """The command of the machine's compiler; none if it has none."""
+    named = os.environ.get("CXX", "c++")
+    if shutil.which(named):  # whatever is in its path
+        return [named]
+    with suppress(ValueError):  # a quote that is not closed
+        command = shlex.split(named)
+        if command and shutil.which(command[0]):
+            return command
+    return []
+
+
+def load_library(code: str, flags: Sequence[str], names: Sequence[str]) -> ctypes.CDLL:
+    """The library of that text, with functions of these names: as it was compiled before, or compiled now. Raises
+    RuntimeError if that cannot be."""
+    command = compiler()
+    if not command:
+        raise RuntimeError('The plan "native" needs a C++ compiler: c++, or what $CXX names')
+    folder = _cache_folder()
+
+    def use(path: Path) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(path))
+        for name in names:
+            if not hasattr(library, name):
+                raise OSError(f"{path} has no function {name}")
+        return library
+
+    try:
+        key = hashlib.sha256("\n".join([_identity(command, folder), *command, *flags, code]).encode()).hexdigest()[:32]
+        return build_cache.build_once(key, ".so", folder, lambda: _build(command, code, flags, folder), use)
+    except OSError as error:
+        raise RuntimeError(f"{shlex.join(command)}: {error}") from error
+
+
+def _cache_folder() -> Path | None:
+    """None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as its specification says
+        base = os.path.expanduser("~/.cache")
+    return Path(base) / "fused_rnn" if os.path.isabs(base) else None
+
+
+def _identity(command: Sequence[str], folder: Path | None) -> str:
+    """What the compiler is, and what it says of itself and of this machine: other machines may share the disk."""
+    program = os.path.realpath(shutil.which(command[0]) or command[0])
+    status = os.stat(program)
+    return _described((*command,), program, status.st_size, status.st_mtime_ns, folder)
+
+
+@cache
+def _described(command: tuple[str, ...], program: str, size: int, time: int, folder: Path | None) -> str:
+    with _workshop(folder) as place:
+        macros = _run(command, ["-march=native", "-dM", "-E", "-x", "c++", os.devnull], place)
+    return f"{program} {size} {time} {macros}"
+
+
+def _build(command: Sequence[str], code: str, flags: Sequence[str], folder: Path | None) -> bytes:
+    with _workshop(folder) as place:
+        source, made = place / "cell.cpp", place / "cell.so"
+        source.write_text(code)
+        rest = ["-x", "c++", str(source), "-o", str(made)]
+        try:
+            _run(command, [*flags, "-fopenmp", *rest], place)
+        except _NoAnswer:
+            raise
+        except RuntimeError:  # Apple's compiler has no OpenMP: one thread
+            _run(command, [*flags, *rest], place)
+        content = made.read_bytes() if made.exists() else b""
+    if not content:
+        raise RuntimeError(f"{shlex.join(command)} made no library, and said nothing of it")
+    process = ctypes.CDLL(None)
+    for name in SANITIZERS:
+        if name.encode() in content and not hasattr(process, name):
+            raise RuntimeError(f"{shlex.join(command)} makes libraries for a sanitizer that this process does not have")
+    return content
+
+
+@contextmanager
+def _workshop(folder: Path | None) -> Iterator[Path]:
+    """A folder for the compiler's files: where temporary files are, or beside the libraries if there is no room."""
+    places: list[Path | None] = [None, folder]
+    for place in places:
+        with suppress(OSError):
+            if shutil.disk_usage(place or tempfile.gettempdir()).free >= ROOM:
+                break
+    else:
+        place = None
+    with tempfile.TemporaryDirectory(prefix="fused_rnn_", dir=place, ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
+def _run(command: Sequence[str], arguments: Sequence[str], place: Path) -> str:
+    """What it prints. It and all that it starts end with this call, however that ends."""
+    if (*command,) in _silent:
+        raise _NoAnswer(f"{shlex.join(command)} gave no answer before")
+    out, errors = place / "out", place / "errors"  # not pipes, which something that it leaves behind could keep open
+    environment = {**os.environ, "TMPDIR": str(place)}
+    with open(out, "wb") as to, open(errors, "wb") as said:
+        process = subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=to, stderr=said,
+                                   env=environment, start_new_session=True)
+        try:
+            status = process.wait(build_cache.PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            _silent.add((*command,))
+            raise _NoAnswer(f"{shlex.join(command)} gave no answer in {build_cache.PATIENCE:g} seconds") from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if status:
+        raise RuntimeError(f"{shlex.join(command)}: {errors.read_text(errors='replace')[-4000:]}")
+    return out.read_text(errors="replace")
