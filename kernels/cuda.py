@@ -72,6 +72,8 @@ def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool,
     """A kernel as `launch(grid, arguments)`: addresses and whole numbers, on torch's current stream."""
     import cupy
 
+    if device.type != "cuda":
+        raise RuntimeError(f'The plan "cuda" is for tensors on a GPU, got {device}')
     properties = torch.cuda.get_device_properties(device)
     made = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
     with cupy.cuda.Device(device.index):

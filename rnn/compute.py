@@ -172,6 +172,17 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
     return found
 
 
+def alive(tensors: Sequence[Any]) -> None:
+    """Raises RuntimeError where a storage was freed or is too small for its tensor: torch's operations that read
+    several tensors do not all look."""
+    for t in tensors:
+        if t is not None and type(t) in (Tensor, torch.nn.Parameter):
+            size = _extent(t)
+            if t.untyped_storage().nbytes() < size + (t.storage_offset() * t.itemsize if size else 0):
+                raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
+                                   f"storage of {t.untyped_storage().nbytes()} bytes: it was freed or resized")
+
+
 def _extent(t: Tensor) -> int:
     """Bytes from its first number to its last."""
     if not t.numel():

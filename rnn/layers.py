@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function_variadic
 
 from . import interop
+from .compute import alive
 from .kernels import cells
 from .kernels.plan import Plan
 from .ops import as_tensor, check_plan, run_layer
@@ -95,6 +96,11 @@ class _Stack(nn.RNNBase):
         pairs = zip(weights[::2], weights[1::2])
         if not self.proj_size:
             return [[*one, *other] for one, other in pairs]
+        flat = [t for some in weights for t in some if t is not None]
+        if any(t.dtype != flat[0].dtype for t in flat):
+            raise RuntimeError(f"Expected weights of one dtype, got {sorted({str(t.dtype) for t in flat})}")
+        if not torch.compiler.is_compiling():
+            alive(flat)
         return [[None if one is None else torch.cat((one, other)) for one, other in zip(*both)] for both in pairs]
 
     def _initial(self, x: Tensor, states: Sequence[Any], batch_sizes: Tensor | None,
@@ -240,7 +246,7 @@ class _Stack(nn.RNNBase):
         layers = self._layers()
         batch = self._batch(input, hx, lengths, resets, layers[0][0])
         input = batch.x  # under one name: torch.jit.trace looks for a tensor among the local variables
-        D, packed = 1 + int(self.bidirectional), batch.batch_sizes is not None
+        D, packed = 2 if self.bidirectional else 1, batch.batch_sizes is not None
         # A projection adds rows of the first step to x, and has x in order of time.
         turned = self.batch_first and not packed and bool(self.proj_size)
         x = input.transpose(0, 1) if turned else input

@@ -111,6 +111,8 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:  # a separate setup_context would cost 60 us more
         run, keep, count, lengths, batch_sizes, resets, x, *rest = inputs
         weights, states = rest[:count], rest[count:]
+        if count > 4:
+            compute.alive(weights)
         joined = join_weights(weights)
         y, others, saved, last = compute.forward(run, (x, *joined), states, keep)
         # An ordinary backward pass reads no biases: as those of torch.nn's RNN and GRU they may change before it.
@@ -127,10 +129,11 @@ class _Layer(torch.autograd.Function):
         return y, others, saved, *last
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dothers: Any, _: Any, *dlast: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Any, dothers: Any, _: Any, *last_grads: Any) -> tuple[Any, ...]:
         lengths, batch_sizes, resets, y, others, saved, x, *rest = ctx.saved_tensors
         run: compute.Run = ctx.run
         count, needs = ctx.count, ctx.needs_input_grad
+        dy, dothers, *dlast = (_dense(grad) for grad in (dy, dothers, *last_grads))
         again = _again((dy, dothers, *dlast))
         recompute = run.cell.saved and saved is None
         if (again or recompute) and ctx.versions != _versions(ctx.biases):
@@ -172,6 +175,11 @@ class _Layer(torch.autograd.Function):
             elif not all(needs[7 + count :]):
                 first = [grad if need else None for grad, need in zip(first, needs[7 + count :])]
         return None, None, None, None, None, None, *grads, *first
+
+
+def _dense(grad: Any) -> Any:
+    """A gradient that comes in, which may be sparse, with all its numbers."""
+    return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
@@ -342,7 +350,7 @@ def as_directions(reverse: Any) -> list[bool]:
     """`reverse`, checked."""
     if isinstance(reverse, str) or not hasattr(reverse, "__iter__"):
         raise TypeError(f"Expected reverse to be a sequence of bools, got {reverse!r}")
-    directions = [*reverse]
+    directions = [*reverse] if isinstance(reverse, (Sequence, Tensor, np.ndarray)) else []
     if not directions or any(direction not in (0, 1) for direction in directions):
         raise ValueError(f"Expected reverse to have one bool or more, got {reverse!r}")
     return [bool(direction) for direction in directions]
@@ -353,8 +361,12 @@ def check_plan(plan: Any) -> None:
         return
     if not isinstance(plan, Plan):
         raise TypeError(f"Expected plan to be a rnn.kernels.plan.Plan or None, got {type(plan).__name__}")
-    if plan.backend not in BACKENDS or plan.scope not in BACKENDS[plan.backend]:
+    scopes = BACKENDS.get(plan.backend, ()) if isinstance(plan.backend, str) else ()
+    if plan.scope not in scopes:
         raise ValueError(f"Expected plan of a backend and scope among {BACKENDS}, got {plan}")
+    sizes = plan.units, plan.sequences, plan.warps, plan.blocks
+    if plan.scope != "host" and not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"Expected plan of positive units, sequences, warps and blocks, got {plan}")
 
 
 def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor | None:
@@ -386,6 +398,9 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
     if not autocast:
         _check(cell, x, weights, states, masks, len(reverse), batch_first)
     if autocast or dtype != x.dtype:
+
+        if not _traced(x, weights[1]) and not _transformed():
+            compute.alive((x, *weights, *(states or ())))
 
         def cast(t: Any) -> Any:
             return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
@@ -426,6 +441,8 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
         y, others, _, *last = _apply(run, _kept(True, keep, recompute), len(weights), *masks, x, *weights,
                                      *(states or ()))
         return y, others if keep else None, last
+    if len(weights) > 4:
+        compute.alive(weights)
     y, others, _, last = compute.forward(run, (x, *join_weights(weights)), states, keep)
     return y, others, last
 
@@ -445,9 +462,10 @@ def _kept(train: bool, keep: int, recompute: bool) -> int:
 
 def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
             device: torch.device | None) -> None:
-    if t is not None and (t.shape != shape or t.dtype not in dtypes or not (device is None or t.device == device)):
+    if t is not None and (t.layout is not torch.strided or t.shape != shape or t.dtype not in dtypes
+                          or not (device is None or t.device == device)):
         raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, dtypes))} and on "
-                           f"{device or 'any device'}, got {list(t.shape)}, {t.dtype} and on {t.device}")
+                           f"{device or 'any device'}, got {list(t.shape)}, {t.dtype}, {t.layout} and on {t.device}")
 
 
 def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None,
@@ -459,7 +477,8 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
         raise RuntimeError("Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
                            f"biases or none, got {list(size)} and {list(w_hh.shape)}")
     H = w_hh.shape[1]
-    floats = (x.dtype,) if x.dtype.is_floating_point or x.dtype.is_complex else ()
+    strided = x.layout is torch.strided
+    floats = (x.dtype,) if (strided and x.dtype.is_floating_point) or x.dtype.is_complex else ()
     B: Any = None
     if batch_sizes is None:
         T, B, I = (size[1], size[0], size[2]) if batch_first else size
@@ -482,6 +501,10 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
         _expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
         _expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
+        if lengths.is_meta and not x.is_meta:
+            raise RuntimeError(f"Expected lengths with numbers, got {lengths.device}")
+        if not _traced(lengths) and not _transformed():
+            compute.alive([lengths])
         while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(lengths):
             lengths = torch._C._functorch.get_unwrapped(lengths)
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")

@@ -153,6 +153,7 @@ class _SingleStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
         cell, sizes = ctx.choices
+        d = tuple(map(ops._dense, d))
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
         if ops._again(d) or not all(t is None or type(t) is Tensor for t in d):

@@ -207,6 +207,9 @@ class ByCells:
     def __init__(self, module: Any) -> None:
         self.module = module
 
+    def parameters(self) -> Any:
+        return self.module.parameters()
+
     def __call__(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
                  return_states: bool = False) -> Any:
         module = self.module
