@@ -1,7 +1,11 @@
 """PyTorch's toolbox on all three layers: training, parametrizations, processes; and what torch.nn's layers lack."""
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,8 +135,7 @@ def train(layer: Any, seed: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_processes_share_parameters(method: str) -> None:
+def train_together(method: str) -> None:
     """Two processes train the same memory."""
     layer: Any = rnn.LSTM(I, H).share_memory()
     before = [p.detach().clone() for p in layer.parameters()]
@@ -144,6 +147,17 @@ def test_processes_share_parameters(method: str) -> None:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert not any(torch.equal(a, b) for a, b in zip(before, layer.parameters()))
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_share_parameters(method: str) -> None:
+    """From a process of their own: torch refuses autograd in a fork of one whose autograd has threads."""
+    code = f"import test_tools; test_tools.train_together({method!r})"
+    folder = Path(__file__).parent
+    path = os.pathsep.join(map(str, (folder.parent, folder)))
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
 
 
 class TestSequences:
