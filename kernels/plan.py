@@ -31,7 +31,7 @@ NUMPY_PRODUCT = 2**18
 WINDOW, WINDOW_ROWS = 2**18, 1024
 # Multiplications, and sides of W, from which oneDNN's product is faster than MKL's: in a step, and once a window.
 ONEDNN_STEP, ONEDNN_WINDOW = (2**22, 256), (2**24, 128)
-STEP_PRODUCT = 2**16  # multiplications up to which a single step in C++ stays on one thread
+STEP_PRODUCT = 2**18  # multiplications up to which a single step in C++ stays on one thread
 
 
 # The backends of a plan, and the scopes that each has.

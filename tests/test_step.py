@@ -243,7 +243,7 @@ def test_results_of_their_own(kind: tuple[str, dict[str, Any]], batch_first: boo
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_in_place(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
-    """What backward needs is watched; what is returned, and a bias, may be edited, as with torch.nn."""
+    """What backward needs is watched; what is returned may be edited, as with most of torch.nn."""
     layers = made(kind, 4, 6)
     for name in ("x", "state", "weight_ih_l0", "weight_hh_l0"):
         layer = layers[0]
