@@ -57,7 +57,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @every_plan
 @directions
-@pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize("form", ["lengths", pytest.param("padded", marks=pytest.mark.slow), "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_name
 def test_gradients_in_another_layout(name: str, layout: str, form: str, bidirectional: bool, plan: Plan | None) -> None:
@@ -349,8 +349,9 @@ def test_states_of_two_dtypes_are_refused(proj: int, call: str, dtype: str, whic
     if call == "packed":
         x = pack_padded_sequence(x, torch.tensor([3, 2]))
     with torch.set_grad_enabled(call not in ("step", "no gradients")):
-        with pytest.raises(RuntimeError):
-            theirs(x, tuple(states))
+        if not (which and (proj or call == "packed")):  # without oneDNN torch.nn promotes c_0
+            with pytest.raises(RuntimeError):
+                theirs(x, tuple(states))
         with pytest.raises(RuntimeError, match=r"hx|hidden|h_0|c_0|state"):
             ours(x, tuple(states), **(dict(lengths=torch.tensor([3, 2])) if call == "lengths" else {}))
 
