@@ -269,7 +269,7 @@ class Run:
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
-        return t if t is None or self.index is None else t.index_select(-2, self.index)
+        return t if t is None or self.index is None else ready((t,))[0].index_select(-2, self.index)
 
     def flat(self, t: Tensor) -> Tensor:
         """Of the caller's layout to [R, K], the rows that the kernels see."""
@@ -278,7 +278,7 @@ class Run:
         if self.batch_first:
             t = t.transpose(0, 1)
         t = t.reshape(self.total, t.shape[-1])
-        return t if self.index is None else t.index_select(0, self.index)
+        return t if self.index is None else ready((t,))[0].index_select(0, self.index)
 
     def unflat(self, t: Tensor) -> Tensor:
         """The inverse, in place, so that the result is no view; with 0 in the rows left out."""

@@ -96,7 +96,9 @@ def call(module: Any, case: Case, zeros: bool) -> list[Tensor]:
         if key == case.place:
             setattr(module, key, nn.Parameter(torch.zeros_like(p) if zeros else without(p, case.how)))
     trains = case.form not in ("step", "no gradients")
-    leaves = [t.requires_grad_() for t in (x, *states) if trains and not t._is_zerotensor()]
+    places = zip(("input", "h_0", "c_0"), (x, *states))
+    # A zero tensor cannot be a leaf, and what stands in its place is none either.
+    leaves = [t.requires_grad_() for place, t in places if trains and (case.how, case.place) != ("zero", place)]
     kept: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
