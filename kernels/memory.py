@@ -3,6 +3,7 @@ arithmetic of the step that writes it, and malloc gives back what is large."""
 
 import math
 import mmap
+import sys
 import threading
 import weakref
 from collections import defaultdict
@@ -18,12 +19,12 @@ LASTING = 2**20  # bytes from which malloc may not do well: what it keeps depend
 # than the first touch of fresh memory.)
 LARGE, FEW = 2**22, 4
 HUGE_PAGE = 2**21
+FREE = 2  # references to memory that no call holds: the one that asks, and the argument by which it does
 
 
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self.lent: dict[tuple[torch.dtype, torch.device], weakref.ref[Tensor]] = {}
 
 
 kept = _Kept()
@@ -34,16 +35,13 @@ def working(like: Tensor, size: int) -> Tensor:
     """Memory of that size or more, with whatever is in it, for as long as the result is held: this thread's next call
     gets the same. A call of a signal handler or a finalizer, in the middle of another one, gets memory of its own."""
     key = like.dtype, like.device
-    lent = kept.lent.get(key)
     memory = kept.memory.pop(key, None)
-    if memory is None or memory.shape[0] < size or (lent is not None and lent() is not None):
+    if memory is None or memory.shape[0] < size or sys.getrefcount(memory) > FREE:
         memory = None  # before there is another
         with torch.inference_mode(False):  # or it would be of no use outside of it
             memory = torch.empty(size, dtype=like.dtype, device=like.device)
-    result = memory.view(-1)
-    kept.lent[key] = weakref.ref(result)
     kept.memory[key] = memory
-    return result
+    return memory
 
 
 def _give_back(memory: mmap.mmap) -> None:

@@ -62,6 +62,8 @@ def _keep_given_weights(module: Any) -> None:
 
 
 def _swap(model: Model, classes: dict[type, type], verbose: bool) -> Model:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         old = type(module)
         new = _converted(old, classes)

@@ -29,6 +29,10 @@ def leaf(forward: Any) -> Any:
     @wraps(forward)
     def call(self: Any, input: Any, hx: Any = None) -> Any:
         proxy = None if type(input) is Tensor else _proxy(input, hx)
+        states = hx if isinstance(hx, (tuple, list)) else (hx,)
+        for name, value in (("input", input), *(("hx", state) for state in states if state is not None)):
+            if proxy is None and not isinstance(value, Tensor):
+                raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
         node = None if proxy is None else _fx_node(self, proxy.tracer, input, hx, {})
         return forward(self, input, hx) if node is None else node
 

@@ -15,7 +15,7 @@ from . import interop
 from .compute import alive
 from .kernels import cells
 from .kernels.plan import Plan
-from .ops import as_tensor, check_plan, run_layer
+from .ops import as_tensor, check_plan, own_gradient, run_layer
 from .single_step import single_step
 
 _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
@@ -43,8 +43,7 @@ def _prepare_scriptable(self: Any) -> Any:
 class _Stack(nn.RNNBase):
     """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every instance of those.)"""
 
-    # Of the class, so that torch.nn's modules have them when they become ours.
-    plan: Plan | None = None
+    # Of the class, so that torch.nn's modules have it when they become ours.
     recompute = False
     # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read that.
     _given_weights: Any = None
@@ -57,6 +56,17 @@ class _Stack(nn.RNNBase):
         self.plan, self.recompute = plan, recompute
 
     qconfig = interop.qconfig
+
+    @property
+    def plan(self) -> Plan | None:
+        """How to compute the layer, if not as `rnn.kernels.plan.make_plan` would. Raises TypeError and ValueError for
+        what is no plan."""
+        return self.__dict__.get("plan")
+
+    @plan.setter
+    def plan(self, plan: Plan | None) -> None:
+        check_plan(plan)
+        self.__dict__["plan"] = plan
 
     @property
     def _flat_weights(self) -> Any:
@@ -101,7 +111,8 @@ class _Stack(nn.RNNBase):
             raise RuntimeError(f"Expected weights of one dtype, got {sorted({str(t.dtype) for t in flat})}")
         if not torch.compiler.is_compiling():
             alive(flat)
-        return [[None if one is None else torch.cat((one, other)) for one, other in zip(*both)] for both in pairs]
+        return [[None if one is None else torch.cat((own_gradient(one), own_gradient(other)))
+                 for one, other in zip(*both)] for both in pairs]
 
     def _initial(self, x: Tensor, states: Sequence[Any], batch_sizes: Tensor | None,
                  order: Tensor | None) -> list[Tensor]:
@@ -161,7 +172,7 @@ class _Stack(nn.RNNBase):
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[int(self.batch_first)] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
-        if self.bidirectional or self.proj_size or self.plan or self.recompute or dropout:
+        if self.bidirectional or self.proj_size or self.plan is not None or self.recompute or dropout:
             return None
         if self._given_weights is not None:
             return None
@@ -179,6 +190,10 @@ class _Stack(nn.RNNBase):
         batch_sizes = order = restore = None
         unbatched = False
         if isinstance(input, PackedSequence):
+            for name, part in zip(input._fields, input):
+                if not isinstance(part, Tensor) and not (part is None and name.endswith("indices")):
+                    raise TypeError(f"Expected input, a PackedSequence, to have a Tensor as {name}, got "
+                                    f"{type(part).__name__}")
             input, batch_sizes, order, restore = input
         else:
             unbatched = input.dim() == 2
@@ -191,6 +206,8 @@ class _Stack(nn.RNNBase):
                 got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors" if pair else f"{hx.dim()}-D tensor"
                 raise RuntimeError(f"For {'unbatched' if unbatched else 'batched'} {input.dim()}-D input, "
                                    f"{'hx and cx' if pair else 'hx'} should also be {input.dim()}-D but got {got}")
+        if input.layout is not torch.strided:
+            raise NotImplementedError(f"Expected input to be dense, got {input.layout}")
         if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). Convert "
                              f"input: input.to({weight.dtype}), or convert model: model.to({input.dtype})")
@@ -201,8 +218,8 @@ class _Stack(nn.RNNBase):
             resets = as_tensor("resets", resets, input.device)
             resets = self._resets(resets, input, batch_sizes, order)
         if unbatched:
-            input = input.unsqueeze(0 if self.batch_first else 1)
-            states = states and [s.unsqueeze(1) for s in states]
+            input = own_gradient(input).unsqueeze(0 if self.batch_first else 1)
+            states = states and [own_gradient(s).unsqueeze(1) for s in states]
             lengths = lengths if lengths is None or lengths.dim() else lengths.unsqueeze(0)
         if states is not None:
             states = self._initial(input, states, batch_sizes, order)
@@ -225,19 +242,19 @@ class _Stack(nn.RNNBase):
     def _resets(self, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> Tensor:
         """`resets` [T, B], in the order of the batch."""
         unbatched = batch_sizes is None and input.dim() == 2
-        turned = self.batch_first and batch_sizes is None and not unbatched
+        turned = self.batch_first and not unbatched
         if batch_sizes is None:
             expected = [*input.shape[:-1]]
         else:
             expected = [batch_sizes.shape[0], int(batch_sizes[0])]
+            expected = expected[::-1] if turned else expected
         if resets.dtype != torch.bool or [*resets.shape] != expected:
             names = "[T]" if unbatched else "[B, T]" if turned else "[T, B]"
             raise RuntimeError(f"Expected resets of shape {expected} ({names}) and torch.bool, "
                                f"got {[*resets.shape]} and {resets.dtype}")
         if unbatched:
             return resets.unsqueeze(1)
-        if turned:
-            return resets.T
+        resets = resets.T if turned else resets
         return resets if order is None else resets.index_select(1, order)
 
     def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
@@ -278,7 +295,7 @@ class _Stack(nn.RNNBase):
         result = output, tuple(h_n) if pair else h_n[0]
         if not return_states:
             return result
-        columns = [layout(torch.stack(column)) for column in zip(*every)]
+        columns = [torch.stack([layout(t) for t in column]) for column in zip(*every)]
         return *result, tuple(columns) if pair else columns[0]
 
     def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None, batch: _Batch,
@@ -296,8 +313,8 @@ class _Stack(nn.RNNBase):
             down, inner = w_hr.chunk(N), w_hh.chunk(N)
             w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
             if first is not None:
-                x = torch.cat((x, _first_steps(x, first[0], masks, reverse)), -1)
-                w_ih = torch.cat((w_ih, torch.block_diag(*inner)), 1)
+                x = torch.cat((own_gradient(x), _first_steps(x, first[0], masks, reverse)), -1)
+                w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
                 states = [torch.zeros_like(first[1]), *first[1:]]
             weights = w_ih, w_hh, b_ih, b_hh
         y, others, last = operator(cell, x, weights, states, masks, reverse, keep, self.plan,

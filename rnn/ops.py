@@ -133,7 +133,9 @@ class _Layer(torch.autograd.Function):
         lengths, batch_sizes, resets, y, others, saved, x, *rest = ctx.saved_tensors
         run: compute.Run = ctx.run
         count, needs = ctx.count, ctx.needs_input_grad
-        dy, dothers, *dlast = (_dense(grad) for grad in (dy, dothers, *last_grads))
+        dlast: Sequence[Any] = last_grads
+        if any(grad is not None and grad.layout is not torch.strided for grad in (dy, dothers, *dlast)):
+            dy, dothers, *dlast = (_dense(grad) for grad in (dy, dothers, *dlast))
         again = _again((dy, dothers, *dlast))
         recompute = run.cell.saved and saved is None
         if (again or recompute) and ctx.versions != _versions(ctx.biases):
@@ -175,6 +177,26 @@ class _Layer(torch.autograd.Function):
             elif not all(needs[7 + count :]):
                 first = [grad if need else None for grad, need in zip(first, needs[7 + count :])]
         return None, None, None, None, None, None, *grads, *first
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The same numbers, whose gradient is a contiguous tensor of its own, and no part of a larger one."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad.clone(memory_format=torch.contiguous_format)
+
+
+def own_gradient(t: Tensor) -> Tensor:
+    """As torch.nn has it where we put tensors together. Compilers and transforms lay their gradients out themselves."""
+    if not torch.is_grad_enabled() or not t.requires_grad or _traced(t) or _transformed():
+        return t
+    found: Tensor = _OwnGradient.apply(t)
+    return found
 
 
 def _dense(grad: Any) -> Any:
@@ -351,9 +373,15 @@ def as_directions(reverse: Any) -> list[bool]:
     if isinstance(reverse, str) or not hasattr(reverse, "__iter__"):
         raise TypeError(f"Expected reverse to be a sequence of bools, got {reverse!r}")
     directions = [*reverse] if isinstance(reverse, (Sequence, Tensor, np.ndarray)) else []
-    if not directions or any(direction not in (0, 1) for direction in directions):
+    if not directions or not all(_is_bool(direction) for direction in directions):
         raise ValueError(f"Expected reverse to have one bool or more, got {reverse!r}")
     return [bool(direction) for direction in directions]
+
+
+def _is_bool(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.item() in (0, 1)
+    return isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1)
 
 
 def check_plan(plan: Any) -> None:
@@ -476,7 +504,13 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
     if len(size) != (3 if batch_sizes is None else 2) or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
         raise RuntimeError("Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
                            f"biases or none, got {list(size)} and {list(w_hh.shape)}")
+    per = cell.gates * N * 4 // len(weights)
     H = w_hh.shape[1]
+    if states:
+        H = states[-1].shape[-1] if states[-1].dim() else 0
+    elif per and not per * H == w_hh.shape[0] == weights[0].shape[0]:
+        rows = [w.shape[0] for w in weights if w is not None and w.dim()]
+        H = max(rows, key=rows.count) // per  # what most of them say
     strided = x.layout is torch.strided
     floats = (x.dtype,) if (strided and x.dtype.is_floating_point) or x.dtype.is_complex else ()
     B: Any = None
@@ -488,7 +522,7 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
             B = states[0].shape[1]
     if not floats:
         _expect("input", x, size, floats, device)
-    GH = N * cell.gates * H * 4 // len(weights)
+    GH = per * H
     shapes = (GH, I), (GH, H), (GH,), (GH,)
     for k, weight in enumerate(weights):
         _expect(("weight_ih", "weight_hh", "bias_ih", "bias_hh")[k % 4], weight, shapes[k % 4], floats, device)

@@ -59,7 +59,7 @@ def near(found: list[Tensor], exact: list[Tensor]) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
     """Each has memory of its own, until its last tensor is gone; and the next one has it then."""
     ours, theirs = layers(name)
@@ -78,11 +78,10 @@ def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
 
 
 def test_views_keep_it(pieces: list[Any]) -> None:
-    layer = rnn.GRU(H, H)
-    with torch.no_grad():
-        row = layer(torch.randn(T, B, H))[0][2, 1:]
-        was = row.clone()
-        layer(torch.randn(T, B, H))
+    like = torch.zeros(1)
+    row = memory.lasting(like, T, B, H)[2, 1:].copy_(torch.randn(B - 1, H))
+    was = row.clone()
+    memory.lasting(like, T, B, H).zero_()
     assert len(pieces) == 2 and row.equal(was)
 
 
@@ -116,10 +115,9 @@ def test_threads() -> None:
 
 def test_lengths_that_vary(pieces: list[Any]) -> None:
     """A factor of 2 in size at most is between those that have the same memory: few pieces, whatever lengths come."""
-    layer = rnn.RNN(H, H)
-    with torch.no_grad():
-        for steps in range(1, 200):
-            layer(torch.zeros(steps, B, H))
+    layer = rnn.GRU(H, H)
+    for steps in range(1, 200):
+        layer(torch.zeros(steps, B, H))
     assert len({len(piece) for piece in pieces}) == len(pieces) <= 9
 
 
@@ -160,10 +158,10 @@ def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_as_any_tensor(pieces: list[Any]) -> None:
-    """What users do with an output."""
+    """What users do with an output: it is in torch's own memory, whatever its size."""
     layer, x = rnn.RNN(H, H), torch.randn(T, B, H)
     y = layer(x)[0].detach()
-    assert len(pieces) == 1
+    assert not pieces and y.untyped_storage().resizable()
     was, file = y.clone(), io.BytesIO()
     assert y.untyped_storage().nbytes() == 4 * T * B * H
     torch.save(y, file)
