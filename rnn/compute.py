@@ -153,6 +153,9 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
     for k, t in enumerate(tensors):
         if t is None:
             continue
+        if (like is None and t.is_contiguous() and t.untyped_storage().nbytes() >= t.nbytes
+                and not t.storage_offset() and not t._is_zerotensor() and not t.is_neg()):
+            continue  # as nearly all are
         whole = t.is_contiguous()
         size = t.nbytes if whole else _extent(t)
         if (offset := t.storage_offset()) and size:

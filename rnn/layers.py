@@ -186,7 +186,8 @@ class _Stack(nn.RNNBase):
         if not isinstance(input, (Tensor, PackedSequence)):
             raise TypeError(f"Expected input to be a Tensor or a PackedSequence, got {type(input).__name__}")
         states = self._states_of(hx)
-        lengths = as_tensor("lengths", lengths)
+        if lengths is not None:
+            lengths = as_tensor("lengths", lengths)
         batch_sizes = order = restore = None
         unbatched = False
         if isinstance(input, PackedSequence):
