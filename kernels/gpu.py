@@ -294,8 +294,6 @@ def _launch(kernel: Any, function: Any, cell: Cell, plan: Plan, rows: Rows, step
             H: int, R: int, *sizes: int, **constants: int) -> None:
     """Run a kernel over its steps: in one launch, or in one launch each where the host or its graph is the barrier."""
     grid = -(-H // plan.units), -(-B // plan.sequences), len(rows.reverse)
-    if not (tensors[0].is_cuda or triton.knobs.runtime.interpret):
-        raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {tensors[0].device}')
     device, given, steps = tensors[0].device, (*tensors, rows.lengths, rows.offsets, rows.resets), steps if B else 0
     # Programs wait for each other only if all can run at once: on a multiprocessor each, and not in the interpreter.
     barrier = (plan.scope == "grid" and not triton.knobs.runtime.interpret

@@ -186,6 +186,12 @@ def alive(tensors: Sequence[Any]) -> None:
                                    f"storage of {t.untyped_storage().nbytes()} bytes: it was freed or resized")
 
 
+@lru_cache
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels, which then take tensors on the CPU."""
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
 def _extent(t: Tensor) -> int:
     """Bytes from its first number to its last."""
     if not t.numel():
@@ -217,6 +223,8 @@ class Run:
         if plan and plan.backend == "onednn" and not fits:
             raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
                                "states only the last are asked for")
+        if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
+            raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
         self.index, self.order = None, None
         self.padded = lengths is not None and self.plan.scope != "host"
