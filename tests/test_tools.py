@@ -18,6 +18,12 @@ from torch.nn.utils import parametrizations, prune
 import rnn
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew() -> None:
+    """What other tests compiled counts for Dynamo's limit of one code's versions."""
+    torch._dynamo.reset()
+
+
 class TestTraining:
     @LAYERS
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
