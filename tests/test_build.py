@@ -20,7 +20,7 @@ from torch import nn
 
 import rnn
 from rnn import compute
-from rnn.kernels import build_cache, cells, native, native_build
+from rnn.kernels import build_cache, cells, cuda, native, native_build
 from rnn.kernels.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -711,3 +711,50 @@ for _, ours in pairs:
 assert refused > 10, (refused, served)
 print(refused, served, "done")
 """
+
+
+class TestCubins:
+    """CUDA's compiled programs, among CuPy's."""
+
+    @pytest.fixture
+    def made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+        """What was compiled."""
+        pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+        found: list[bytes] = []
+
+        def build(code: str, capability: int) -> tuple[bytes, str]:
+            found.append(f"{code} for {capability}".encode() * 100)
+            return found[-1], ""
+
+        monkeypatch.setattr(cuda, "build", build)
+        monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cupy"))
+        return found
+
+    @pytest.mark.parametrize("fault", ["none", "empty", "half", "foreign", "planted"])
+    def test_spoilt(self, fault: str, made: list[bytes]) -> None:
+        path = cuda._cubin("text", 90)
+        assert path.read_bytes() == made[0]
+        if fault == "planted":
+            path.chmod(0o666)
+            path.write_bytes(b"worse")
+            with pytest.warns(UserWarning, match="can be written to by others"):
+                other = cuda._cubin("text", 90)
+            assert other != path and path.read_bytes() == b"worse"
+            path = other
+        elif fault != "none":
+            path.write_bytes({"empty": b"", "half": made[0][:300], "foreign": b"\x7fELF" + bytes(1000)}[fault])
+        assert cuda._cubin("text", 90) == path and path.read_bytes() == made[0]
+        assert len(made) == 1 + (fault != "none")
+        assert cuda._cubin("text", 100) != path
+
+    def test_a_folder_that_others_can_write_to(self, made: list[bytes], tmp_path: Path) -> None:
+        """CuPy's may be so: ours, in it, is not."""
+        (tmp_path / "cupy").mkdir()
+        (tmp_path / "cupy").chmod(0o777)
+        path = cuda._cubin("another text", 90)
+        assert path.parent.parent == tmp_path / "cupy" and path.parent.stat().st_mode & 0o777 == 0o700
+
+    def test_no_home(self, made: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUPY_CACHE_DIR", "~nobody-of-that-name/cache")
+        paths = {cuda._cubin("a text of nobody's", 90) for _ in range(2)}
+        assert len(paths) == len(made) == 1
