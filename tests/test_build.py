@@ -218,7 +218,6 @@ def falls_back(*words: str) -> None:
         rnn.RNN(4, 8, plan=Plan("native"))(torch.randn(5, 3, 4))
 
 
-@pytest.mark.slow  # compiles some forty libraries: minutes
 class TestKept:
     """Libraries on disk."""
 
@@ -464,7 +463,6 @@ def patient(run: Any) -> Any:
     return longer
 
 
-@pytest.mark.slow  # likewise
 class TestCompiler:
     """$CXX."""
 
