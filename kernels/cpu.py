@@ -15,7 +15,7 @@ from .host import States, parts
 from .memory import working
 from .plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
 from .program import Program, library, program
-from .states import join_states, part_states
+from .states import join_states
 
 Array = Any
 # oneDNN's x w^T + b, of torch's compiler: half the time of MKL's where that does not know a processor's wide vectors.
@@ -166,7 +166,9 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
     """Fills y, `ends`, the last states, and if given states and saved."""
     N, B, H, G, S = len(rows.reverse), rows.sequences, w_hh.shape[1], cell.gates, cell.states
     by = Steps(plan, rows, H, N * G * H)
-    last = inputs.new_zeros((N * S, B, H)) if first is None else join_states(first, N).clone()
+    last = inputs.new_zeros((N * S, B, H))
+    for k, state in enumerate(first or ()):
+        last[k::S] = state
     if b_hh is not None and b_ih is not None and not cell.split:
         b_ih, b_hh = b_ih + b_hh, None
     loop = program(plan.backend, cell, False, saved is not None, b_hh is not None, ())
@@ -194,8 +196,8 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
                               a=() if a is None else by.columns(a, lo, hi, n))
                 for to, value in zip(now, by.run(loop, _named(arrays, w=w, b=b, x=xs, r=r[:size]), rows.reverse[n])):
                     to[...] = value
-    for end, found in zip(ends, part_states(last, S)):
-        end.copy_(found)
+    for k, end in enumerate(ends):
+        end.copy_(last[k::S])
 
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, states0: States, y: Tensor,
@@ -257,5 +259,5 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                     _product(left, r, dw, add=more)
                 if db is not None:
                     db.add_(l.sum(0)) if more else torch.sum(l, 0, out=db)
-    for to, found in zip(dfirst, part_states(ds, S)):
-        to.copy_(found)
+    for k, to in enumerate(dfirst):
+        to.copy_(ds[k::S])

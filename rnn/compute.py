@@ -153,16 +153,9 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
     for k, t in enumerate(tensors):
         if t is None:
             continue
-        if (like is None and t.is_contiguous() and t.untyped_storage().nbytes() >= t.nbytes
-                and not t.storage_offset() and not t._is_zerotensor() and not t.is_neg()):
-            continue  # as nearly all are
         whole = t.is_contiguous()
-        size = t.nbytes if whole else _extent(t)
-        if (offset := t.storage_offset()) and size:
-            size += offset * t.itemsize
-        if t.untyped_storage().nbytes() < size:
-            raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
-                               f"storage of {t.untyped_storage().nbytes()} bytes: it was freed or resized")
+        if not whole or t.storage_offset() or t.untyped_storage().nbytes() < t.nbytes:
+            _check_memory(t)
         if like is not None and (
                 t.dtype is not like.dtype or (not t.is_cpu if like.is_cpu else t.device != like.device)):
             raise RuntimeError(f"Expected a tensor of {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
@@ -180,23 +173,23 @@ def alive(tensors: Sequence[Any]) -> None:
     several tensors do not all look."""
     for t in tensors:
         if t is not None and type(t) in (Tensor, torch.nn.Parameter):
-            size = _extent(t)
-            if t.untyped_storage().nbytes() < size + (t.storage_offset() * t.itemsize if size else 0):
-                raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
-                                   f"storage of {t.untyped_storage().nbytes()} bytes: it was freed or resized")
+            _check_memory(t)
+
+
+def _check_memory(t: Tensor) -> None:
+    if not t.numel():
+        return
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    storage = t.untyped_storage().nbytes()
+    if storage < (t.storage_offset() + last + 1) * t.itemsize:
+        raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
+                           f"storage of {storage} bytes: it was freed or resized")
 
 
 @lru_cache
 def _interpreted() -> bool:
     """Whether Triton interprets its kernels, which then take tensors on the CPU."""
     return bool(import_module("triton").knobs.runtime.interpret)
-
-
-def _extent(t: Tensor) -> int:
-    """Bytes from its first number to its last."""
-    if not t.numel():
-        return 0
-    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))) * t.itemsize
 
 
 class Run:

@@ -138,9 +138,8 @@ class _Layer(torch.autograd.Function):
             dy, dothers, *dlast = (_dense(grad) for grad in (dy, dothers, *dlast))
         again = _again((dy, dothers, *dlast))
         recompute = run.cell.saved and saved is None
-        if (again or recompute) and ctx.versions != _versions(ctx.biases):
-            raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
-                               "operation: a bias of a recurrent layer")
+        if again or recompute:
+            _check_versions(ctx.biases, ctx.versions)
         matrices, rest = rest[: count // 2], rest[count // 2 :]
         kept = matrices
         if count > 4:
@@ -208,12 +207,22 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
+def _check_versions(biases: Sequence[Tensor | None], versions: Sequence[int | None]) -> None:
+    """Of biases that were not saved for backward, and now are read after all."""
+    if _versions(biases) != versions:
+        raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace "
+                           "operation: a bias of a recurrent layer")
+
+
 # Function.apply without its preparations for transforms, of which there is none here: they would cost 6 us.
 _apply: Any = super(torch.autograd.Function, _Layer).apply
 
 
 def _parted(s0: Tensor | None, S: int) -> list[Tensor] | None:
-    return None if s0 is None else [s0[k::S] for k in range(S)]
+    """Joined states as S views."""
+    if s0 is None or S == 1:
+        return None if s0 is None else [s0]
+    return [s0[k::S] for k in range(S)]
 
 
 def _joined_backward(run: compute.Run, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Any],
@@ -361,9 +370,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     N, S = len(reverse), cell.states
     if s0.dim() != 3 or len(s0) != N * S:
         raise RuntimeError(f"Expected hidden (s0) of shape [{N * S}, B, H], got {list(s0.shape)}")
-    states = [s0] if S == 1 else [s0[k::S] for k in range(S)]
     masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
-    y, others, last = run_layer(cell, x, (w_ih, w_hh, b_ih, b_hh), states, masks, reverse, int(keep), plan,
+    y, others, last = run_layer(cell, x, (w_ih, w_hh, b_ih, b_hh), _parted(s0, S), masks, reverse, int(keep), plan,
                                 bool(recompute))
     return y, others, join_states(last, N)
 

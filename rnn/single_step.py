@@ -157,9 +157,7 @@ class _SingleStep(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
         if ops._again(d) or not all(t is None or type(t) is Tensor for t in d):
-            if ops._versions(ctx.biases) != ctx.versions:
-                raise RuntimeError("one of the variables needed for gradient computation has been modified by an "
-                                   "inplace operation: a bias of a recurrent layer")
+            ops._check_versions(ctx.biases, ctx.versions)
             found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
         else:
             found = _backward(cell, sizes, tensors, needs, d)
@@ -170,35 +168,20 @@ class _SingleStep(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 
-def _ready(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """`compute.ready`, with less to ask where they are as nearly all are."""
-    found: list[Any] = []
-    for t in tensors:
-        if t is not None:
-            if not t.is_contiguous() and t.data_ptr() and not t.is_neg():
-                t = t.contiguous()
-            offset = t.storage_offset()
-            if (t.dtype is not torch.float32 or t.is_neg() or not t.is_cpu or (offset and t._is_zerotensor())
-                    or t.untyped_storage().nbytes() < t.nbytes + 4 * offset):
-                t = compute.ready([t], _FLOAT32)[0]
-        found.append(t)
-    return found
-
-
 def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
               d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
     `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
     first = cell.states + 1
-    *given, saved = _ready(tensors)
+    *given, saved = compute.ready(tensors, _FLOAT32)
     dy, *dlast = d
     alike = 0
     if (dy is not None and dy.stride() == (0, 0, 0) and dy.data_ptr() and not dy.is_neg() and not dy._is_zerotensor()
             and dy.untyped_storage().nbytes() > 4 * dy.storage_offset()):  # that of a sum: one number
         alike = dy.data_ptr()
-        dlast = _ready(dlast)
+        dlast = compute.ready(dlast, _FLOAT32)
     else:
-        dy, *dlast = _ready(d)
+        dy, *dlast = compute.ready(d, _FLOAT32)
     parameters = sizes[4]
     grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
     for k, need in enumerate(needs[first:]):
