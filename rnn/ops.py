@@ -543,7 +543,7 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
         raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
                            "Expected sequence length to be larger than 0 in RNN")
     if resets is not None:
-        _expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore
+        _expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore[index]
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
         _expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
         if lengths.is_meta and not x.is_meta:
