@@ -216,8 +216,9 @@ class Run:
         if plan and plan.backend == "onednn" and not fits:
             raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
                                "states only the last are asked for")
-        if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
-            raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
+        on_gpu = plan and (plan.backend in ("cuda", "cupy") or (plan.backend == "triton" and not _interpreted()))
+        if on_gpu and x.is_cpu:
+            raise RuntimeError(f'The plan "{self.plan.backend}" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
         self.index, self.order = None, None
         self.padded = lengths is not None and self.plan.scope != "host"

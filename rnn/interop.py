@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .compute import alive
+
 # Taken now: `convert.patch` puts ours in torch.nn under these names.
 TORCH: dict[str, Any] = {
     "RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU,
     "RNNCell": nn.RNNCell, "LSTMCell": nn.LSTMCell, "GRUCell": nn.GRUCell,
 }
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def torch_class(layer: nn.Module) -> Any:
@@ -29,14 +34,29 @@ def leaf(forward: Any) -> Any:
     @wraps(forward)
     def call(self: Any, input: Any, hx: Any = None) -> Any:
         proxy = None if type(input) is Tensor else _proxy(input, hx)
-        states = hx if isinstance(hx, (tuple, list)) else (hx,)
-        for name, value in (("input", input), *(("hx", state) for state in states if state is not None)):
-            if proxy is None and not isinstance(value, Tensor):
-                raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
+        if proxy is None:
+            _check_cell(self, input, hx)
         node = None if proxy is None else _fx_node(self, proxy.tracer, input, hx, {})
-        return forward(self, input, hx) if node is None else node
+        try:
+            return forward(self, input, hx) if node is None else node
+        except (AttributeError, IndexError) as error:  # torch.nn's own, of a wrong hx
+            raise TypeError(f"Expected input and hx of a shape that {type(self).__name__} takes: {error}") from error
 
     return call
+
+
+def _check_cell(cell: nn.Module, input: Any, hx: Any) -> None:
+    """Raises TypeError for what is no tensor, and RuntimeError for one whose memory was freed: torch's operations read
+    that all the same."""
+    states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+    for value in (input, *states):
+        if not isinstance(value, Tensor):
+            name = "input" if value is input else "hx"
+            raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
+    if not torch.compiler.is_compiling():
+        for t in (input, *states, *cell._parameters.values()):
+            if type(t) in _PLAIN and t.layout is torch.strided and not t.data_ptr():
+                alive((t,))
 
 
 def other_forward(layer: Any, input: Any, hx: Any, extra: dict[str, Any]) -> Any:

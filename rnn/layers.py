@@ -15,7 +15,7 @@ from . import interop
 from .compute import alive
 from .kernels import cells
 from .kernels.plan import Plan
-from .ops import as_tensor, check_plan, own_gradient, run_layer
+from .ops import as_tensor, check_masks, check_plan, expect, own_gradient, refuse_nested, run_layer
 from .single_step import single_step
 
 _CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
@@ -43,8 +43,9 @@ def _prepare_scriptable(self: Any) -> Any:
 class _Stack(nn.RNNBase):
     """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every instance of those.)"""
 
-    # Of the class, so that torch.nn's modules have it when they become ours.
+    # Of the class, so that torch.nn's modules have them when they become ours.
     recompute = False
+    plan: Plan | None = None  # how to compute the layer, if not as `rnn.kernels.plan.make_plan` would
     # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read that.
     _given_weights: Any = None
 
@@ -52,21 +53,17 @@ class _Stack(nn.RNNBase):
         if mode != "LSTM" and "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         check_plan(plan)
+        if not isinstance(recompute, int):
+            raise TypeError(f"Expected recompute to be a bool, got {type(recompute).__name__}")
         super().__init__(mode, *args, **kwargs)
         self.plan, self.recompute = plan, recompute
 
     qconfig = interop.qconfig
 
-    @property
-    def plan(self) -> Plan | None:
-        """How to compute the layer, if not as `rnn.kernels.plan.make_plan` would. Raises TypeError and ValueError for
-        what is no plan."""
-        return self.__dict__.get("plan")
-
-    @plan.setter
-    def plan(self, plan: Plan | None) -> None:
-        check_plan(plan)
-        self.__dict__["plan"] = plan
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "plan":
+            check_plan(value)
+        super().__setattr__(name, value)
 
     @property
     def _flat_weights(self) -> Any:
@@ -101,18 +98,29 @@ class _Stack(nn.RNNBase):
                        for names in self._all_weights]
         if not self.bias:
             weights = [[*some[:2], None, None, *some[2:]] for some in weights]
+        if self.proj_size:
+            self._check_projected(weights)
         if not self.bidirectional:
             return weights
         pairs = zip(weights[::2], weights[1::2])
         if not self.proj_size:
             return [[*one, *other] for one, other in pairs]
-        flat = [t for some in weights for t in some if t is not None]
-        if any(t.dtype != flat[0].dtype for t in flat):
-            raise RuntimeError(f"Expected weights of one dtype, got {sorted({str(t.dtype) for t in flat})}")
         if not torch.compiler.is_compiling():
-            alive(flat)
+            alive([t for some in weights for t in some])
         return [[None if one is None else torch.cat((own_gradient(one), own_gradient(other)))
                  for one, other in zip(*both)] for both in pairs]
+
+    def _check_projected(self, weights: Sequence[Sequence[Any]]) -> None:
+        """Raises RuntimeError for weights that cannot be put together as their products are computed."""
+        D, P, GH = 2 if self.bidirectional else 1, self.proj_size, 4 * self.hidden_size
+        first = weights[0][0]
+        for k, some in enumerate(weights):
+            inputs = D * P if k >= D else self.input_size
+            shapes = (GH, inputs), (GH, P), (GH,), (GH,), (P, self.hidden_size)
+            for name, t, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"), some, shapes):
+                if t is not None:
+                    refuse_nested([(name, t)])
+                    expect(name, t, shape, (first.dtype,), first.device)
 
     def _initial(self, x: Tensor, states: Sequence[Any], batch_sizes: Tensor | None,
                  order: Tensor | None) -> list[Tensor]:
@@ -124,11 +132,18 @@ class _Stack(nn.RNNBase):
             names = ["hidden[0]", "hidden[1]"]
         found: list[Tensor] = []
         for name, state, shape in zip(names, states, expected):
-            state = state if order is None else state.index_select(1, order)
+            if order is not None:
+                if state.dim() != 3 or state.shape[1] != order.shape[0]:
+                    raise RuntimeError(f"Expected {name} size {shape}, got {list(state.shape)}")
+                alive([state, order])
+                state = state.index_select(1, order)
             self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
             if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
                 raise RuntimeError(f"Input and {name} tensors are not the same dtype, found input tensor with "
                                    f"{x.dtype} and {name} tensor with {state.dtype}")
+            if state.device != x.device:
+                raise RuntimeError(f"Input and {name} tensors are not at the same device, found input tensor at "
+                                   f"{x.device} and {name} tensor at {state.device}")
             found.append(state)
         return found
 
@@ -169,7 +184,7 @@ class _Stack(nn.RNNBase):
 
     def _single_step(self, x: Any, hx: Any) -> Any:
         """One step, where all that `_run` does would take longer than the step; None where `_run` has to look at it."""
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[int(self.batch_first)] != 1:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested or x.shape[int(self.batch_first)] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
         if self.bidirectional or self.proj_size or self.plan is not None or self.recompute or dropout:
@@ -196,7 +211,10 @@ class _Stack(nn.RNNBase):
                     raise TypeError(f"Expected input, a PackedSequence, to have a Tensor as {name}, got "
                                     f"{type(part).__name__}")
             input, batch_sizes, order, restore = input
+            refuse_nested([("input", input)])
+            _check_packed(input, batch_sizes, order, restore)
         else:
+            refuse_nested([("input", input)])
             unbatched = input.dim() == 2
             if input.dim() not in (2, 3):
                 name = self.mode.partition("_")[0]
@@ -233,11 +251,14 @@ class _Stack(nn.RNNBase):
         if self.mode != "LSTM":
             if not isinstance(hx, Tensor):
                 raise TypeError(f"Expected hx to be a Tensor, got {type(hx).__name__}")
+            _check_dense(hx)
             return (hx,)
         if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
             raise TypeError(f"Expected hx to be a tuple of two tensors, h_0 and c_0, got {type(hx).__name__}")
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
+        _check_dense(hx[0])
+        _check_dense(hx[1])
         return hx
 
     def _resets(self, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> Tensor:
@@ -249,12 +270,16 @@ class _Stack(nn.RNNBase):
         else:
             expected = [batch_sizes.shape[0], int(batch_sizes[0])]
             expected = expected[::-1] if turned else expected
-        if resets.dtype != torch.bool or [*resets.shape] != expected:
+        strided = resets.layout is torch.strided
+        if resets.dtype != torch.bool or not strided or resets.device != input.device or [*resets.shape] != expected:
             names = "[T]" if unbatched else "[B, T]" if turned else "[T, B]"
-            raise RuntimeError(f"Expected resets of shape {expected} ({names}) and torch.bool, "
-                               f"got {[*resets.shape]} and {resets.dtype}")
+            names += "" if batch_sizes is None else " by batch_sizes"
+            raise RuntimeError(f"Expected resets of shape {expected} ({names}), torch.bool and on {input.device}, "
+                               f"got {[*resets.shape]}, {resets.dtype}, {resets.layout} and on {resets.device}")
         if unbatched:
             return resets.unsqueeze(1)
+        if not torch.compiler.is_compiling():
+            alive([resets, order])
         resets = resets.T if turned else resets
         return resets if order is None else resets.index_select(1, order)
 
@@ -310,10 +335,14 @@ class _Stack(nn.RNNBase):
         masks = batch.lengths, batch.batch_sizes, batch.resets
         S, N, states = cell.states, len(reverse), first
         if self.proj_size:
+            check_masks(x, masks, x.shape[0], x.shape[1] if batch.batch_sizes is None else None)
+            if not torch.compiler.is_compiling():
+                alive((x, *(first or ())))
             w_ih, w_hh, b_ih, b_hh, w_hr = weights
             down, inner = w_hr.chunk(N), w_hh.chunk(N)
             w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
             if first is not None:
+                first = [own_gradient(first[0]), *first[1:]]
                 x = torch.cat((own_gradient(x), _first_steps(x, first[0], masks, reverse)), -1)
                 w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
                 states = [torch.zeros_like(first[1]), *first[1:]]
@@ -331,8 +360,30 @@ class _Stack(nn.RNNBase):
             ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
             if batch.lengths is not None:
                 none = (batch.lengths == 0).to(x.device)[:, None]
-                ends[0] = torch.where(none, 0 if first is None else first[0], ends[0])
+                ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
         return steps, ends
+
+
+def _check_dense(state: Tensor) -> None:
+    if state.layout is not torch.strided or state.is_nested:
+        raise RuntimeError(f"Expected hx to be dense, got {'a nested tensor' if state.is_nested else state.layout}")
+
+
+def _check_packed(data: Tensor, batch_sizes: Tensor, order: Tensor | None, restore: Tensor | None) -> None:
+    """Raises RuntimeError for parts of a PackedSequence that the operator would not see, or would not name."""
+    if data.dim() != 2:
+        raise RuntimeError(f"Expected input, a PackedSequence, to have data of 2 dimensions, got {list(data.shape)}")
+    parts = ("batch_sizes", batch_sizes), ("sorted_indices", order), ("unsorted_indices", restore)
+    for name, t in parts:
+        if t is None:
+            continue
+        dtypes = (torch.int64,) if t is batch_sizes else (torch.int64, torch.int32)
+        if t.dim() != 1 or t.dtype not in dtypes or (t.is_meta and not data.is_meta):
+            raise RuntimeError(f"Expected input, a PackedSequence, to have {name} of one dimension and "
+                               f"{dtypes[0]}, got {list(t.shape)}, {t.dtype} and on {t.device}")
+    if order is not None and restore is not None and order.shape != restore.shape:
+        raise RuntimeError("Expected input, a PackedSequence, to have as many sorted_indices as unsorted_indices, got "
+                           f"{len(order)} and {len(restore)}")
 
 
 def _first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
@@ -357,10 +408,11 @@ class RNN(_Stack):
     __doc__ = nn.RNN.__doc__
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
+        nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
+        self.nonlinearity = nonlinearity
 
 
 class LSTM(_Stack):

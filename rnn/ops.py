@@ -8,7 +8,7 @@ be differentiated again, or where a transform is at work."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ from .kernels.cells import Cell
 from .kernels.plan import BACKENDS, Plan
 from .kernels.states import join_states, join_weights, part_states, part_weights
 
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -363,22 +364,31 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and not (value is None and name in ("b_ih", "b_hh", "batch_sizes")):
             raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
+    refuse_nested(tensors.items())
     reverse = as_directions(reverse)
     check_plan(plan)
     if not isinstance(keep, int) or keep not in (0, 1):
         raise ValueError(f"Expected keep to be 0 or 1, got {keep!r}")
     N, S = len(reverse), cell.states
-    if s0.dim() != 3 or len(s0) != N * S:
-        raise RuntimeError(f"Expected hidden (s0) of shape [{N * S}, B, H], got {list(s0.shape)}")
+    if s0.dim() != 3 or s0.layout is not torch.strided or len(s0) != N * S:
+        raise RuntimeError(f"Expected hidden (s0) of shape [{N * S}, B, H] for the cell {cell.name} and reverse of "
+                           f"{N}, got {list(s0.shape)} and {s0.layout}")
     masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
     y, others, last = run_layer(cell, x, (w_ih, w_hh, b_ih, b_hh), _parted(s0, S), masks, reverse, int(keep), plan,
                                 bool(recompute))
     return y, others, join_states(last, N)
 
 
+def refuse_nested(tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raises RuntimeError for a nested tensor, by its name: it has no shape that could be checked."""
+    for name, t in tensors:
+        if isinstance(t, Tensor) and t.is_nested:
+            raise RuntimeError(f"Expected {name} to be dense, got a nested tensor")
+
+
 def as_directions(reverse: Any) -> list[bool]:
     """`reverse`, checked."""
-    if isinstance(reverse, str) or not hasattr(reverse, "__iter__"):
+    if isinstance(reverse, str) or not hasattr(reverse, "__iter__") or getattr(reverse, "ndim", 1) == 0:
         raise TypeError(f"Expected reverse to be a sequence of bools, got {reverse!r}")
     directions = [*reverse] if isinstance(reverse, (Sequence, Tensor, np.ndarray)) else []
     if not directions or not all(_is_bool(direction) for direction in directions):
@@ -432,7 +442,11 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
     autocast = why == "autocast"
     others: Tensor | None
     if not autocast:
-        _check(cell, x, weights, states, masks, len(reverse), batch_first)
+        try:
+            _check(cell, x, weights, states, masks, len(reverse), batch_first)
+        except RuntimeError:
+            refuse_nested(zip(len(weights) // 4 * _NAMES, weights))
+            raise
     if autocast or dtype != x.dtype:
 
         if not _traced(x, weights[1]) and not _transformed():
@@ -496,7 +510,7 @@ def _kept(train: bool, keep: int, recompute: bool) -> int:
     return (1 if recompute else 2) if train else keep
 
 
-def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
+def expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
             device: torch.device | None) -> None:
     if t is not None and (t.layout is not torch.strided or t.shape != shape or t.dtype not in dtypes
                           or not (device is None or t.device == device)):
@@ -507,7 +521,7 @@ def _expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[
 def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None,
            masks: Sequence[Tensor | None], N: int, batch_first: bool) -> None:
     w_hh, b_ih, b_hh = weights[1:4]
-    lengths, batch_sizes, resets = masks
+    batch_sizes = masks[1]
     size, device = x.shape, x.device
     if len(size) != (3 if batch_sizes is None else 2) or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
         raise RuntimeError("Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
@@ -516,7 +530,7 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
     H = w_hh.shape[1]
     if states:
         H = states[-1].shape[-1] if states[-1].dim() else 0
-    elif per and not per * H == w_hh.shape[0] == weights[0].shape[0]:
+    elif per and not (per * H == w_hh.shape[0] and weights[0].shape[:1] == w_hh.shape[:1]):
         rows = [w.shape[0] for w in weights if w is not None and w.dim()]
         H = max(rows, key=rows.count) // per  # what most of them say
     strided = x.layout is torch.strided
@@ -525,27 +539,37 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
     if batch_sizes is None:
         T, B, I = (size[1], size[0], size[2]) if batch_first else size
     else:
-        T, (R, I) = len(batch_sizes), size
+        T, I = len(batch_sizes), size[1]
         if states is not None and states[0].dim() == 3:
             B = states[0].shape[1]
     if not floats:
-        _expect("input", x, size, floats, device)
+        expect("input", x, size, floats, device)
     GH = per * H
     shapes = (GH, I), (GH, H), (GH,), (GH,)
     for k, weight in enumerate(weights):
         if weight is None or (weight.shape == shapes[k % 4] and weight.dtype is x.dtype and weight.device == device
                               and weight.layout is torch.strided and floats):
             continue
-        _expect(("weight_ih", "weight_hh", "bias_ih", "bias_hh")[k % 4], weight, shapes[k % 4], floats, device)
+        expect(_NAMES[k % 4], weight, shapes[k % 4], floats, device)
     for k, state in enumerate(states or ()):
-        _expect("hidden" if len(states or ()) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
+        expect("hidden" if len(states or ()) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
+    check_masks(x, masks, T, B)
+
+
+def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> None:
+    """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B sequences; with batch_sizes
+    T is ignored, and B may be None if it is not known otherwise."""
+    lengths, batch_sizes, resets = masks
+    device = x.device
+    if batch_sizes is not None:
+        T = len(batch_sizes)
     if T == 0 or (lengths is not None and batch_sizes is not None):
         raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
                            "Expected sequence length to be larger than 0 in RNN")
     if resets is not None:
-        _expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore[index]
+        expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore[index]
     if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
-        _expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
+        expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
         if lengths.is_meta and not x.is_meta:
             raise RuntimeError(f"Expected lengths with numbers, got {lengths.device}")
         if not _traced(lengths) and not _transformed():
@@ -554,13 +578,16 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
             lengths = torch._C._functorch.get_unwrapped(lengths)
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
     if batch_sizes is not None:
-        _expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
+        expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
+        if batch_sizes.is_meta and not x.is_meta:
+            raise RuntimeError(f"Expected batch_sizes with numbers, got {batch_sizes.device}")
         wrong = "Expected batch_sizes that begin with B, never rise, and add up to input's rows"
         if _traced(batch_sizes) or _transformed():
-            fits = (batch_sizes.sum() == R) & (batch_sizes[-1] > 0)
+            fits = (batch_sizes.sum() == x.shape[0]) & (batch_sizes[-1] > 0)
             fits = fits if B is None else fits & (batch_sizes[0] == B)
             torch._assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
         else:  # all these operations would take longer than a short sequence
             sizes = batch_sizes.tolist()
-            if sum(sizes) != R or B not in (None, sizes[0]) or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+            falls = sizes == sorted(sizes, reverse=True)
+            if not falls or sum(sizes) != x.shape[0] or B not in (None, sizes[0]) or sizes[-1] < 1:
                 raise RuntimeError(wrong)

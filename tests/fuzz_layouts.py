@@ -243,9 +243,11 @@ def forms(found: dict[str, Tensor], theirs: dict[str, Tensor], allowed: dict[str
     wrong = []
     for name, t in found.items():
         other = theirs.get(name)
-        strides = [_natural(t), *allowed.get(name, [])]
-        if other is not None:
-            strides = [_strides(other), *allowed.get(name, [])]
+        usual = [_natural(t)]
+        if t.dim() == 3 and (other is not None or name == "d_input"):  # steps first, as [B, T, ...] is computed
+            usual.append(_strides(torch.empty(t.transpose(0, 1).shape, device="meta").transpose(0, 1)))
+        own = [] if other is None else [_strides(other)]
+        strides = [*own, *allowed.get(name, []), *([] if {*own} & {*usual} else usual)]
         if _strides(t) not in strides:
             wrong.append(f"strides of {name}: {t.stride()}, torch.nn's {None if other is None else other.stride()}")
         if (other is None or not other._is_view()) and (t._base is not None or t._is_view()):
@@ -487,6 +489,8 @@ def check_layer(layer: Layer, rng: random.Random, attempt: int) -> tuple[list[Fi
     parameters = {name: [_strides(inputs[name])] for name in inputs}
     strides = {f"d_{name}": [*value, _natural(inputs[name])] for name, value in parameters.items()}
     returned = returns(found, layer.asks)
+    if case.form == "packed" and "d_input" not in reference.gradients:
+        returned.pop("d_input", None)  # as torch's packing left it
     by_torch = {**reference.outputs, **reference.gradients}
     if case.form != "stream":  # put together by `_stream`
         findings += kinds(forms(returned, by_torch, strides), "layer")

@@ -210,5 +210,5 @@ def test_refused_before_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = rnn.RNN(4, 8, 2)
     with pytest.raises(RuntimeError, match="lengths between 0 and"):
         layer(new(5, 3, 4), lengths=torch.tensor([1, 6, 2]))
-    with pytest.raises(RuntimeError, match="Expected hidden"):
+    with pytest.raises(RuntimeError, match="hidden tensors are not at the same device"):
         layer(new(5, 3, 4), new(2, 3, 8, device="meta"))
