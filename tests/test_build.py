@@ -558,7 +558,7 @@ class TestCompiler:
         temporary.mkdir()
         place.compiler("case $* in *-shared*) sleep 1000 & "
                        f"echo $! $$ > {started}.new; mv {started}.new {started}; wait;; esac; echo macros")
-        code = "import torch, rnn; rnn.RNN(3, 4)(torch.ones(2, 2, 3))"
+        code = INTERRUPTIBLE + "import torch, rnn; rnn.RNN(3, 4)(torch.ones(2, 2, 3))"
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                    env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)})
         wait_for(started.exists)
@@ -584,6 +584,8 @@ def wait_for(what: Any, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
+# What scripts begin with that are to be interrupted: where tests run in the background, SIGINT is ignored.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 # What scripts begin with that look whether a layer of ours still gives what torch.nn's does.
 COMPARE = """
 import torch
@@ -635,7 +637,7 @@ class TestCalls:
     @needs_compiler
     def test_interrupted(self) -> None:
         """SIGINT in a call: KeyboardInterrupt after it, and the next call is right."""
-        assert python(COMPARE + LONG_CALL, timeout=300) == "6\n"
+        assert python(INTERRUPTIBLE + COMPARE + LONG_CALL, timeout=300) == "6\n"
 
     @needs_compiler
     def test_eight_threads(self) -> None:
