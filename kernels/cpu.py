@@ -78,7 +78,10 @@ class Steps:
         """As arrays, to be written if they are our `own`."""
         if own and self.backend != "cupy":
             return [t if t is None else np.asarray(_Owned(t)) for t in tensors]
-        return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
+        try:
+            return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
+        except TypeError as error:  # CuPy's, of a tensor on the CPU
+            raise RuntimeError(f'The plan "{self.backend}" cannot take these tensors: {error}') from error
 
     def tensor(self, array: Array) -> Tensor:
         return torch.from_dlpack(array) if self.backend == "cupy" else torch.from_numpy(array)
@@ -202,9 +205,10 @@ def forward(cell: Cell, plan: Plan, rows: Rows, inputs: Tensor, w_ih: Tensor, w_
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, states0: States, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Sequence[Tensor | None] | None, dfirst: list[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Fills `dfirst`, the gradients of the first states, and those of `grads` that there are, or with more than one
-    recurrence adds to the first."""
+             dlast: Sequence[Tensor | None] | None, dfirst: Sequence[Tensor] | None,
+             grads: Sequence[Tensor | None]) -> None:
+    """Fills `dfirst`, the gradients of the first states if they are wanted, and those of `grads` that there are, or
+    with more than one recurrence adds to the first."""
     N, G, S, H = len(rows.reverse), cell.gates, cell.states, w_hh.shape[1]
     shape = N * S, rows.sequences, H
     s0 = x.new_zeros(shape) if states0 is None else join_states(states0, N)
@@ -259,5 +263,5 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                     _product(left, r, dw, add=more)
                 if db is not None:
                     db.add_(l.sum(0)) if more else torch.sum(l, 0, out=db)
-    for k, to in enumerate(dfirst):
+    for k, to in enumerate(dfirst or ()):
         to.copy_(ds[k::S])

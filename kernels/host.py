@@ -30,11 +30,14 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
     [S-1, R, N*H], the last states, and with keep >= 2 the activations for the adjoint [A, R, N*H], in an order of the
     kernel's own; None for what is not."""
     N, S, A, H = len(rows.reverse), cell.states, cell.saved, w_hh.shape[1]
-    y = x.new_empty((*x.shape[:-1], N * H))  # the caller's: torch's own memory, which can be resized
+    *leading, _ = x.shape
+    y = x.new_empty((*leading, N * H))  # the caller's: torch's own memory, which can be resized
     last = [x.new_empty((N, rows.sequences, H)) for _ in range(S)]
-    R = math.prod(x.shape[:-1])
-    states = x.new_empty((S - 1, R, N * H)) if S > 1 and keep else None
-    saved = lasting(x, A, R, N * H) if A and keep > 1 else None
+    states = saved = None
+    if keep:
+        R = math.prod(leading)
+        states = x.new_empty((S - 1, R, N * H)) if S > 1 else None
+        saved = lasting(x, A, R, N * H) if A and keep > 1 else None
     _kernel(plan.backend).forward(cell, plan, rows, x, w_ih, w_hh, b_ih, b_hh, first, y, states, saved, last)
     return y, states, last, saved
 
@@ -44,7 +47,9 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
              needs: Sequence[bool]) -> tuple[list[Tensor | None], States]:
     """The adjoint of `forward`: the gradients of x, w_ih, w_hh, b_ih and b_hh, and those of the first states, those
     that are needed, from those of y, states and last, zero where None."""
-    ds = [x.new_empty((len(rows.reverse), rows.sequences, w_hh.shape[1])) for _ in range(cell.states)]
+    ds: States = None
+    if needs[5]:
+        ds = [x.new_empty((len(rows.reverse), rows.sequences, w_hh.shape[1])) for _ in range(cell.states)]
     # One gradient serves both biases where it is the same.
     wanted = *needs[:3], needs[3] and cell.split, needs[4] or (needs[3] and not cell.split)
     shapes = x.shape, w_ih.shape, w_hh.shape, w_hh.shape[:1], w_hh.shape[:1]
@@ -55,7 +60,7 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
                                    grads)
     if not cell.split and needs[3]:
         grads[3:] = [grads[4], grads[4].clone() if needs[4] and grads[4] is not None else None]
-    return grads, ds if needs[5] else None
+    return grads, ds
 
 
 def parts(t: Part, N: int) -> Sequence[Part]:

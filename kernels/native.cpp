@@ -277,7 +277,9 @@ extern "C" void backward(const Given& given, float* memory) {
         }
     }
     for (const Part& part : team.parts)
-      part.each(c, [&](i64 k, i64, i64 at, float* near, i64 bytes) { std::memcpy(c.last[k] + at, near, bytes); });
+      part.each(c, [&](i64 k, i64, i64 at, float* near, i64 bytes) {
+        if (c.last[k]) std::memcpy(c.last[k] + at, near, bytes);
+      });
     if (c.apart) {
       meet(true);
       for (i64 n = 0; n < c.N; ++n)

@@ -3,7 +3,7 @@ disk. Threads are those of torch, where the compiler has OpenMP."""
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def threads() -> int:
 
 
 def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None],
-          first: States, given: Sequence[Tensor | None], dlast: Sequence[Tensor | None] | None, ends: list[Tensor],
+          first: States, given: Sequence[Tensor | None], dlast: Sequence[Tensor | None] | None, ends: States,
           grads: Sequence[Tensor | None]) -> None:
     """Calls it with struct Given, of which `given` is dy to saved, and memory for itself."""
     if w_hh.dtype != torch.float32 or not w_hh.is_cpu:
@@ -56,7 +56,7 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tens
     R = rows.steps * B if rows.offsets is None else x.shape[0]
     none = [None] * cell.states
     pointed = [x, w_ih, w_hh, *biases, *given, *grads, rows.offsets, rows.resets, *(first or none), *(dlast or none),
-               *ends]
+               *(ends or none)]
     addresses = [0 if t is None else t.data_ptr() for t in pointed]
     if 0 in addresses:
         for t, address in zip(pointed, addresses):
@@ -64,20 +64,14 @@ def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tens
                 raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)}")
     windows = _windows(rows.sizes[0], N * cell.gates * H, cell.split)
     sizes = rows.steps, B, R, I, H, N, rows.reverses, threads(), *windows
-    call = struct.pack(f"{len(addresses) + 10}q", *addresses, *sizes)
-    if rows.offsets is None:
-        numbers = _whole.get((cell, sizes))
-        if numbers is None:
-            if len(_whole) >= 4096:
-                _whole.clear()
-            numbers = _whole[cell, sizes] = library.needed(call)
-    else:
-        numbers = library.needed(call)
-    memory = working(w_hh, numbers)  # held while it is in use
+    call = _pack(len(addresses) + len(sizes))(*addresses, *sizes)
+    memory = working(w_hh, library.needed(call))  # held while it is in use
     getattr(library, name)(call, memory.data_ptr())
 
 
-_whole: dict[Any, int] = {}  # how much memory a call needs, by cell and sizes, where all sequences have all steps
+@cache
+def _pack(count: int) -> Callable[..., bytes]:
+    return struct.Struct(f"{count}q").pack
 
 
 @lru_cache(4096)
@@ -98,7 +92,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: States, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Sequence[Tensor | None] | None, dfirst: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+             dlast: Sequence[Tensor | None] | None, dfirst: States, grads: Sequence[Tensor | None]) -> None:
     """As `cpu.backward`."""
     _call("backward", cell, rows, x, w_ih, w_hh, (None, None), first, (dy, dstates, y, states, saved), dlast, dfirst,
           grads)

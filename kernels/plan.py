@@ -84,7 +84,10 @@ class Rows(NamedTuple):
     @property
     def reverses(self) -> int:
         """Which recurrences run backwards, as bits."""
-        return sum(back << n for n, back in enumerate(self.reverse))
+        bits = 0
+        for n, back in enumerate(self.reverse):
+            bits |= back << n
+        return bits
 
     def window(self, width: int, share: int = 1) -> int:
         """Steps of a window of time on the CPU, where a row has `width` pre-activations: enough for WINDOW_ROWS / share

@@ -150,14 +150,15 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
     Raises RuntimeError, as torch's operations do, where a storage was freed or is too small for a shape, and for
     another dtype or device."""
     found = [*tensors]
+    dtype = None if like is None else like.dtype
+    on_cpu = like is not None and like.is_cpu
     for k, t in enumerate(tensors):
         if t is None:
             continue
         whole = t.is_contiguous()
         if not whole or t.storage_offset() or t.untyped_storage().nbytes() < t.nbytes:
             _check_memory(t)
-        if like is not None and (
-                t.dtype is not like.dtype or (not t.is_cpu if like.is_cpu else t.device != like.device)):
+        if like is not None and (t.dtype is not dtype or (not t.is_cpu if on_cpu else t.device != like.device)):
             raise RuntimeError(f"Expected a tensor of {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
         if t._is_zerotensor():
             found[k] = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
@@ -216,9 +217,8 @@ class Run:
         if plan and plan.backend == "onednn" and not fits:
             raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
                                "states only the last are asked for")
-        on_gpu = plan and (plan.backend in ("cuda", "cupy") or (plan.backend == "triton" and not _interpreted()))
-        if on_gpu and x.is_cpu:
-            raise RuntimeError(f'The plan "{self.plan.backend}" is for tensors on a GPU, got {x.device}')
+        if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
+            raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
         self.index, self.order = None, None
         self.padded = lengths is not None and self.plan.scope != "host"

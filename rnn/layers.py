@@ -126,18 +126,17 @@ class _Stack(nn.RNNBase):
                  order: Tensor | None) -> list[Tensor]:
         """The states before the first step, [L*D, B, H] each, checked and in the order of the batch."""
         expected = [self.get_expected_hidden_size(x, batch_sizes)]
-        names = ["hidden"]
         if self.mode == "LSTM":
             expected.append((*expected[0][:2], self.hidden_size))
-            names = ["hidden[0]", "hidden[1]"]
         found: list[Tensor] = []
-        for name, state, shape in zip(names, states, expected):
+        for k, state in enumerate(map(_dense, states)):
+            name = "hidden" if len(expected) == 1 else f"hidden[{k}]"
             if order is not None:
                 if state.dim() != 3 or state.shape[1] != order.shape[0]:
-                    raise RuntimeError(f"Expected {name} size {shape}, got {list(state.shape)}")
+                    raise RuntimeError(f"Expected {name} size {expected[k]}, got {list(state.shape)}")
                 alive([state, order])
                 state = state.index_select(1, order)
-            self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
+            self.check_hidden_size(state, expected[k], f"Expected {name} size {{}}, got {{}}")
             if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
                 raise RuntimeError(f"Input and {name} tensors are not the same dtype, found input tensor with "
                                    f"{x.dtype} and {name} tensor with {state.dtype}")
@@ -205,6 +204,7 @@ class _Stack(nn.RNNBase):
             lengths = as_tensor("lengths", lengths)
         batch_sizes = order = restore = None
         unbatched = False
+        fit = states is None
         if isinstance(input, PackedSequence):
             for name, part in zip(input._fields, input):
                 if not isinstance(part, Tensor) and not (part is None and name.endswith("indices")):
@@ -214,17 +214,21 @@ class _Stack(nn.RNNBase):
             refuse_nested([("input", input)])
             _check_packed(input, batch_sizes, order, restore)
         else:
-            refuse_nested([("input", input)])
+            if input.is_nested:
+                refuse_nested([("input", input)])
             unbatched = input.dim() == 2
             if input.dim() not in (2, 3):
                 name = self.mode.partition("_")[0]
                 tensor = "D tensor" if name == "RNN" else "D"
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}{tensor} instead")
-            if states is not None and any(s.dim() != input.dim() for s in states):
+            fit = fit or (not unbatched and self._fit(input, states))
+            if not fit and any(s.dim() != input.dim() for s in states or ()):
                 pair = self.mode == "LSTM"
                 got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors" if pair else f"{hx.dim()}-D tensor"
                 raise RuntimeError(f"For {'unbatched' if unbatched else 'batched'} {input.dim()}-D input, "
                                    f"{'hx and cx' if pair else 'hx'} should also be {input.dim()}-D but got {got}")
+        if not fit:
+            refuse_nested(("hx", s) for s in states or ())
         if input.layout is not torch.strided:
             raise NotImplementedError(f"Expected input to be dense, got {input.layout}")
         if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
@@ -238,9 +242,9 @@ class _Stack(nn.RNNBase):
             resets = self._resets(resets, input, batch_sizes, order)
         if unbatched:
             input = own_gradient(input).unsqueeze(0 if self.batch_first else 1)
-            states = states and [own_gradient(s).unsqueeze(1) for s in states]
+            states = states and [own_gradient(_dense(s)).unsqueeze(1) for s in states]
             lengths = lengths if lengths is None or lengths.dim() else lengths.unsqueeze(0)
-        if states is not None:
+        if states is not None and not fit:
             states = self._initial(input, states, batch_sizes, order)
         return _Batch(input, states, lengths, batch_sizes, resets, order, restore, unbatched)
 
@@ -251,15 +255,24 @@ class _Stack(nn.RNNBase):
         if self.mode != "LSTM":
             if not isinstance(hx, Tensor):
                 raise TypeError(f"Expected hx to be a Tensor, got {type(hx).__name__}")
-            _check_dense(hx)
             return (hx,)
         if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
             raise TypeError(f"Expected hx to be a tuple of two tensors, h_0 and c_0, got {type(hx).__name__}")
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
-        _check_dense(hx[0])
-        _check_dense(hx[1])
         return hx
+
+    def _fit(self, x: Tensor, states: Any) -> bool:
+        """Whether states fit x [T, B, I], or as `batch_first` has it: the quick answer, for those that nearly always
+        do. What is wrong otherwise, `_initial` says."""
+        count = 2 * self.num_layers if self.bidirectional else self.num_layers
+        size = count, x.shape[0 if self.batch_first else 1], self.hidden_size
+        for s in states:
+            if s.is_nested or s.layout is not torch.strided or s.dtype is not x.dtype or s.device != x.device:
+                return False
+            if s.shape != size:
+                return False
+        return True
 
     def _resets(self, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> Tensor:
         """`resets` [T, B], in the order of the batch."""
@@ -364,9 +377,10 @@ class _Stack(nn.RNNBase):
         return steps, ends
 
 
-def _check_dense(state: Tensor) -> None:
-    if state.layout is not torch.strided or state.is_nested:
-        raise RuntimeError(f"Expected hx to be dense, got {'a nested tensor' if state.is_nested else state.layout}")
+def _dense(state: Tensor) -> Tensor:
+    if state.layout is not torch.strided:
+        raise RuntimeError(f"Expected hx to be dense, got {state.layout}")
+    return state
 
 
 def _check_packed(data: Tensor, batch_sizes: Tensor, order: Tensor | None, restore: Tensor | None) -> None:

@@ -135,19 +135,23 @@ class _Layer(torch.autograd.Function):
         run: compute.Run = ctx.run
         count, needs = ctx.count, ctx.needs_input_grad
         dlast: Sequence[Any] = last_grads
-        if any(grad is not None and grad.layout is not torch.strided for grad in (dy, dothers, *dlast)):
-            dy, dothers, *dlast = (_dense(grad) for grad in (dy, dothers, *dlast))
-        again = _again((dy, dothers, *dlast))
+        came = [dy, dothers, *dlast]
+        for grad in came:
+            if grad is not None and grad.layout is not torch.strided:
+                dy, dothers, *dlast = came = [*map(_dense, came)]
+                break
+        again = _again(came)
         recompute = run.cell.saved and saved is None
         if again or recompute:
             _check_versions(ctx.biases, ctx.versions)
-        matrices, rest = rest[: count // 2], rest[count // 2 :]
+        matrices, states = rest[: count // 2], rest[count // 2 :]
         kept = matrices
         if count > 4:
-            rest, kept = rest[:-2], rest[-2:]
-        states = rest
+            states, kept = states[:-2], states[-2:]
         first: Sequence[Tensor | None] | None
-        weights = [t for k in range(0, count // 2, 2) for t in (*matrices[k : k + 2], *ctx.biases[k : k + 2])]
+        weights: Sequence[Tensor | None] = [*matrices, None, None]
+        if again or recompute or count > 4:
+            weights = [t for k in range(0, count // 2, 2) for t in (*matrices[k : k + 2], *ctx.biases[k : k + 2])]
         with _as_it_ran(x.device):
             if again:
                 with torch.enable_grad():
@@ -551,8 +555,9 @@ def _check(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tenso
                               and weight.layout is torch.strided and floats):
             continue
         expect(_NAMES[k % 4], weight, shapes[k % 4], floats, device)
-    for k, state in enumerate(states or ()):
-        expect("hidden" if len(states or ()) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
+    if states is not None:
+        for k, state in enumerate(states):
+            expect("hidden" if len(states) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
     check_masks(x, masks, T, B)
 
 
