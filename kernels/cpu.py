@@ -48,6 +48,12 @@ class _Owned:
                                         data=(tensor.data_ptr(), False))
 
 
+def _writable(tensor: Tensor) -> Array:
+    if not tensor.numel():  # NumPy 2.0 does not take a null pointer
+        return np.empty(tuple(tensor.shape), f"f{tensor.itemsize}")
+    return np.asarray(_Owned(tensor))
+
+
 class Steps:
     """The steps of a pass, `width` pre-activations in each row: windows of them, and in these, recurrence after
     recurrence, segments whose steps all have the same sequences and within which nothing is reset."""
@@ -77,7 +83,7 @@ class Steps:
     def take(self, *tensors: Tensor | None, own: bool = False) -> list[Array]:
         """As arrays, to be written if they are our `own`."""
         if own and self.backend != "cupy":
-            return [t if t is None else np.asarray(_Owned(t)) for t in tensors]
+            return [t if t is None else _writable(t) for t in tensors]
         try:
             return [t if t is None else self.library.from_dlpack(_Borrowed(t)) for t in tensors]
         except TypeError as error:  # CuPy's, of a tensor on the CPU

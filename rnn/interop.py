@@ -8,7 +8,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import (
+    _VF,  # noqa: F401  for torch.jit.script, which reads the source of a cell's forward with the names of this file
+    Tensor,
+    fx,
+    nn,
+)
 
 from .compute import alive
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,7 @@ class _Stack(nn.RNNBase):
             if order is not None:
                 if state.dim() != 3 or state.shape[1] != order.shape[0]:
                     raise RuntimeError(f"Expected {name} size {expected[k]}, got {list(state.shape)}")
-                alive([state, order])
+                alive([state])
                 state = state.index_select(1, order)
             self.check_hidden_size(state, expected[k], f"Expected {name} size {{}}, got {{}}")
             if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
@@ -183,7 +183,7 @@ class _Stack(nn.RNNBase):
 
     def _single_step(self, x: Any, hx: Any) -> Any:
         """One step, where all that `_run` does would take longer than the step; None where `_run` has to look at it."""
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested or x.shape[int(self.batch_first)] != 1:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested or x.shape[1 if self.batch_first else 0] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
         if self.bidirectional or self.proj_size or self.plan is not None or self.recompute or dropout:
@@ -292,7 +292,7 @@ class _Stack(nn.RNNBase):
         if unbatched:
             return resets.unsqueeze(1)
         if not torch.compiler.is_compiling():
-            alive([resets, order])
+            alive([resets])
         resets = resets.T if turned else resets
         return resets if order is None else resets.index_select(1, order)
 
@@ -395,6 +395,8 @@ def _check_packed(data: Tensor, batch_sizes: Tensor, order: Tensor | None, resto
         if t.dim() != 1 or t.dtype not in dtypes or (t.is_meta and not data.is_meta):
             raise RuntimeError(f"Expected input, a PackedSequence, to have {name} of one dimension and "
                                f"{dtypes[0]}, got {list(t.shape)}, {t.dtype} and on {t.device}")
+    if not torch.compiler.is_compiling():
+        alive([order, restore])
     if order is not None and restore is not None and order.shape != restore.shape:
         raise RuntimeError("Expected input, a PackedSequence, to have as many sorted_indices as unsorted_indices, got "
                            f"{len(order)} and {len(restore)}")
@@ -452,6 +454,7 @@ class GRU(_Stack):
 class RNNCell(nn.RNNCell):
     __doc__ = nn.RNNCell.__doc__
     qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
     forward = interop.leaf(nn.RNNCell.forward)
     __prepare_scriptable__ = _prepare_scriptable
 
@@ -459,6 +462,7 @@ class RNNCell(nn.RNNCell):
 class LSTMCell(nn.LSTMCell):
     __doc__ = nn.LSTMCell.__doc__
     qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
     forward = interop.leaf(nn.LSTMCell.forward)
     __prepare_scriptable__ = _prepare_scriptable
 
@@ -466,5 +470,6 @@ class LSTMCell(nn.LSTMCell):
 class GRUCell(nn.GRUCell):
     __doc__ = nn.GRUCell.__doc__
     qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
     forward = interop.leaf(nn.GRUCell.forward)
     __prepare_scriptable__ = _prepare_scriptable

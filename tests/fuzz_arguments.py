@@ -423,7 +423,7 @@ def constructor(rng: random.Random) -> Result:
     names += ["arguments", "argument", "nonlinearity"] if positional else []
     kind = f"{'cell' if name[-4:] == 'Cell' else 'layer'}({', '.join(sorted(chosen))})"
     # Flags are taken by their truth, where torch.nn refuses some objects at the first call.
-    flags = {"recompute"} if theirs.error is None else {"bidirectional", "num_layers"}
+    flags = {"recompute"} if theirs.error is None else {"batch_first", "bias", "bidirectional", "num_layers"}
     truth = ours.error is None and isinstance(theirs.error, (TypeError, type(None))) and {*chosen} & flags
     # Of two wrong ones either can be named first.
     both = len(chosen) + positional > 1 and isinstance(ours.error, RIGHT) and theirs.error is not None

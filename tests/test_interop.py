@@ -50,6 +50,23 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class TestScript:
+    @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+    def test_cell_in_a_script_module(self, name: str) -> None:
+        """It compiles the cell itself, with nothing put in its place."""
+        cell = getattr(rnn, name)(3, 4)
+
+        class Model(torch.jit.ScriptModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.cell = cell
+
+            @torch.jit.script_method
+            def forward(self, x: Tensor):
+                return self.cell(x)
+
+        x = torch.randn(2, 3)
+        torch.testing.assert_close(Model()(x), cell(x))
+
     @LAYERS
     @OPTIONS
     def test_results(self, name: str, options: dict[str, Any]) -> None:

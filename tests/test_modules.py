@@ -178,8 +178,11 @@ def test_refused(i: int, name: str) -> None:
         attempt(getattr(nn, name))
     with pytest.raises(theirs.type, match=text or None) as ours:
         attempt(getattr(rnn, name))
-    # torch.nn.LSTM does not look at what goes with a packed sequence, and fails deep inside.
-    assert text or (name == "LSTM" and i in (12, 13)) or str(ours.value) == str(theirs.value)
+    # torch.nn.LSTM does not look at what goes with a packed sequence, and fails deep inside; and torch 2.10 has other
+    # words for another dtype.
+    others = [12, 13] if name == "LSTM" else []
+    others += [9, 10] if torch.__version__.startswith("2.10.") else []
+    assert text or i in others or str(ours.value) == str(theirs.value)
 
 
 def test_unknown_nonlinearity() -> None:
