@@ -373,6 +373,8 @@ def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor |
     check_plan(plan)
     if not isinstance(keep, int) or keep not in (0, 1):
         raise ValueError(f"Expected keep to be 0 or 1, got {keep!r}")
+    if batch_sizes is not None and batch_sizes.dim() != 1:
+        raise RuntimeError(f"Expected batch_sizes of one dimension, got {list(batch_sizes.shape)}")
     N, S = len(reverse), cell.states
     if s0.dim() != 3 or s0.layout is not torch.strided or len(s0) != N * S:
         raise RuntimeError(f"Expected hidden (s0) of shape [{N * S}, B, H] for the cell {cell.name} and reverse of "
