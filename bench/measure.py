@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
-from rnn.kernels.memory import release
+from rnn.kernels.cpu.workspace import release
 
 BATCH_SECONDS = 0.004  # of calls between two events on a GPU: beside it the events' own time is nothing
 

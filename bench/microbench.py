@@ -15,7 +15,7 @@ from typing import Any
 
 from run import RESULTS, environment
 
-from rnn.kernels import cuda
+from rnn.kernels.gpu.cuda import launch as cuda
 
 SOURCE = Path(__file__).with_suffix(".cu")
 CLUSTERS = (1, 2, 4, 8, 16)

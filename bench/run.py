@@ -28,7 +28,7 @@ from measure import measure
 from report import KINDS, Row, ratio
 from suites import Case
 
-from rnn.kernels import native
+from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,6 +22,7 @@ from .kernels.states import join_states, part_states
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
 _AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
+_MODULES = {"host": "cpu", "device": "gpu", "onednn": "cpu.onednn", "native": "cpu.native"}
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
 _REPORTED: set[str] = set()  # compilers that fail
 _HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
@@ -67,7 +68,7 @@ def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, 
 
 @lru_cache
 def _module(name: str) -> Any:
-    return import_module(f".kernels.{name}", __package__)
+    return import_module(f".kernels.{_MODULES[name]}", __package__)
 
 
 @lru_cache
@@ -129,7 +130,7 @@ def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
         return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
 
     place.enter_context(torch.cuda.device(index))
-    place.enter_context(import_module(".kernels.cuda", __package__).on_stream(cuda, x.device))
+    place.enter_context(import_module(".kernels.gpu.cuda.launch", __package__).on_stream(cuda, x.device))
     place.enter_context(cuda.using_allocator(memory))
     return place
 

@@ -15,9 +15,9 @@ from torch.nn import Parameter
 from torch.overrides import has_torch_function_unary
 
 from . import compute, ops
-from .kernels import native
 from .kernels.cells import Cell
-from .kernels.memory import working
+from .kernels.cpu import native
+from .kernels.cpu.workspace import working
 from .kernels.plan import STEP_PRODUCT
 
 _TORCHS: Any = torch._VF

@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rnn.kernels import cells, device
-from rnn.kernels import gpu as kernels
+from rnn.kernels import cells
+from rnn.kernels import gpu as device
+from rnn.kernels.gpu.triton_kernels import kernels
 from rnn.kernels.plan import Gpu, Rows, make_plan
 
 AMD = 942  # gfx942 in place of a compute capability

@@ -26,7 +26,7 @@ import torch
 from triton.runtime import interpreter
 
 from rnn import compute
-from rnn.kernels import native, program
+from rnn.kernels.cpu import native, program
 
 RNN_SWITCH: Any = torch.backends.cudnn.rnn
 # torch 2.10 and 2.11 leave the precision of their RNNs as it is when that of cuDNN or of everything is set.

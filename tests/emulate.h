@@ -1,4 +1,4 @@
-// The twin of kernels/ptx.cuh for the CPU: g++ compiles a kernel after fibers.h and this. Wrong indices, missing
+// The twin of kernels/gpu/cuda/ptx.cuh for the CPU: g++ compiles a kernel after fibers.h and this. Wrong indices, missing
 // barriers and missing waits show; what a weaker memory model would do beyond that does not.
 #define __global__
 #define __align__(n) alignas(n)

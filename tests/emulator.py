@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rnn.kernels import cuda
 from rnn.kernels.cells import Cell
+from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
 
 COMPILER = shutil.which("g++")

@@ -20,7 +20,10 @@ from torch import nn
 
 import rnn
 from rnn import compute
-from rnn.kernels import build_cache, cells, cuda, native, native_build
+from rnn.kernels import build_cache, cells
+from rnn.kernels.cpu import build as native_build
+from rnn.kernels.cpu import native
+from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +116,7 @@ def test_small_stacks() -> None:
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_frames_are_small(cell: str, tmp_path: Path) -> None:
     """No function has more than 20 KiB on the stack, even without the compiler's help."""
-    flags = ["-O1", "-fopenmp", "-Wframe-larger-than=20480", "-Werror", "-x", "c++", "-"]
+    flags = ["-O1", "-fopenmp", "-Wframe-larger-than=20480", "-Werror", "-I", str(native.SOURCES), "-x", "c++", "-"]
     done = subprocess.run([*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")],
                           input=native.program(getattr(cells, cell)), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -699,7 +702,7 @@ big = torch.randn(400, 64, 32)
 refused = served = 0
 for _, ours in pairs:
     for more in range(0, 64 * 2**20, 2**21):
-        rnn.kernels.memory.release()
+        rnn.kernels.cpu.workspace.release()
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
         try:

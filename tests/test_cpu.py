@@ -12,7 +12,8 @@ from torch import Tensor
 
 import rnn
 from rnn import compute
-from rnn.kernels import cells, cpu
+from rnn.kernels import cells
+from rnn.kernels.cpu import arrays as cpu
 from rnn.kernels.plan import Plan, Rows
 
 PLANS = [Plan("numpy"), Plan("torch"), Plan("native")]
@@ -89,7 +90,7 @@ def test_sizes(cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of few rows, and working memory that is kept."""
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", 0)
-    monkeypatch.setattr("rnn.kernels.cpu.WINDOW", 0)
+    monkeypatch.setattr("rnn.kernels.cpu.arrays.WINDOW", 0)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 24)
 
 

@@ -17,7 +17,8 @@ import torch
 from cases import check_recurrence
 from emulator import COMPILER, library, loader
 
-from rnn.kernels import cells, cuda
+from rnn.kernels import cells
+from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
 
 real_load = cuda.load  # before tests put the emulator in its place

@@ -16,7 +16,8 @@ from test_gpu import DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
 from torch import Tensor, nn
 
 import rnn
-from rnn.kernels import cells, gpu
+from rnn.kernels import cells
+from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Rows
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn
 from rnn import compute
-from rnn.kernels import cells, device, host
+from rnn.kernels import cells
+from rnn.kernels import cpu as host
+from rnn.kernels import gpu as device
 from rnn.kernels.plan import Plan
 
 ROOT = Path(__file__).parent.parent

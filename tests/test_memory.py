@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 import rnn
 from rnn import compute
-from rnn.kernels import cells, cpu, memory, native
+from rnn.kernels import cells
+from rnn.kernels.cpu import arrays as cpu
+from rnn.kernels.cpu import native
+from rnn.kernels.cpu import workspace as memory
 from rnn.kernels.plan import Plan
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily")

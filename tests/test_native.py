@@ -15,7 +15,8 @@ from torch import Tensor
 
 import rnn
 from rnn import compute
-from rnn.kernels import cells, native
+from rnn.kernels import cells
+from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +159,8 @@ def test_two_processes_compile_at_once(compiler: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
 def test_nothing_to_warn_of(cell: str, tmp_path: Path) -> None:
     # Not every cell uses all that it is given.
-    flags = ["-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-fopenmp", "-x", "c++", "-"]
+    flags = ["-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-fopenmp"]
+    flags += ["-I", str(native.SOURCES), "-x", "c++", "-"]
     done = subprocess.run([*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")], text=True,
                           input=native.program(getattr(cells, cell)), capture_output=True)
     assert done.returncode == 0 and not done.stderr, done.stderr

@@ -14,10 +14,13 @@ from matrix import ENVIRONMENTS, index_alone
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
-          ["kernels.plan", "kernels.replay", "kernels.trace"],
-          ["kernels.memory", "kernels.program", "kernels.states", "kernels.native_build"], ["kernels.host"],
-          ["kernels.cpu", "kernels.native", "kernels.onednn", "kernels.gpu", "kernels.cuda"],
-          ["kernels.device"], ["compute"], ["onnx", "flops"], ["ops"], ["interop", "single_step"], ["layers"],
+          ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
+          ["kernels.cpu.workspace", "kernels.cpu.program", "kernels.states", "kernels.cpu.build",
+           "kernels.gpu.triton_kernels.kernels"],
+          ["kernels.cpu"],
+          ["kernels.cpu.arrays", "kernels.cpu.native", "kernels.cpu.onednn", "kernels.gpu.triton_kernels.launch",
+           "kernels.gpu.cuda.launch"],
+          ["kernels.gpu"], ["compute"], ["onnx", "flops"], ["ops"], ["interop", "single_step"], ["layers"],
           ["convert", "explain"]]
 
 
@@ -27,12 +30,20 @@ def python(code: str, *options: str, path: Path = ROOT) -> str:
     return done.stdout
 
 
-def imported(path: Path, package: str) -> set[str]:
-    """The modules of rnn that a file imports, as they are called within it."""
+def source(module: str) -> Path:
+    """The file of a module of rnn."""
+    path = ROOT / (module.replace(".", "/") if module.startswith("kernels") else f"rnn/{module}")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imported(module: str) -> set[str]:
+    """The modules of rnn that this one imports, as they are called within it."""
     found = set()
+    path = source(module)
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package.split("."), *(node.module or "").split(".")] if package else (node.module or "").split(".")
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
             for alias in node.names:
                 found |= {".".join(filter(None, base)), ".".join(filter(None, [*base, alias.name]))}
     return found
@@ -43,19 +54,18 @@ def test_floors() -> None:
     every = {module for floor in FLOORS for module in floor}
     for floor in FLOORS:
         for module in floor:
-            path = ROOT / (module.replace(".", "/") if "." in module else f"rnn/{module}")
-            uses = imported(path.with_suffix(".py"), module.rpartition(".")[0]) & every
+            uses = imported(module) & every - {module}
             assert uses <= below, f"{module} imports {uses - below}"
         below |= {*floor}
-    files = {f"{prefix}{p.stem}" for prefix, folder in (("kernels.", "kernels"), ("", "rnn"))
-             for p in (ROOT / folder).glob("*.py")}
-    assert files - every == {"kernels.__init__", "__init__"}
+    paths = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "rnn").glob("*.py")]
+    empty = {ROOT / "kernels/__init__.py", ROOT / "rnn/__init__.py", *(p for p in paths if not p.read_text())}
+    assert {*paths} - empty == {source(module) for module in every}
 
 
 def test_nobody_imports_kernels() -> None:
     """That name belongs to another distribution: ours is rnn.kernels."""
     folders = [ROOT / name for name in ("kernels", "rnn", "tests", "bench", "examples")]
-    for path in [path for folder in folders for path in folder.glob("*.py")]:
+    for path in [path for folder in folders for path in folder.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
@@ -70,8 +80,8 @@ def test_import_is_light() -> None:
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
         "rnn", "rnn.compute", "rnn.flops", "rnn.interop", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.convert",
         "rnn.explain", "rnn.single_step", "rnn.kernels", "rnn.kernels.build_cache", "rnn.kernels.cells",
-        "rnn.kernels.forks", "rnn.kernels.host", "rnn.kernels.memory", "rnn.kernels.native", "rnn.kernels.native_build",
-        "rnn.kernels.plan", "rnn.kernels.states", "rnn.kernels.trace"}
+        "rnn.kernels.codegen", "rnn.kernels.cpu", "rnn.kernels.cpu.build", "rnn.kernels.cpu.native",
+        "rnn.kernels.cpu.workspace", "rnn.kernels.forks", "rnn.kernels.plan", "rnn.kernels.states"}
 
 
 def test_without_triton() -> None:
@@ -152,7 +162,8 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {f"rnn/{p.name}" for p in (ROOT / "rnn").glob("*.py")} | {
-        f"rnn/kernels/{p.name}" for p in (ROOT / "kernels").iterdir() if p.is_file()} | {"rnn/py.typed"}
+        f"rnn/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.*")
+        if p.is_file() and p.suffix != ".pyc"} | {"rnn/py.typed"}
     assert names == sources
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*pip, "--target", tmp_path, wheel], check=True)

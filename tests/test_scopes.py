@@ -9,7 +9,10 @@ import torch
 from cases import check_recurrence
 from test_gpu import plan_for
 
-from rnn.kernels import cells, device, gpu, replay
+from rnn.kernels import cells
+from rnn.kernels import gpu as device
+from rnn.kernels.gpu.triton_kernels import cuda_graph as replay
+from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Rows
 
 pytestmark = pytest.mark.interpreted

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import Cell
-from .plan import Plan, Rows
+from ..cells import Cell
+from ..plan import Plan, Rows
 
 _LSTM = 2  # its number among oneDNN's cells
 

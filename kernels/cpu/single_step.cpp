@@ -1,6 +1,6 @@
 // One step of a stack of layers in one direction, and its adjoint: all layers in one call. Each W is used once, so it is
-// read where it lies if few rows meet it; else it is packed a tile at a time, just before the tile is used. The text of
-// native.cpp comes before this.
+// read where it lies if few rows meet it; else it is packed a tile at a time, just before the tile is used.
+#include "recurrence.cpp"
 
 // Rows of the batch from which packing a tile of W costs less than it saves, forward and back.
 constexpr i64 PACKED_FORWARD = 12, PACKED_BACKWARD = ACCUMULATORS / TWO + 1;

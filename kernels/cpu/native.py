@@ -1,7 +1,8 @@
-"""The recurrence in C++ for the CPU: native.cpp and its headers, compiled for a cell and this machine, and kept on
+"""The recurrence in C++ for the CPU: recurrence.cpp and its headers, compiled for a cell and this machine, and kept on
 disk. Threads are those of torch, where the compiler has OpenMP."""
 
 import ctypes
+import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -11,32 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import Cell
-from .forks import forked
-from .host import States
-from .memory import working
-from .native_build import compiler as compiler
-from .native_build import load_library
-from .plan import Plan, Rows
-from .trace import statements
+from ..cells import Cell
+from ..codegen import statements
+from ..forks import forked
+from ..plan import Plan, Rows
+from . import States
+from .build import compiler as compiler
+from .build import load_library
+from .workspace import working
 
 _FLAGS = ["-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
+SOURCES = Path(__file__).parent
+
+
+@cache
+def _fingerprint() -> str:
+    """Of all that a cell's library includes."""
+    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def program(cell: Cell) -> str:
-    """The text of a cell's library."""
+    """The text of a cell's library, which includes files of the folder SOURCES."""
     choices = dict(GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=int(cell.split),
                    FORWARD=statements(cell, False), BACKWARD=statements(cell, True))
-    names = "vector.h", "tiles.h", "parts.h", "native.cpp", "single_step.cpp"
-    files = (Path(__file__).parent / name for name in names)
-    return "".join((*(f"#define {k} {v}\n" for k, v in choices.items()), *(file.read_text() for file in files)))
+    defines = "".join(f"#define {name} {value}\n" for name, value in choices.items())
+    return f'// {_fingerprint()}\n{defines}#include "single_step.cpp"\n'
 
 
 @cache
 def load(cell: Cell) -> Any:
     """A cell's library, compiled if it is not on disk. Raises RuntimeError if that cannot be."""
     functions = "needed", "forward", "backward", "step", "step_backward"
-    library: Any = load_library(program(cell), _FLAGS, functions)
+    library: Any = load_library(program(cell), _FLAGS, SOURCES, functions)
     library.needed.restype = library.step.restype = library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library

@@ -1,4 +1,5 @@
 // Vectors of as many numbers as the machine has in a register, and a cell's functions of them.
+#pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

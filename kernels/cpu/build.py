@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from . import build_cache
+from .. import build_cache
 
 ROOM = 2**25  # bytes on a disk that a compiler may need
 # What a sanitizer's runtime is started by. One that is not in the process from its start on ends it when it is loaded.
@@ -39,9 +39,9 @@ def compiler() -> list[str]:
     return []
 
 
-def load_library(code: str, flags: Sequence[str], names: Sequence[str]) -> ctypes.CDLL:
-    """The library of that text, with functions of these names: as it was compiled before, or compiled now. Raises
-    RuntimeError if that cannot be."""
+def load_library(code: str, flags: Sequence[str], sources: Path, names: Sequence[str]) -> ctypes.CDLL:
+    """The library of that text, which may include files of the folder `sources`, with functions of these names: as it
+    was compiled before, or compiled now. Raises RuntimeError if that cannot be."""
     command = compiler()
     if not command:
         raise RuntimeError('The plan "native" needs a C++ compiler: c++, or what $CXX names')
@@ -56,7 +56,8 @@ def load_library(code: str, flags: Sequence[str], names: Sequence[str]) -> ctype
 
     try:
         key = hashlib.sha256("\n".join([_identity(command, folder), *command, *flags, code]).encode()).hexdigest()[:32]
-        return build_cache.build_once(key, ".so", folder, lambda: _build(command, code, flags, folder), use)
+        options = [*flags, "-I", str(sources)]
+        return build_cache.build_once(key, ".so", folder, lambda: _build(command, code, options, folder), use)
     except OSError as error:
         raise RuntimeError(f"{shlex.join(command)}: {error}") from error
 

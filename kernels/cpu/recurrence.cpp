@@ -1,6 +1,10 @@
+#pragma once
 // The recurrence on the CPU, all steps in one call, compiled for the machine and a cell: GATES, STATES, SAVED, SPLIT,
-// FORWARD and BACKWARD (statements on vectors of hidden units), vector.h, tiles.h and parts.h come before this text.
-// Shapes as in forward.cu.
+// FORWARD and BACKWARD, statements on vectors of hidden units. native.py defines them. Shapes as in forward.cu.
+#ifndef GATES  // in an editor
+#include "example_cell.h"
+#endif
+#include "schedule.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif

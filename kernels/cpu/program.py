@@ -6,8 +6,8 @@ from importlib import import_module
 from itertools import chain
 from typing import Any, NamedTuple
 
-from .cells import Cell
-from .trace import Line, Value, trace
+from ..cells import Cell
+from ..codegen import Line, Value, trace
 
 _ELEMENTWISE = ("add", "subtract", "multiply", "divide", "tanh")
 # {0} and {1} are arguments, {2} is where the result goes.

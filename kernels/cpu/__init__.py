@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .cells import Cell
-from .memory import lasting
-from .plan import Plan, Rows
+from ..cells import Cell
+from ..plan import Plan, Rows
+from .workspace import lasting
 
 Part = TypeVar("Part", Tensor, Tensor | None)
 States = list[Tensor] | None  # S of [N, B, H]
@@ -20,7 +20,7 @@ States = list[Tensor] | None  # S of [N, B, H]
 
 @cache
 def _kernel(backend: str) -> Any:
-    return import_module(".native" if backend == "native" else ".cpu", __package__)
+    return import_module(".native" if backend == "native" else ".arrays", __package__)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,

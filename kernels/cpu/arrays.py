@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cells import Cell
-from .host import States, parts
-from .memory import working
-from .plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
+from ..cells import Cell
+from ..plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
+from ..states import join_states
+from . import States, parts
 from .program import Program, library, program
-from .states import join_states
+from .workspace import working
 
 Array = Any
 # oneDNN's x w^T + b, of torch's compiler: half the time of MKL's where that does not know a processor's wide vectors.

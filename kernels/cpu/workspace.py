@@ -12,7 +12,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from .plan import power_of_2
+from ..plan import power_of_2
 
 LASTING = 2**20  # bytes from which malloc may not do well: what it keeps depends on what the process happens to free
 # Bytes up to which FEW pieces of a size stay ours, for madvise would take up to a tenth of their call. (It takes less

@@ -1,4 +1,7 @@
-// Who does what, and where. GATES, STATES and SPLIT come before this text.
+#pragma once
+#include "gemm.h"
+
+// Who does what, and where, for a cell of GATES, STATES and SPLIT.
 constexpr int CACHE = 1 << 19;  // bytes that a core keeps near, whatever else it reads
 constexpr i64 APART = 1 << 10;  // numbers between what two threads write at once, as cores fetch ahead
 constexpr int WIDE = GATES == 1 ? 2 : 1;  // vectors of hidden units of a tile, of each gate, going forward

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cells import Cell
-from .plan import Plan, Rows
+from ..cells import Cell
+from ..plan import Plan, Rows
 
 
 def _sweep(plan: Plan) -> Any:  # imported late: Triton may be missing, and takes a while
-    return import_module(".gpu" if plan.backend == "triton" else ".cuda", __package__).sweep
+    return import_module(".triton_kernels.launch" if plan.backend == "triton" else ".cuda.launch", __package__).sweep
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,

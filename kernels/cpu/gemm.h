@@ -1,3 +1,6 @@
+#pragma once
+#include "simd.h"
+
 // Matrix products by tiles, whose sums stay in registers. One factor is in panels: by tile, by k, by vector of columns.
 // Every tile but those of a cell's gates has this many vectors.
 constexpr int TWO = 2, PADDING = TWO * LANES;

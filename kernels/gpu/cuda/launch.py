@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build_cache import build_once
-from .cells import Cell
-from .plan import Plan, Rows, shared_bytes
-from .trace import statements
+from ...build_cache import build_once
+from ...cells import Cell
+from ...codegen import statements
+from ...plan import Plan, Rows, shared_bytes
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
@@ -28,7 +28,7 @@ def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: b
         UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences, SPLITS=plan.warps * 16 // plan.units,
         ADJOINT=adjoint, MASKS=masks, EVEN=even, PRECISE=dtype == torch.float32 and plan.precision == "tf32x3")
     choices = "".join(f"#define {k} {v if isinstance(v, str) else int(v)}\n" for k, v in constants.items())
-    return choices + helpers + text("thread.cuh") + text("backward.cu" if adjoint else "forward.cu")
+    return choices + helpers + text("worker.cuh") + text("backward.cu" if adjoint else "forward.cu")
 
 
 def text(name: str) -> str:
