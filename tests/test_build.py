@@ -405,7 +405,7 @@ class TestKept:
     def test_a_full_disk(self, place: Place) -> None:
         """A real one, in a namespace of its own."""
         code = (f"mount -t tmpfs -o size=16k none {place.home} && {sys.executable} -c "
-                "'import torch, rnn; from rnn.kernels import native, cells; "
+                "'import torch, rnn; from rnn.kernels import cells; from rnn.kernels.cpu import native; "
                 "a = native.load(cells.gru); native.load.cache_clear(); native.load(cells.gru); "
                 "print(rnn.explain(rnn.GRU(3, 4), torch.ones(1, 1, 3)))'")
         place.home.mkdir()
@@ -447,7 +447,7 @@ class TestKept:
         place.home.write_text("")
         temporary = place.path / "temporary"
         temporary.mkdir()
-        code = ("import os, sys\nimport torch, rnn\nfrom rnn.kernels import build_cache, cells, native\n"
+        code = ("import os, sys\nimport torch, rnn\nfrom rnn.kernels import build_cache, cells\nfrom rnn.kernels.cpu import native\n"
                 "native.load(cells.rnn_tanh)\nif not os.fork():\n    sys.exit()\nos.wait()\n"
                 "native.load.cache_clear()\nnative.load(cells.rnn_tanh)\n"
                 "print(len(os.listdir(os.environ['TMPDIR'])))")
