@@ -447,7 +447,8 @@ class TestKept:
         place.home.write_text("")
         temporary = place.path / "temporary"
         temporary.mkdir()
-        code = ("import os, sys\nimport torch, rnn\nfrom rnn.kernels import build_cache, cells\nfrom rnn.kernels.cpu import native\n"
+        code = ("import os, sys\nimport torch, rnn\nfrom rnn.kernels import build_cache, cells\n"
+                "from rnn.kernels.cpu import native\n"
                 "native.load(cells.rnn_tanh)\nif not os.fork():\n    sys.exit()\nos.wait()\n"
                 "native.load.cache_clear()\nnative.load(cells.rnn_tanh)\n"
                 "print(len(os.listdir(os.environ['TMPDIR'])))")
