@@ -1,4 +1,5 @@
-"""Recurrent layers in fused kernels: RNN, LSTM, GRU and their cells take the place of torch.nn's."""
+"""Recurrent layers in fused kernels: RNN, LSTM, GRU and their cells take the place of
+torch.nn's."""
 
 from . import functional
 from .convert import patch, replace, restore, unpatch
@@ -6,6 +7,16 @@ from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
-    "GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "explain", "functional", "patch", "replace", "restore",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "explain",
+    "functional",
+    "patch",
+    "replace",
+    "restore",
     "unpatch",
 ]

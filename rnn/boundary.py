@@ -1,4 +1,5 @@
-"""The boundary between tensors and kernels that read them by address: what a tensor has to be there."""
+"""The boundary between tensors and kernels that read them by address: what a tensor has to be
+there."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +9,12 @@ from torch import Tensor
 
 
 def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
-    """Tensors that a kernel can read by address: contiguous, in memory that is there, with no bit that says that their
-    numbers are yet to be negated, and of the dtype and on the device of `like`. None stays.
+    """Tensors that a kernel can read by address: contiguous, in memory that is there, with no bit
+    that says that their numbers are yet to be negated, and of the dtype and on the device of
+    `like`. None stays.
 
-    Raises RuntimeError, as torch's operations do, where a storage was freed or is too small for a shape, and for
-    another dtype or device."""
+    Raises RuntimeError, as torch's operations do, where a storage was freed or is too small for a
+    shape, and for another dtype or device."""
     found = [*tensors]
     dtype = None if like is None else like.dtype
     on_cpu = like is not None and like.is_cpu
@@ -22,8 +24,12 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
         whole = t.is_contiguous()
         if not whole or t.storage_offset() or t.untyped_storage().nbytes() < t.nbytes:
             _check_memory(t)
-        if like is not None and (t.dtype is not dtype or (not t.is_cpu if on_cpu else t.device != like.device)):
-            raise RuntimeError(f"Expected a tensor of {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
+        if like is not None and (
+            t.dtype is not dtype or (not t.is_cpu if on_cpu else t.device != like.device)
+        ):
+            raise RuntimeError(
+                f"Expected a tensor of {like.dtype} on {like.device}, got {t.dtype} on {t.device}"
+            )
         if t._is_zerotensor():
             found[k] = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
         elif t.is_neg():
@@ -34,8 +40,8 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
 
 
 def alive(tensors: Sequence[Any]) -> None:
-    """Raises RuntimeError where a storage was freed or is too small for its tensor: torch's operations that read
-    several tensors do not all look."""
+    """Raises RuntimeError where a storage was freed or is too small for its tensor: torch's
+    operations that read several tensors do not all look."""
     for t in tensors:
         if t is not None and type(t) in (Tensor, torch.nn.Parameter):
             _check_memory(t)
@@ -47,5 +53,7 @@ def _check_memory(t: Tensor) -> None:
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
     storage = t.untyped_storage().nbytes()
     if storage < (t.storage_offset() + last + 1) * t.itemsize:
-        raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
-                           f"storage of {storage} bytes: it was freed or resized")
+        raise RuntimeError(
+            f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)} in a "
+            f"storage of {storage} bytes: it was freed or resized"
+        )

@@ -16,15 +16,51 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def refuse_nested(tensors: Iterable[tuple[str, Any]]) -> None:
-    """Raises RuntimeError for a nested tensor, by its name: it has no shape that could be checked."""
+    """Raises RuntimeError for a nested tensor, by its name: it has no shape that could be
+    checked."""
     for name, t in tensors:
         if isinstance(t, Tensor) and t.is_nested:
             raise RuntimeError(f"Expected {name} to be dense, got a nested tensor")
 
 
+def check_operator(
+    cell: Any, tensors: dict[str, Any], reverse: Any, keep: Any, plan: Any
+) -> list[bool]:
+    """Raises TypeError, ValueError and RuntimeError for what `functional.recurrence` does not take,
+    but for shapes, which `check_layer` compares. Returns the directions."""
+    if not isinstance(cell, Cell):
+        raise TypeError(f"Expected cell to be a rnn.kernels.cells.Cell, got {type(cell).__name__}")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not (
+            value is None and name in ("b_ih", "b_hh", "batch_sizes")
+        ):
+            raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
+    refuse_nested(tensors.items())
+    directions = as_directions(reverse)
+    check_plan(plan)
+    if not isinstance(keep, int) or keep not in (0, 1):
+        raise ValueError(f"Expected keep to be 0 or 1, got {keep!r}")
+    batch_sizes = tensors["batch_sizes"]
+    s0 = tensors["s0"]
+    if batch_sizes is not None and batch_sizes.dim() != 1:
+        raise RuntimeError(f"Expected batch_sizes of one dimension, got {list(batch_sizes.shape)}")
+    N = len(directions)
+    S = cell.states
+    if s0.dim() != 3 or s0.layout is not torch.strided or len(s0) != N * S:
+        raise RuntimeError(
+            f"Expected hidden (s0) of shape [{N * S}, B, H] for the cell {cell.name} and reverse "
+            f"of {N}, got {list(s0.shape)} and {s0.layout}"
+        )
+    return directions
+
+
 def as_directions(reverse: Any) -> list[bool]:
     """`reverse`, checked."""
-    if isinstance(reverse, str) or not hasattr(reverse, "__iter__") or getattr(reverse, "ndim", 1) == 0:
+    if (
+        isinstance(reverse, str)
+        or not hasattr(reverse, "__iter__")
+        or getattr(reverse, "ndim", 1) == 0
+    ):
         raise TypeError(f"Expected reverse to be a sequence of bools, got {reverse!r}")
     directions = [*reverse] if isinstance(reverse, (Sequence, Tensor, np.ndarray)) else []
     if not directions or not all(_is_bool(direction) for direction in directions):
@@ -42,17 +78,22 @@ def check_plan(plan: Any) -> None:
     if plan is None:
         return
     if not isinstance(plan, Plan):
-        raise TypeError(f"Expected plan to be a rnn.kernels.plan.Plan or None, got {type(plan).__name__}")
+        raise TypeError(
+            f"Expected plan to be a rnn.kernels.plan.Plan or None, got {type(plan).__name__}"
+        )
     scopes = BACKENDS.get(plan.backend, ()) if isinstance(plan.backend, str) else ()
     if plan.scope not in scopes:
         raise ValueError(f"Expected plan of a backend and scope among {BACKENDS}, got {plan}")
     sizes = plan.units, plan.sequences, plan.warps, plan.blocks
     if plan.scope != "host" and not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"Expected plan of positive units, sequences, warps and blocks, got {plan}")
+        raise ValueError(
+            f"Expected plan of positive units, sequences, warps and blocks, got {plan}"
+        )
 
 
 def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor | None:
-    """`lengths` and `resets`, which may also be given as lists, numbers or NumPy's arrays. Raises TypeError."""
+    """`lengths` and `resets`, which may also be given as lists, numbers or NumPy's arrays. Raises
+    TypeError."""
     if value is None or isinstance(value, Tensor):
         return value
     if not isinstance(value, (list, tuple, int, np.ndarray, np.integer)):
@@ -60,25 +101,53 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
     try:
         return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"Expected {name} to be a Tensor or a list of numbers, got {value!r}") from error
+        raise TypeError(
+            f"Expected {name} to be a Tensor or a list of numbers, got {value!r}"
+        ) from error
 
 
-def expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
-            device: torch.device | None) -> None:
-    if t is not None and (t.layout is not torch.strided or t.shape != shape or t.dtype not in dtypes
-                          or not (device is None or t.device == device)):
-        raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, dtypes))} and on "
-                           f"{device or 'any device'}, got {list(t.shape)}, {t.dtype}, {t.layout} and on {t.device}")
+def expect(
+    name: str,
+    t: Tensor | None,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None,
+) -> None:
+    if t is not None and (
+        t.layout is not torch.strided
+        or t.shape != shape
+        or t.dtype not in dtypes
+        or not (device is None or t.device == device)
+    ):
+        raise RuntimeError(
+            f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, dtypes))} and on "
+            f"{device or 'any device'}, got {list(t.shape)}, {t.dtype}, {t.layout} and on "
+            f"{t.device}"
+        )
 
 
-def check_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None,
-           masks: Sequence[Tensor | None], N: int, batch_first: bool) -> None:
+def check_layer(
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor] | None,
+    masks: Sequence[Tensor | None],
+    N: int,
+    batch_first: bool,
+) -> None:
     w_hh, b_ih, b_hh = weights[1:4]
     batch_sizes = masks[1]
-    size, device = x.shape, x.device
-    if len(size) != (3 if batch_sizes is None else 2) or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
-        raise RuntimeError("Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
-                           f"biases or none, got {list(size)} and {list(w_hh.shape)}")
+    size = x.shape
+    device = x.device
+    if (
+        len(size) != (3 if batch_sizes is None else 2)
+        or w_hh.dim() != 2
+        or (b_ih is None) != (b_hh is None)
+    ):
+        raise RuntimeError(
+            "Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
+            f"biases or none, got {list(size)} and {list(w_hh.shape)}"
+        )
     per = cell.gates * N * 4 // len(weights)
     H = w_hh.shape[1]
     if states:
@@ -92,7 +161,8 @@ def check_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[
     if batch_sizes is None:
         T, B, I = (size[1], size[0], size[2]) if batch_first else size
     else:
-        T, I = len(batch_sizes), size[1]
+        T = len(batch_sizes)
+        I = size[1]
         if states is not None and states[0].dim() == 3:
             B = states[0].shape[1]
     if not floats:
@@ -100,36 +170,51 @@ def check_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[
     GH = per * H
     shapes = (GH, I), (GH, H), (GH,), (GH,)
     for k, weight in enumerate(weights):
-        if weight is None or (weight.shape == shapes[k % 4] and weight.dtype is x.dtype and weight.device == device
-                              and weight.layout is torch.strided and floats):
+        if weight is None or (
+            weight.shape == shapes[k % 4]
+            and weight.dtype is x.dtype
+            and weight.device == device
+            and weight.layout is torch.strided
+            and floats
+        ):
             continue
         expect(NAMES[k % 4], weight, shapes[k % 4], floats, device)
     if states is not None:
         for k, state in enumerate(states):
-            expect("hidden" if len(states) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
+            expect(
+                "hidden" if len(states) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device
+            )
     check_masks(x, masks, T, B)
 
 
 def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> None:
-    """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B sequences; with batch_sizes
-    T is ignored, and B may be None if it is not known otherwise."""
+    """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B
+    sequences; with batch_sizes T is ignored, and B may be None if it is not known otherwise."""
     lengths, batch_sizes, resets = masks
     device = x.device
     if batch_sizes is not None:
         T = len(batch_sizes)
     if T == 0 or (lengths is not None and batch_sizes is not None):
-        raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
-                           "Expected sequence length to be larger than 0 in RNN")
+        raise RuntimeError(
+            "A packed sequence has its own lengths: `lengths` cannot be given for it"
+            if T
+            else "Expected sequence length to be larger than 0 in RNN"
+        )
     if resets is not None:
-        expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore[index]
-    if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
+        if B is None and batch_sizes is not None:
+            B = int(batch_sizes[0])
+        expect("resets", resets, (T, B), (torch.bool,), device)
+    # On a GPU this does not wait: wrong lengths stop the device with an assertion
+    if lengths is not None:
         expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
         if lengths.is_meta and not x.is_meta:
             raise RuntimeError(f"Expected lengths with numbers, got {lengths.device}")
         if not transforms.traced(lengths) and not transforms.active_transform():
             alive([lengths])
         lengths = transforms.unwrapped(lengths)
-        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
+        torch._assert_async(
+            ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
+        )
     if batch_sizes is not None:
         expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
         if batch_sizes.is_meta and not x.is_meta:

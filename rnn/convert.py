@@ -1,4 +1,5 @@
-"""From torch.nn's recurrent modules to ours and back: in a model that is there, or in torch.nn itself."""
+"""From torch.nn's recurrent modules to ours and back: in a model that is there, or in torch.nn
+itself."""
 
 import importlib
 import threading
@@ -18,7 +19,8 @@ _THEIRS: dict[type, type] = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def _is_parametrized(cls: type) -> bool:
-    """Whether it is what torch.nn.utils.parametrize makes out of a module's class, for that module alone."""
+    """Whether it is what torch.nn.utils.parametrize makes out of a module's class, for that module
+    alone."""
     return cls.__module__ == parametrize.__name__ and len(cls.__bases__) == 1
 
 
@@ -35,7 +37,11 @@ def _converted(cls: type, classes: dict[type, type]) -> type | None:
     base = classes.get(cls.__bases__[0])
     if base is None:
         return None
-    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")}
+    own = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in ("__dict__", "__weakref__", "__doc__")
+    }
     return type(f"Parametrized{base.__name__}", (base,), own)
 
 
@@ -55,7 +61,9 @@ def _keep_given_weights(module: Any) -> None:
     flat = module.__dict__.get("_flat_weights", [])
     if isinstance(module, modules._Stack):
         own = module._parameters
-        if any(own.get(name) is not weight for name, weight in zip(module._flat_weights_names, flat)):
+        if any(
+            own.get(name) is not weight for name, weight in zip(module._flat_weights_names, flat)
+        ):
             module._flat_weights = flat
     else:
         module.__dict__.pop("_given_weights", None)
@@ -82,14 +90,15 @@ def _swap(model: Model, classes: dict[type, type], verbose: bool) -> Model:
 def replace(model: Model, verbose: bool = True) -> Model:
     """Make every RNN, LSTM, GRU and cell of torch.nn in the model one of ours, in place.
 
-    The modules stay the objects that they are, with their parameters, hooks and state: optimizers and references go on
-    working. Subclasses are left alone, and what TorchScript has compiled. Says so in a line for each, unless not
-    `verbose`. Returns the model."""
+    The modules stay the objects that they are, with their parameters, hooks and state: optimizers
+    and references go on working. Subclasses are left alone, and what TorchScript has compiled. Says
+    so in a line for each, unless not `verbose`. Returns the model."""
     return _swap(model, _OURS, verbose)
 
 
 def restore(model: Model, verbose: bool = True) -> Model:
-    """The inverse of `replace`, also for layers that were ours from the start (they lose their plan)."""
+    """The inverse of `replace`, also for layers that were ours from the start (they lose their
+    plan)."""
     return _swap(model, _THEIRS, verbose)
 
 
@@ -105,18 +114,24 @@ class _Patch:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         unpatch()
 
 
 def patch() -> _Patch:
-    """Make torch.nn's RNN, LSTM, GRU and cells ours, for the whole process: `torch.nn.LSTM` is `rnn.LSTM` from now on.
+    """Make torch.nn's RNN, LSTM, GRU and cells ours, for the whole process: `torch.nn.LSTM` is
+    `rnn.LSTM` from now on.
 
-    Call it before the libraries are imported that are to build, subclass and ask for these classes; `unpatch` ends it,
-    and so does a `with` block. It may be nested: each call needs its own `unpatch`. Modules that were made before stay
-    what they are (see `replace`). What is pickled meanwhile can be loaded without it, and the other way round.
-    torch.compile, which refuses torch.nn's RNN, LSTM and GRU by name, does not while this lasts."""
+    Call it before the libraries are imported that are to build, subclass and ask for these classes;
+    `unpatch` ends it, and so does a `with` block. It may be nested: each call needs its own
+    `unpatch`. Modules that were made before stay what they are (see `replace`). What is pickled
+    meanwhile can be loaded without it, and the other way round. torch.compile, which refuses
+    torch.nn's RNN, LSTM and GRU by name, does not while this lasts."""
     global _depth
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     with _lock:
@@ -153,7 +168,8 @@ def _assign(old: type, new: type) -> None:
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
-    """How torch.nn's own modules are pickled while pickle does not find their class under its name."""
+    """How torch.nn's own modules are pickled while pickle does not find their class under its
+    name."""
     found: Any = object.__reduce_ex__(module, protocol)
     if type(module) not in _OURS:
         return found

@@ -12,16 +12,29 @@ from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Plan
 from .modules import _Stack
 
-_WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step",
-          "torch": "NumPy and torch's products, step by step", "native": "C++, compiled for this machine",
-          "onednn": "torch's own LSTM", "block": "each block keeps all of W_hh",
-          "cluster": "the blocks of a cluster keep a slice of W_hh each",
-          "grid": "all blocks keep a slice of W_hh each", "launch": "one launch a step, which reads W_hh"}
+_WORDS = {
+    "numpy": "NumPy, step by step",
+    "cupy": "CuPy, step by step",
+    "torch": "NumPy and torch's products, step by step",
+    "native": "C++, compiled for this machine",
+    "onednn": "torch's own LSTM",
+    "block": "each block keeps all of W_hh",
+    "cluster": "the blocks of a cluster keep a slice of W_hh each",
+    "grid": "all blocks keep a slice of W_hh each",
+    "launch": "one launch a step, which reads W_hh",
+}
 
 
-def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plan: Plan | None,
-           plain: bool) -> str:
-    (B, H), G = first, cell.gates
+def _words(
+    cell: Cell,
+    x: Tensor,
+    first: tuple[int, int],
+    reverse: Sequence[int],
+    plan: Plan | None,
+    plain: bool,
+) -> str:
+    (B, H) = first
+    G = cell.gates
     found, dtype, why = dispatch.decide(cell, x, B, H, reverse, plan, plain)
     whys = ["plan="] if plan else []
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
@@ -29,7 +42,9 @@ def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int]
         return f"{start}the formula in torch operations, slow ({why})"
     if found.scope == "host":
         if not plan and x.is_cpu:
-            products = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
+            products = (
+                f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
+            )
             if not dispatch.native_available(cell):
                 whys.append(f"there is no C++ compiler; {products}")
             elif dtype != torch.float32:
@@ -40,28 +55,48 @@ def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int]
     switch = f"torch.backends.cudnn.rnn.fp32_precision is {dispatch._SWITCH.fp32_precision!r}"
     whys += [switch] if dtype == torch.float32 and not plan else []
     whys += ["the fastest that fits, by prediction"] if found.backend == "cuda" and not plan else []
-    kept = 0 if found.scope == "launch" else G * found.units * H * dtype.itemsize // (128 * found.warps)
-    return (f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, {kept} registers of a thread; "
-            f"{found.units} units of {G} gates by {found.sequences} sequences a block, {-(-H // found.units)} blocks "
-            f"to a sequence, {found.warps} warps; W_ih x {'in' if found.fused else 'before'} the steps; products in "
-            f"{found.precision} ({'; '.join(filter(None, [*whys, why]))})")
+    kept = (
+        0
+        if found.scope == "launch"
+        else G * found.units * H * dtype.itemsize // (128 * found.warps)
+    )
+    return (
+        f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, "
+        f"{kept} registers of a thread; {found.units} units of {G} gates by {found.sequences} "
+        f"sequences a block, {-(-H // found.units)} blocks to a sequence, {found.warps} warps; "
+        f"W_ih x {'in' if found.fused else 'before'} the steps; products in {found.precision} "
+        f"({'; '.join(filter(None, [*whys, why]))})"
+    )
 
 
 def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
-    """What `layer(*args, **kwargs)` will be computed by and why, a line for each of its layers: backend, scope, tiles
-    and precision, as an ordinary call would decide now. Nothing is computed.
+    """What `layer(*args, **kwargs)` will be computed by and why, a line for each of its layers:
+    backend, scope, tiles and precision, as an ordinary call would decide now. Nothing is computed.
 
     Raises what the call raises for bad input, and TypeError for what is none of our layers."""
     if not isinstance(layer, _Stack):
-        raise TypeError(f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}")
+        raise TypeError(
+            f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}"
+        )
     lines: list[str] = []
 
-    def operator(cell: Cell, x: Tensor, weights: Sequence[Any], states: Any, masks: Sequence[Any],
-                 reverse: Sequence[int], keep: int, plan: Plan | None, recompute: bool, batch_first: bool) -> Any:
+    def operator(
+        cell: Cell,
+        x: Tensor,
+        weights: Sequence[Any],
+        states: Any,
+        masks: Sequence[Any],
+        reverse: Sequence[int],
+        keep: int,
+        plan: Plan | None,
+        recompute: bool,
+        batch_first: bool,
+    ) -> Any:
         check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
         plain = all(mask is None for mask in masks) and not keep and not recompute
         B = x.shape[0 if batch_first else 1] if masks[1] is None else int(masks[1][0])
-        H, width = weights[1].shape[1], len(reverse) * weights[1].shape[1]
+        H = weights[1].shape[1]
+        width = len(reverse) * weights[1].shape[1]
         lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
         y = x.new_zeros(()).expand(*x.shape[:-1], width)
         others = y.reshape(1, -1, width) if keep and cell.states > 1 else None

@@ -1,5 +1,5 @@
-"""What the two operators come to for torch.utils.flop_counter, which counts the operations of matrix products alone. A
-sequence that is padded counts with its padding."""
+"""What the two operators come to for torch.utils.flop_counter, which counts the operations of
+matrix products alone. A sequence that is padded counts with its padding."""
 
 import math
 import sys
@@ -15,21 +15,29 @@ from .kernels.cells import Cell
 
 
 def _products(shapes: Sequence[Any], reverse: Sequence[int]) -> tuple[int, int, int]:
-    """Operations of the product with the input, of that with the states, and of that with the first states; `shapes`
-    as the operators take their tensors, x first."""
+    """Operations of the product with the input, of that with the states, and of that with the first
+    states; `shapes` as the operators take their tensors, x first."""
     (*rows, _), w_ih, w_hh, s0 = (shapes[k] for k in (0, 1, 2, 5))
     steps = 2 * math.prod(rows)
     return steps * math.prod(w_ih), steps * math.prod(w_hh), 2 * s0[1] * math.prod(w_hh)
 
 
-def forward(cell: str, plan: str, reverse: Sequence[int], keep: int, *shapes: Any, out_shape: Any = None) -> int:
+def forward(
+    cell: str, plan: str, reverse: Sequence[int], keep: int, *shapes: Any, out_shape: Any = None
+) -> int:
     """Of fused_rnn::forward."""
     of_input, of_states, _ = _products(shapes, reverse)
     return of_input + of_states
 
 
-def backward(cell: str, plan: str, reverse: Sequence[int], needs: Sequence[bool], *shapes: Any,
-             out_shape: Any = None) -> int:
+def backward(
+    cell: str,
+    plan: str,
+    reverse: Sequence[int],
+    needs: Sequence[bool],
+    *shapes: Any,
+    out_shape: Any = None,
+) -> int:
     """Of fused_rnn::backward. The first states need no gradient but where one is asked for."""
     of_input, of_states, of_first = _products(shapes, reverse)
     x, w_ih, w_hh, _, _, s0 = needs
@@ -49,8 +57,8 @@ def _counters() -> list[Any]:
 
 
 def register() -> None:
-    """Tell PyTorch's counter, where it has been imported, and those that count now. (It is not imported for this: it
-    would import Triton.)"""
+    """Tell PyTorch's counter, where it has been imported, and those that count now. (It is not
+    imported for this: it would import Triton.)"""
     counter: Any = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return
@@ -64,8 +72,11 @@ def register() -> None:
 
 
 @contextmanager
-def of_backward(cell: Cell, reverse: Sequence[int], needs: Sequence[bool], tensors: Sequence[Any]) -> Iterator[None]:
-    """A backward pass that is no operator, as its forward pass ran before a dispatch mode was there: counts as that."""
+def of_backward(
+    cell: Cell, reverse: Sequence[int], needs: Sequence[bool], tensors: Sequence[Any]
+) -> Iterator[None]:
+    """A backward pass that is no operator, as its forward pass ran before a dispatch mode was
+    there: counts as that."""
     if getattr(cells, cell.name, None) is not cell:
         yield
         return
@@ -74,4 +85,6 @@ def of_backward(cell: Cell, reverse: Sequence[int], needs: Sequence[bool], tenso
     with _python_dispatch._disable_current_modes():
         yield
     for counter in counters:
-        counter._count_flops(torch.ops.fused_rnn.backward, None, (cell.name, "", reverse, needs, *tensors), {})
+        counter._count_flops(
+            torch.ops.fused_rnn.backward, None, (cell.name, "", reverse, needs, *tensors), {}
+        )

@@ -1,6 +1,6 @@
-"""What other tools of PyTorch need to see of our layers: torch.fx, TorchScript, the ONNX exporter that traces, expanded
-weights and quantization. What they can only do with a layer of torch.nn is done by torch.nn's own code, with the
-parameters of ours."""
+"""What other tools of PyTorch need to see of our layers: torch.fx, TorchScript, the ONNX exporter
+that traces, expanded weights and quantization. What they can only do with a layer of torch.nn is
+done by torch.nn's own code, with the parameters of ours."""
 
 import copy
 import warnings
@@ -20,8 +20,12 @@ from .transforms import tracing_state
 
 # Taken now: `convert.patch` puts ours in torch.nn under these names.
 TORCH: dict[str, Any] = {
-    "RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU,
-    "RNNCell": nn.RNNCell, "LSTMCell": nn.LSTMCell, "GRUCell": nn.GRUCell,
+    "RNN": nn.RNN,
+    "LSTM": nn.LSTM,
+    "GRU": nn.GRU,
+    "RNNCell": nn.RNNCell,
+    "LSTMCell": nn.LSTMCell,
+    "GRUCell": nn.GRUCell,
 }
 
 
@@ -31,11 +35,16 @@ _PLAIN = (Tensor, nn.Parameter)
 def torch_class(layer: nn.Module) -> Any:
     """The class of torch.nn that has the layer's parameters and does the same."""
     package = __name__.partition(".")[0]
-    return next(TORCH[cls.__name__] for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == package)
+    return next(
+        TORCH[cls.__name__]
+        for cls in type(layer).__mro__
+        if cls.__module__.partition(".")[0] == package
+    )
 
 
 def leaf(forward: Any) -> Any:
-    """The forward of one of torch.nn's cells, of which torch.fx makes one node under our name as well."""
+    """The forward of one of torch.nn's cells, of which torch.fx makes one node under our name as
+    well."""
 
     @wraps(forward)
     def call(self: Any, input: Any, hx: Any = None) -> Any:
@@ -46,14 +55,16 @@ def leaf(forward: Any) -> Any:
         try:
             return forward(self, input, hx) if node is None else node
         except (AttributeError, IndexError) as error:  # torch.nn's own, of a wrong hx
-            raise TypeError(f"Expected input and hx of a shape that {type(self).__name__} takes: {error}") from error
+            raise TypeError(
+                f"Expected input and hx of a shape that {type(self).__name__} takes: {error}"
+            ) from error
 
     return call
 
 
 def _check_cell(cell: nn.Module, input: Any, hx: Any) -> None:
-    """Raises TypeError for what is no tensor, and RuntimeError for one whose memory was freed: torch's operations read
-    that all the same."""
+    """Raises TypeError for what is no tensor, and RuntimeError for one whose memory was freed:
+    torch's operations read that all the same."""
     states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
     for value in (input, *states):
         if not isinstance(value, Tensor):
@@ -66,20 +77,24 @@ def _check_cell(cell: nn.Module, input: Any, hx: Any) -> None:
 
 
 def other_forward(layer: Any, input: Any, hx: Any, extra: dict[str, Any]) -> Any:
-    """What a call comes to where one of those tools is at work, or None where none is. `extra` has the arguments that
-    torch.nn's layers lack, where they are given."""
+    """What a call comes to where one of those tools is at work, or None where none is. `extra` has
+    the arguments that torch.nn's layers lack, where they are given."""
     proxy = _proxy(input, hx, *extra.values())
     if proxy is not None:
         return _fx_node(layer, proxy.tracer, input, hx, extra)
     if tracing_state() is not None and torch.onnx.is_in_onnx_export():
         if extra:
-            raise NotImplementedError(f"torch.onnx.export(dynamo=False) knows no {' and no '.join(extra)}: "
-                                      "export with dynamo=True")
+            raise NotImplementedError(
+                f"torch.onnx.export(dynamo=False) knows no {' and no '.join(extra)}: "
+                "export with dynamo=True"
+            )
         return torch_class(layer).forward(layer, input, hx)
     if _has_expanded_weights(layer):
         if extra:
-            raise NotImplementedError(f"Expanded weights (call_for_per_sample_grads) know no {' and no '.join(extra)}: "
-                                      "use torch.func.vmap with torch.func.grad")
+            raise NotImplementedError(
+                f"Expanded weights (call_for_per_sample_grads) know no {' and no '.join(extra)}: "
+                "use torch.func.vmap with torch.func.grad"
+            )
         return torch_class(layer).forward(layer, input, hx)
     return None
 
@@ -93,15 +108,18 @@ def _proxy(*arguments: Any) -> fx.Proxy | None:
 
 
 def _fx_node(layer: nn.Module, tracer: Any, input: Any, hx: Any, extra: dict[str, Any]) -> Any:
-    """One node for the layer, as torch.fx makes for every module of torch.nn. (It asks for the module's name.)"""
+    """One node for the layer, as torch.fx makes for every module of torch.nn. (It asks for the
+    module's name.)"""
     path = tracer.path_of_module(layer)
     if not path:
         return None  # the layer is what is traced: then its own code is asked for
     # Those of torch.nn.utils (weight_norm, pruning) only make the weights anew.
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
-        raise NotImplementedError(f"torch.fx would run the hooks of {path!r} twice, now and in the traced model: let "
-                                  "is_leaf_module of your Tracer return True for it")
+        raise NotImplementedError(
+            f"torch.fx would run the hooks of {path!r} twice, now and in the traced model: let "
+            "is_leaf_module of your Tracer return True for it"
+        )
     arguments = (input,) if hx is None else (input, hx)
     return tracer.create_proxy("call_module", path, arguments, extra)
 
@@ -112,8 +130,9 @@ def _has_expanded_weights(layer: nn.Module) -> bool:
 
 
 def scriptable(layer: Any) -> Any:
-    """What torch.jit.script compiles in place of a layer: torch.nn's, with the same parameters. (It leaves that in the
-    model which it was given, whose layer becomes ours again once it is called from Python.)"""
+    """What torch.jit.script compiles in place of a layer: torch.nn's, with the same parameters. (It
+    leaves that in the model which it was given, whose layer becomes ours again once it is called
+    from Python.)"""
     copied = copy.copy(layer)
     copied.__class__ = torch_class(layer)
     copied._compiled_call_impl = _Eager(copied, type(layer))
@@ -143,8 +162,11 @@ def _get_qconfig(module: nn.Module) -> Any:
 def _set_qconfig(module: nn.Module, value: Any) -> None:
     module.__dict__["qconfig"] = value
     warnings.warn(
-        f"torch.ao.quantization does not know rnn.{type(module).__name__} and leaves it as it is, in floating point. "
-        "Make it torch.nn's by rnn.restore(model) (and rnn.unpatch()) before it is quantized", stacklevel=4)
+        f"torch.ao.quantization does not know rnn.{type(module).__name__} and leaves it as it is, "
+        "in floating point. "
+        "Make it torch.nn's by rnn.restore(model) (and rnn.unpatch()) before it is quantized",
+        stacklevel=4,
+    )
 
 
 def _delete_qconfig(module: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""One step of a stack of layers on the CPU, as in streaming and decoding, all layers in one call: the whole path.
+"""One step of a stack of layers on the CPU, as in streaming and decoding, all layers in one call:
+the whole path.
 
-In C++, with gradients and without; where that cannot be had, by torch's own operators, as torch.nn does it. What is not
-a plain tensor is left to the general path of the layers. Gradients that are to be differentiated again come from the
-differentiable formula."""
+In C++, with gradients and without; where that cannot be had, by torch's own operators, as torch.nn
+does it. What is not a plain tensor is left to the general path of the layers. Gradients that are to
+be differentiated again come from the differentiable formula."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -32,13 +33,18 @@ Sizes = tuple[int, int, int, int, int, int]
 
 
 @lru_cache(1024)
-def _shapes(cell: Cell, x: tuple[int, ...], batch: int, hidden: int, layers: int,
-            parameters: int) -> list[tuple[int, ...]]:
+def _shapes(
+    cell: Cell, x: tuple[int, ...], batch: int, hidden: int, layers: int, parameters: int
+) -> list[tuple[int, ...]]:
     """Of x, the states, and w_ih, w_hh (and b_ih, b_hh) of each layer."""
     gates = cell.gates * hidden
     found = [x, *[(layers, batch, hidden)] * cell.states]
     for layer in range(layers):
-        found += [(gates, hidden if layer else x[2]), (gates, hidden), *[(gates,)] * (parameters - 2)]
+        found += [
+            (gates, hidden if layer else x[2]),
+            (gates, hidden),
+            *[(gates,)] * (parameters - 2),
+        ]
     return found
 
 
@@ -48,7 +54,8 @@ def _pack(count: int) -> Callable[..., bytes]:
 
 
 def _call(function: Any, before: list[int], sizes: Sizes, after: list[int]) -> None:
-    """Calls it with a struct of single_step.cpp, `before` and `after` being what is around memory and sizes."""
+    """Calls it with a struct of single_step.cpp, `before` and `after` being what is around memory
+    and sizes."""
     pack = _pack(len(before) + len(after) + 8)
     needed = function(pack(*before, 0, 0, *sizes, *after))
     if needed:
@@ -56,10 +63,17 @@ def _call(function: Any, before: list[int], sizes: Sizes, after: list[int]) -> N
         function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 
-def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: int, hidden: int,
-                batch_first: bool) -> Any:
-    """What a layer returns for x [1, B, I], or [B, 1, I] if `batch_first`, from its parameters, w_ih, w_hh (and b_ih,
-    b_hh) of each layer. None where the general path has to look at it."""
+def single_step(
+    cell: Cell,
+    x: Tensor,
+    hx: Any,
+    weights: Sequence[Any],
+    layers: int,
+    hidden: int,
+    batch_first: bool,
+) -> Any:
+    """What a layer returns for x [1, B, I], or [B, 1, I] if `batch_first`, from its parameters,
+    w_ih, w_hh (and b_ih, b_hh) of each layer. None where the general path has to look at it."""
     if active_transform() or traced() or has_torch_function_unary(x) or any_autocast():
         return None
     shape = x.size()
@@ -82,7 +96,8 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
     train = False
     try:
         for t, size in zip(given, _shapes(cell, shape, batch, hidden, layers, parameters)):
-            if type(t) not in _PLAIN or t.dtype is not dtype or t.size() != size:  # a parametrized weight is None
+            # A parametrized weight is None
+            if type(t) not in _PLAIN or t.dtype is not dtype or t.size() != size:
                 return None
             if t.is_neg() or not t.is_cpu:
                 return None
@@ -105,7 +120,9 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
             return None
         operator = getattr(_TORCHS, cell.name)
         first = states if count > 1 else states[0]
-        y, *last = operator(x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first)
+        y, *last = operator(
+            x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first
+        )
         return y, tuple(last) if count > 1 else last[0]
     large = batch * cell.gates * hidden * (hidden + shape[2]) > STEP_PRODUCT
     sizes = batch, shape[2], hidden, layers, parameters, native.threads() if large else 1
@@ -116,10 +133,12 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
     return y, tuple(last) if count > 1 else last[0]
 
 
-def _forward(cell: Cell, sizes: Sizes, addresses: list[int], x: Tensor,
-             save: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once more: what is returned
-    may be edited in place. `addresses` are of x, the states and the parameters."""
+def _forward(
+    cell: Cell, sizes: Sizes, addresses: list[int], x: Tensor, save: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once
+    more: what is returned may be edited in place. `addresses` are of x, the states and the
+    parameters."""
     batch, _, hidden, layers, _, _ = sizes
     first = cell.states + 1
     h = x.new_empty(layers, batch, hidden)
@@ -130,14 +149,20 @@ def _forward(cell: Cell, sizes: Sizes, addresses: list[int], x: Tensor,
     else:
         y = x.new_empty(shape[0], shape[1], hidden)
     saved = x.new_empty(layers, cell.saved + cell.states, batch, hidden) if save else None
-    results = [y.data_ptr(), *[s.data_ptr() for s in last], 0 if saved is None else saved.data_ptr()]
+    results = [
+        y.data_ptr(),
+        *[s.data_ptr() for s in last],
+        0 if saved is None else saved.data_ptr(),
+    ]
     _call(native.load(cell).step, addresses[:first] + results, sizes, addresses[first:])
     return y, last, saved
 
 
 class _SingleStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Cell, sizes: Sizes, addresses: list[int], *given: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, cell: Cell, sizes: Sizes, addresses: list[int], *given: Any
+    ) -> tuple[Tensor, ...]:
         y, last, saved = _forward(cell, sizes, addresses, given[0], True)
         first = cell.states + 1
         kept = given
@@ -172,16 +197,29 @@ class _SingleStep(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 
-def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequence[bool],
-              d: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
-    `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
+def _backward(
+    cell: Cell,
+    sizes: Sizes,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    d: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of x, the states and the parameters, those that are needed, from those of y and
+    the last states. `tensors` are x, the states, w_ih and w_hh of each layer, and what was
+    saved."""
     first = cell.states + 1
     *given, saved = ready(tensors, _FLOAT32)
     dy, *dlast = d
     alike = 0
-    if (dy is not None and dy.stride() == (0, 0, 0) and dy.data_ptr() and not dy.is_neg() and not dy._is_zerotensor()
-            and dy.untyped_storage().nbytes() > 4 * dy.storage_offset()):  # that of a sum: one number
+    if (
+        dy is not None
+        and dy.stride() == (0, 0, 0)
+        and dy.data_ptr()
+        and not dy.is_neg()
+        and not dy._is_zerotensor()
+        # That of a sum: one number
+        and dy.untyped_storage().nbytes() > 4 * dy.storage_offset()
+    ):
         alike = dy.data_ptr()
         dlast = ready(dlast, _FLOAT32)
     else:
@@ -205,8 +243,14 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
     return grads
 
 
-def _differentiable(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], biases: Sequence[Tensor],
-                    needs: Sequence[bool], d: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _differentiable(
+    cell: Cell,
+    sizes: Sizes,
+    tensors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    needs: Sequence[bool],
+    d: Sequence[Tensor | None],
+) -> list[Tensor | None]:
     """As `_backward`, from the formula: whatever d is, and to be differentiated again."""
     batch, inputs, hidden, layers, parameters, _ = sizes
     first = cell.states + 1

@@ -1,6 +1,8 @@
-"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch): what is at work around a call.
+"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch): what is at work around a
+call.
 
-Read in torch 2.10 to 2.15. A name that a later version lacks raises at import, here and nowhere else."""
+Read in torch 2.10 to 2.15. A name that a later version lacks raises at import, here and nowhere
+else."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,8 +27,11 @@ def traced(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) is not Tensor and type(t) is not Parameter:
             return True
-    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-            or tracing_state() is not None)
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or tracing_state() is not None
+    )
 
 
 def _depth() -> int:
@@ -34,8 +39,9 @@ def _depth() -> int:
     return functorch.get_dynamic_layer_stack_depth()
 
 
-# As torch.compiler.assume_constant_result does, which imports all of Dynamo. torch 2.10 and 2.11 have no other way to
-# compile this. Their guards see to it that the depth is the one that was compiled for.
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo. torch 2.10 and 2.11
+# have no other way to compile this. Their guards see to it that the depth is the one that was
+# compiled for.
 vars(_depth)["_dynamo_marked_constant"] = True
 
 
@@ -49,7 +55,9 @@ def active_transform() -> Any:
     if forward_ad._current_level >= 0:
         return TransformType.Jvp
     depth = _depth()
-    return depth and (depth if torch.compiler.is_compiling() else functorch.peek_interpreter_stack().key())
+    return depth and (
+        depth if torch.compiler.is_compiling() else functorch.peek_interpreter_stack().key()
+    )
 
 
 def without_autocast(device: torch.device) -> Any:
@@ -59,7 +67,11 @@ def without_autocast(device: torch.device) -> Any:
 
 def needs_composite(grads: Sequence[Any]) -> bool:
     """Whether a backward pass has to be differentiable itself, or runs under a transform."""
-    return bool(torch.is_grad_enabled() or active_transform() or any(t is not None and is_batched(t) for t in grads))
+    return bool(
+        torch.is_grad_enabled()
+        or active_transform()
+        or any(t is not None and is_batched(t) for t in grads)
+    )
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -81,15 +93,22 @@ def unwrapped(t: Tensor) -> Tensor:
     return t
 
 
-def vmap_rule(tensors: tuple[Any, ...], shared: int, composite: Callable[[Sequence[Any]], Sequence[Any]],
-              one: Callable[[Sequence[Any]], Sequence[Any]]) -> tuple[Any, ...]:
-    """Under vmap: all examples in one `composite` on the CPU, or each through its kernels by `one` on a GPU. The tensor
-    number `shared` is the same for all of them."""
+def vmap_rule(
+    tensors: tuple[Any, ...],
+    shared: int,
+    composite: Callable[[Sequence[Any]], Sequence[Any]],
+    one: Callable[[Sequence[Any]], Sequence[Any]],
+) -> tuple[Any, ...]:
+    """Under vmap: all examples in one `composite` on the CPU, or each through its kernels by `one`
+    on a GPU. The tensor number `shared` is the same for all of them."""
     interpreter: Any = retrieve_current_functorch_interpreter()
-    V, level = interpreter.batch_size(), interpreter.level()
+    V = interpreter.batch_size()
+    level = interpreter.level()
     plain, dims = unwrap_batched(tensors, level)
     with interpreter.lower():
-        rows: Any = [t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)]
+        rows: Any = [
+            t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)
+        ]
         rows = [t if d is None else t.movedim(d, 0) for t, d in zip(rows, dims)]
         rows[shared] = plain[shared]
         if plain[0].is_cuda:

@@ -22,7 +22,7 @@ FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
            "kernels.gpu.cuda.launch"],
           ["kernels.gpu"], ["boundary", "transforms", "resets", "projection"],
           ["checks", "composite", "dispatch"], ["layer_call"], ["onnx_export", "flops"], ["autograd", "custom_ops"],
-          ["functional"], ["interop", "single_step"], ["modules"], ["layers", "convert", "explain"]]
+          ["batch", "functional"], ["interop", "single_step"], ["modules"], ["layers", "convert", "explain"]]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
@@ -79,7 +79,7 @@ def test_import_is_light() -> None:
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.autograd", "rnn.boundary", "rnn.checks", "rnn.composite", "rnn.convert", "rnn.custom_ops",
+        "rnn", "rnn.autograd", "rnn.batch", "rnn.boundary", "rnn.checks", "rnn.composite", "rnn.convert", "rnn.custom_ops",
         "rnn.dispatch", "rnn.explain", "rnn.flops", "rnn.functional", "rnn.interop", "rnn.layer_call", "rnn.modules",
         "rnn.onnx_export", "rnn.projection", "rnn.resets", "rnn.single_step", "rnn.transforms", "rnn.kernels",
         "rnn.kernels.build_cache", "rnn.kernels.cells",
