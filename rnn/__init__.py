@@ -1,9 +1,9 @@
 """Recurrent layers in fused kernels: RNN, LSTM, GRU and their cells take the place of torch.nn's."""
 
-from . import ops as functional
+from . import functional
 from .convert import patch, replace, restore, unpatch
 from .explain import explain
-from .layers import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
     "GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "explain", "functional", "patch", "replace", "restore",

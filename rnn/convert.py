@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import layers
+from . import modules
 from .interop import TORCH
 
 Model = TypeVar("Model", bound=nn.Module)
-_OURS: dict[type, type] = {theirs: getattr(layers, name) for name, theirs in TORCH.items()}
+_OURS: dict[type, type] = {theirs: getattr(modules, name) for name, theirs in TORCH.items()}
 _THEIRS: dict[type, type] = {ours: theirs for theirs, ours in _OURS.items()}
 
 
@@ -53,7 +53,7 @@ def _left_alone(module: nn.Module, classes: dict[type, type]) -> str:
 def _keep_given_weights(module: Any) -> None:
     """What was assigned to `_flat_weights` stays what the layer computes with."""
     flat = module.__dict__.get("_flat_weights", [])
-    if isinstance(module, layers._Stack):
+    if isinstance(module, modules._Stack):
         own = module._parameters
         if any(own.get(name) is not weight for name, weight in zip(module._flat_weights_names, flat)):
             module._flat_weights = flat

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compute, ops
+from . import dispatch
+from .checks import check_layer
 from .kernels.cells import Cell
 from .kernels.plan import NUMPY_PRODUCT, Plan
-from .layers import _Stack
+from .modules import _Stack
 
 _WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step",
           "torch": "NumPy and torch's products, step by step", "native": "C++, compiled for this machine",
@@ -20,26 +21,26 @@ _WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step",
 
 def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plan: Plan | None,
            plain: bool) -> str:
-    (serves, dtype, why), (B, H), G, whys = ops.settle(x, plan), first, cell.gates, ["plan="] if plan else []
-    if dtype != x.dtype:
-        whys.append(f"{x.dtype} is cast: {'autocast' if why == 'autocast' else 'no kernel for it'}")
-        serves, dtype, why = ("", dtype, "") if plan else compute.served(x.device, dtype)
-        x = x.new_empty((), dtype=dtype).expand(x.shape)
+    (B, H), G = first, cell.gates
+    found, dtype, why = dispatch.decide(cell, x, B, H, reverse, plan, plain)
+    whys = ["plan="] if plan else []
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
-    if not plan and not serves:
-        return f"{start}the formula in torch operations, slow ({'; '.join([*whys, why])})"
-    found = plan or compute.choose(cell, x, first, reverse, plain)
+    if found is None:
+        return f"{start}the formula in torch operations, slow ({why})"
     if found.scope == "host":
-        if serves == "host":
-            why = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
-            compiles, other = compute.compiles(cell), f"C++ is for float32; {why}"
-            why = f"there is no C++ compiler; {why}" if not compiles else other if dtype != torch.float32 else (
-                "there is a C++ compiler")
-        return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [*whys, why]))})"
-    switch = f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}"
+        if not plan and x.is_cpu:
+            products = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
+            if not dispatch.native_available(cell):
+                whys.append(f"there is no C++ compiler; {products}")
+            elif dtype != torch.float32:
+                whys.append(f"C++ is for float32; {products}")
+            else:
+                whys.append("there is a C++ compiler")
+        return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [why, *whys]))})"
+    switch = f"torch.backends.cudnn.rnn.fp32_precision is {dispatch._SWITCH.fp32_precision!r}"
     whys += [switch] if dtype == torch.float32 and not plan else []
     whys += ["the fastest that fits, by prediction"] if found.backend == "cuda" and not plan else []
-    kept = 0 if found.scope == "launch" else G * found.units * H * x.element_size() // (128 * found.warps)
+    kept = 0 if found.scope == "launch" else G * found.units * H * dtype.itemsize // (128 * found.warps)
     return (f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, {kept} registers of a thread; "
             f"{found.units} units of {G} gates by {found.sequences} sequences a block, {-(-H // found.units)} blocks "
             f"to a sequence, {found.warps} warps; W_ih x {'in' if found.fused else 'before'} the steps; products in "
@@ -57,7 +58,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
 
     def operator(cell: Cell, x: Tensor, weights: Sequence[Any], states: Any, masks: Sequence[Any],
                  reverse: Sequence[int], keep: int, plan: Plan | None, recompute: bool, batch_first: bool) -> Any:
-        ops._check(cell, x, weights, states, masks, len(reverse), batch_first)
+        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
         plain = all(mask is None for mask in masks) and not keep and not recompute
         B = x.shape[0 if batch_first else 1] if masks[1] is None else int(masks[1][0])
         H, width = weights[1].shape[1], len(reverse) * weights[1].shape[1]

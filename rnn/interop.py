@@ -15,7 +15,8 @@ from torch import (
     nn,
 )
 
-from .compute import alive
+from .boundary import alive
+from .transforms import tracing_state
 
 # Taken now: `convert.patch` puts ours in torch.nn under these names.
 TORCH: dict[str, Any] = {
@@ -70,7 +71,7 @@ def other_forward(layer: Any, input: Any, hx: Any, extra: dict[str, Any]) -> Any
     proxy = _proxy(input, hx, *extra.values())
     if proxy is not None:
         return _fx_node(layer, proxy.tracer, input, hx, extra)
-    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+    if tracing_state() is not None and torch.onnx.is_in_onnx_export():
         if extra:
             raise NotImplementedError(f"torch.onnx.export(dynamo=False) knows no {' and no '.join(extra)}: "
                                       "export with dynamo=True")

@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function_unary
 
-from . import compute, ops
+from . import dispatch
+from .autograd import check_versions, to_dense, versions
+from .boundary import ready
+from .composite import aliases, composite, differentiate
 from .kernels.cells import Cell
 from .kernels.cpu import native
 from .kernels.cpu.workspace import working
 from .kernels.plan import STEP_PRODUCT
+from .transforms import active_transform, any_autocast, needs_composite, traced, without_autocast
 
 _TORCHS: Any = torch._VF
 _PLAIN = {Tensor, Parameter}
@@ -56,7 +60,7 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
                 batch_first: bool) -> Any:
     """What a layer returns for x [1, B, I], or [B, 1, I] if `batch_first`, from its parameters, w_ih, w_hh (and b_ih,
     b_hh) of each layer. None where the general path has to look at it."""
-    if ops._transformed() or ops._traced() or has_torch_function_unary(x) or torch._C._is_any_autocast_enabled():
+    if active_transform() or traced() or has_torch_function_unary(x) or any_autocast():
         return None
     shape = x.size()
     batch = shape[0] if batch_first else shape[1]
@@ -85,7 +89,7 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
             if grad and t.requires_grad:
                 train = True
             if not t.is_contiguous():
-                t = compute.ready([t])[0]
+                t = ready([t])[0]
                 copies.append(t)
             offset = t.storage_offset()
             address = t.data_ptr()
@@ -96,7 +100,7 @@ def single_step(cell: Cell, x: Tensor, hx: Any, weights: Sequence[Any], layers: 
             addresses.append(address)
     except RuntimeError:  # a sparse tensor, or another that has no memory
         return None
-    if dtype is not torch.float32 or not compute.compiles(cell):
+    if dtype is not torch.float32 or not dispatch.native_available(cell):
         if dtype is not torch.float32 and dtype is not torch.float64:
             return None
         operator = getattr(_TORCHS, cell.name)
@@ -145,7 +149,7 @@ class _SingleStep(torch.autograd.Function):
                 ctx.biases += given[k + 2 : k + 4]
         ctx.save_for_backward(*kept, saved)
         # An ordinary backward pass reads no biases: as those of torch.nn they may change before it.
-        ctx.versions = ops._versions(ctx.biases)
+        ctx.versions = versions(ctx.biases)
         ctx.choices = cell, sizes
         ctx.set_materialize_grads(False)
         return y, *last
@@ -153,11 +157,11 @@ class _SingleStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
         cell, sizes = ctx.choices
-        d = tuple(map(ops._dense, d))
+        d = tuple(map(to_dense, d))
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
-        if ops._again(d) or not all(t is None or type(t) is Tensor for t in d):
-            ops._check_versions(ctx.biases, ctx.versions)
+        if needs_composite(d) or not all(t is None or type(t) is Tensor for t in d):
+            check_versions(ctx.biases, ctx.versions)
             found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
         else:
             found = _backward(cell, sizes, tensors, needs, d)
@@ -173,15 +177,15 @@ def _backward(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], needs: Sequen
     """The gradients of x, the states and the parameters, those that are needed, from those of y and the last states.
     `tensors` are x, the states, w_ih and w_hh of each layer, and what was saved."""
     first = cell.states + 1
-    *given, saved = compute.ready(tensors, _FLOAT32)
+    *given, saved = ready(tensors, _FLOAT32)
     dy, *dlast = d
     alike = 0
     if (dy is not None and dy.stride() == (0, 0, 0) and dy.data_ptr() and not dy.is_neg() and not dy._is_zerotensor()
             and dy.untyped_storage().nbytes() > 4 * dy.storage_offset()):  # that of a sum: one number
         alike = dy.data_ptr()
-        dlast = compute.ready(dlast, _FLOAT32)
+        dlast = ready(dlast, _FLOAT32)
     else:
-        dy, *dlast = compute.ready(d, _FLOAT32)
+        dy, *dlast = ready(d, _FLOAT32)
     parameters = sizes[4]
     grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
     for k, need in enumerate(needs[first:]):
@@ -210,16 +214,16 @@ def _differentiable(cell: Cell, sizes: Sizes, tensors: Sequence[Tensor], biases:
     for k in range(layers):
         given += tensors[first + 2 * k : first + 2 * k + 2]
         given += biases[2 * k : 2 * k + 2]
-    with ops._as_it_ran(given[0].device), torch.enable_grad():
-        alias = ops._aliases(given)
+    with without_autocast(given[0].device), torch.enable_grad():
+        alias = aliases(given)
         y = alias[0].reshape(1, batch, inputs)
         ends = []
         for k in range(layers):
             own = alias[first + parameters * k :][:parameters]
             s0 = torch.stack([s[k] for s in alias[1:first]])
             weights = own if parameters > 2 else [*own, None, None]
-            y, _, last = compute.formula(cell, (y, *weights, s0), (None, None, None), (False,), 0)
+            y, _, last = composite(cell, (y, *weights, s0), (None, None, None), (False,), 0)
             ends.append(last)
         columns = [torch.stack(column) for column in zip(*ends)]
         y = y.reshape(*given[0].shape[:2], hidden)
-        return ops._differentiate((y, *columns), d, alias, needs)
+        return differentiate((y, *columns), d, alias, needs)

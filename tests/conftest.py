@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from rnn import compute
+from rnn import dispatch, layer_call
 from rnn.kernels.cpu import native, program
 
 RNN_SWITCH: Any = torch.backends.cudnn.rnn
@@ -115,7 +115,7 @@ def interpreted_by_name(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No decision, program or library is remembered, before or after."""
-    caches: list[Any] = [compute._served, compute._plan, compute.compiles, program.program, native.load]
+    caches: list[Any] = [dispatch._served, dispatch._plan, dispatch.native_available, program.program, native.load]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -189,7 +189,7 @@ class Watched:
 
 @pytest.fixture(autouse=True)
 def boundary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `compute` gives a backend is ready for it, in every test."""
-    find: Callable[[str], Any] = compute._module
+    """What `layer_call` gives a backend is ready for it, in every test."""
+    find: Callable[[str], Any] = dispatch.module
     backends = ("host", "device", "onednn", "native")
-    monkeypatch.setattr(compute, "_module", lambda name: Watched(find(name)) if name in backends else find(name))
+    monkeypatch.setattr(layer_call, "module", lambda name: Watched(find(name)) if name in backends else find(name))

@@ -19,7 +19,7 @@ from small import pair
 from torch import nn
 
 import rnn
-from rnn import compute
+from rnn import dispatch
 from rnn.kernels import build_cache, cells
 from rnn.kernels.cpu import build as native_build
 from rnn.kernels.cpu import native
@@ -160,8 +160,8 @@ class Place:
     def again(self) -> None:
         """As a process that starts now, and does not know what this one did."""
         native.load.cache_clear()
-        compute.compiles.cache_clear()
-        compute._plan.cache_clear()
+        dispatch.native_available.cache_clear()
+        dispatch._plan.cache_clear()
 
 
 REAL = native.compiler()

@@ -63,14 +63,14 @@ def _squares_backward(saved, s, s_next, ds):
     ids=lambda plan: plan.backend)
 def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
     cell = Cell("squares", _squares, _squares_backward, gates=1, states=2)
-    if plan.backend == "native" and not rnn.compute.compiles(cell):
+    if plan.backend == "native" and not rnn.dispatch.native_available(cell):
         pytest.skip("there is no C++ compiler that works")
     dtype = torch.float32 if plan.backend == "native" else torch.float64
     given: Any = [(torch.randn(n, dtype=dtype) / 2).requires_grad_()
                   for n in ((5, 2, 3), (4, 3), (4, 4), (4,), (4,), (2, 2, 4))]
     recurrence: Any = rnn.functional.recurrence
     found: Any = [recurrence(cell, *given, keep=1, plan=plan),
-                  rnn.compute.formula(cell, given, (None, None, None), (False,), 1)]
+                  rnn.composite.composite(cell, given, (None, None, None), (False,), 1)]
     torch.testing.assert_close(*found)
     torch.testing.assert_close(*(torch.autograd.grad([t.sin().sum() for t in out], given) for out in found))
 
@@ -106,7 +106,7 @@ def mgu_by_hand(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tenso
     ids=lambda plan: f"{plan.backend}-{plan.scope}" if plan else "chosen")
 def test_own_cell(plan: Plan | None) -> None:
     cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)
-    if plan == Plan("native") and not rnn.compute.compiles(cell):
+    if plan == Plan("native") and not rnn.dispatch.native_available(cell):
         pytest.skip("there is no C++ compiler that works")
     assert (cell.saved, cell.split) == (3, True)
     T, B, I, H = 6, 3, 4, 10

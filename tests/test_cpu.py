@@ -11,7 +11,7 @@ from small import pair
 from torch import Tensor
 
 import rnn
-from rnn import compute
+from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.cpu import arrays as cpu
 from rnn.kernels.plan import Plan, Rows
@@ -27,14 +27,14 @@ SHARED = (3, 50, 3, 200)
 
 
 def available(name: str, plan: Plan) -> None:
-    if plan.backend == "native" and not compute.compiles(getattr(cells, name)):
+    if plan.backend == "native" and not dispatch.native_available(getattr(cells, name)):
         pytest.skip("there is no C++ compiler that works")
 
 
 def suited(plan: Plan, dtype: torch.dtype) -> Plan | None:
     """The plan, or the layer's own choice where that is not for the dtype or the machine."""
     dtypes = (torch.float32,) if plan.backend == "native" else (torch.float32, torch.float64)
-    works = plan.backend != "native" or compute.compiles(cells.rnn_tanh)
+    works = plan.backend != "native" or dispatch.native_available(cells.rnn_tanh)
     return plan if dtype in dtypes and works else None
 
 

@@ -58,7 +58,7 @@ def test_cell_of_the_documentation() -> None:
     given: Any = [torch.randn(n, dtype=torch.float64, requires_grad=True)
              for n in ((5, 2, 3), (8, 3), (8, 4), (8,), (8,), (1, 2, 4))]
     found = [rnn.functional.recurrence(scope["mgu"], *given)[0],
-             rnn.compute.formula(scope["mgu"], given, (None, None, None), (False,), 0)[0]]
+             rnn.composite.composite(scope["mgu"], given, (None, None, None), (False,), 0)[0]]
     torch.testing.assert_close(*found)
     torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), given) for y in found))
 

@@ -170,8 +170,8 @@ def test_surroundings_in_memory(name: str, form: str, resets: bool, scope: str) 
 PRECISION = """
 import torch, rnn
 torch.backends.{setting}
-plans, choose = [], rnn.compute._plan
-rnn.compute._plan = lambda *given: plans.append(choose(*given)) or plans[-1]
+plans, choose = [], rnn.dispatch._plan
+rnn.dispatch._plan = lambda *given: plans.append(choose(*given)) or plans[-1]
 layer, x = rnn.RNN(16, 64), torch.randn(5, 3, 16)
 want = layer.double()(x.double())[0]
 error = (layer.to("{device}", torch.float32)(x.to("{device}"))[0].cpu() - want).abs().max().item()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnn
-from rnn import compute
+from rnn import dispatch, functional, layer_call
 from rnn.kernels import cells
 from rnn.kernels import cpu as host
 from rnn.kernels import gpu as device
@@ -38,7 +38,7 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backward all of it."""
     T, B, I, H = 4, 1, 8, 8
     ours, theirs = getattr(rnn, name)(I, H, plan=BLOCK), getattr(nn, name)(I, H)
-    x, dy, cell, ready = torch.randn(T, B, I), torch.randn(T, B, H), rnn.layers._CELLS[ours.mode], list[Any]()
+    x, dy, cell, ready = torch.randn(T, B, I), torch.randn(T, B, H), rnn.modules._CELLS[ours.mode], list[Any]()
     S, A = cell.states, cell.saved
 
     def results() -> tuple[Any, ...]:
@@ -93,7 +93,7 @@ def gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(nn.RNNBase, "reset_parameters", lambda layer: None)
-    monkeypatch.setattr(compute, "_usable", lambda library: getattr(has, library))
+    monkeypatch.setattr(dispatch, "_available", lambda library: getattr(has, library))
     with FakeTensorMode():
         yield has
 
@@ -133,30 +133,30 @@ def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts
 def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool, fresh: None,
                             monkeypatch: pytest.MonkeyPatch) -> None:
     """And what then happens is that."""
-    if compiler and not compute.compiles(cells.rnn_tanh):
+    if compiler and not dispatch.native_available(cells.rnn_tanh):
         pytest.skip("there is no C++ compiler that works")
-    monkeypatch.setattr(compute, "compiles", lambda cell: compiler)
+    monkeypatch.setattr(dispatch, "native_available", lambda cell: compiler)
     if compiler:
         others = "NumPy", "torch's products", "multiplications", "torch's own"
         texts = ["C++, compiled" if any(word in text for word in others) else text for text in texts]
-    x, ran, formula = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str](), compute.formula
+    x, ran, formula = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str](), functional.composite
     state = torch.get_rng_state()
     said = rnn.explain(layer, x)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(text in said for text in texts), said
 
-    class Spy(compute.Run):
+    class Spy(layer_call.LayerCall):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             ran.append(self.plan.backend)
 
-    monkeypatch.setattr(compute, "Run", Spy)
+    monkeypatch.setattr(functional, "LayerCall", Spy)
 
     def noted(*args: Any) -> Any:
         ran.append("formula")
         return formula(*args)
 
-    monkeypatch.setattr(compute, "formula", noted)
+    monkeypatch.setattr(functional, "composite", noted)
     layer(x)
     words = {"native": "C++, compiled", "onednn": "torch's own", "numpy": "NumPy, step",
              "torch": "torch's products, step", "triton": "triton", "formula": "the formula"}
@@ -197,17 +197,17 @@ def test_the_switch_for_tf32() -> None:
     code = """if True:
         import os, torch
         from types import SimpleNamespace
-        from rnn import compute
+        from rnn import dispatch
 
         x = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(5, 3, 8), device="cuda")
-        compute._plan = lambda cell, sizes, dtype, device, tf32, onednn: tf32
+        dispatch._plan = lambda cell, sizes, dtype, device, tf32, onednn: tf32
         b = torch.backends
         for way in {ways}:
             if os.fork():
                 os.wait()
             else:
                 exec(way)
-                print(compute.choose(None, x, (3, 8), (0,)), flush=True)
+                print(dispatch.choose_plan(None, x, 3, 8, (0,), False), flush=True)
                 os._exit(0)
     """.replace("{ways}", repr([*SWITCHES]))
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
@@ -215,13 +215,13 @@ def test_the_switch_for_tf32() -> None:
 
 
 def test_compiled_code_reads_the_switch_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, choose = list[Plan](), compute.choose
+    chosen, choose = list[Plan](), dispatch.choose_plan
 
     def noted(*args: Any) -> Plan:
         chosen.append(choose(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(compute, "choose", noted)
+    monkeypatch.setattr(layer_call, "choose_plan", noted)
     layer, x = torch.compile(rnn.RNN(3, 8), fullgraph=True, backend="aot_eager"), torch.randn(5, 2, 3)
     with torch.no_grad():
         layer(x)
@@ -283,15 +283,15 @@ def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cupy.cuda.Stream, "from_external", lambda stream: Noted(stream), raising=False)
     monkeypatch.setattr(cupy.cuda, "using_allocator", lambda allocate: Noted("memory", allocate))
     x: Any = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device="cpu")
-    with compute._place("cupy", x):
+    with layer_call.device_context("cupy", x):
         assert [what[0] for what in entered] == ["device", "stream", "memory"]
         pointer = entered[-1][1](64)
         assert pointer.mem.size == 64 and pointer.device_id == 1
     assert not entered
-    with compute._place("triton", x):
+    with layer_call.device_context("triton", x):
         assert entered == [("device", 1)], "a tensor on another device than the current one"
     x.get_device = lambda: 0
-    with compute._place("triton", x):
+    with layer_call.device_context("triton", x):
         assert not entered
 
 
@@ -315,14 +315,14 @@ def test_broken_library(source: str, tmp_path: Path, fresh: None,
     (tmp_path / "cupy.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.setattr(compute, "_FOUND", {"triton": False, "cupy": True})
+    monkeypatch.setattr(dispatch, "_FOUND", {"triton": False, "cupy": True})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.warns(UserWarning, match="without cupy, which is installed and fails: OSError"):
-        serves, _, why = compute.served(torch.device("cuda", 0), torch.float32)
+        serves, _, why = dispatch.served(torch.device("cuda", 0), torch.float32)
     assert (serves, why) == ("", "neither Triton nor CuPy can be imported")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compute.served(torch.device("cuda", 0), torch.float16)[0] == "", "once is enough"
+        assert dispatch.served(torch.device("cuda", 0), torch.float16)[0] == "", "once is enough"
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn
-from rnn import compute
+from rnn import layer_call
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
 
@@ -316,7 +316,7 @@ def test_a_bias_may_change_before_backward(mode: str, plan: Plan | None, bidirec
     found = []
     for layer in pair(mode, 3, 5, 2, bidirectional=bidirectional):
         keywords: dict[str, Any] = {}
-        if isinstance(layer, rnn.layers._Stack):
+        if isinstance(layer, rnn.modules._Stack):
             layer.plan = plan
             keywords = dict(lengths=torch.tensor([4, 4])) if form == "lengths" else {}
         y = layer(torch.ones(4, 2, 3), **keywords)[0]
@@ -398,13 +398,13 @@ def test_what_a_backend_is_given_is_looked_at(spoil: str) -> None:
 def test_the_boundary_is_watched(mode: str, nonlinearity: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     available("lstm", plan)
     seen: list[str] = []
-    find = compute._module
+    find = layer_call.module
 
     def watched(name: str) -> Any:
         seen.append(name)
         return find(name)
 
-    monkeypatch.setattr(compute, "_module", watched)
+    monkeypatch.setattr(layer_call, "module", watched)
     cell = getattr(cells, {"RNN": f"rnn_{nonlinearity}", "LSTM": "lstm", "GRU": "gru"}[mode])
     layer = getattr(rnn, mode)(3, 4, plan=plan, **({"nonlinearity": nonlinearity} if mode == "RNN" else {}))
     layer(torch.randn(3, 2, 3))[0].sum().backward()

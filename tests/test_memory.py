@@ -17,7 +17,7 @@ from cases import check_recurrence
 from torch import Tensor, nn
 
 import rnn
-from rnn import compute
+from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.cpu import arrays as cpu
 from rnn.kernels.cpu import native
@@ -181,7 +181,7 @@ def test_as_any_tensor(pieces: list[Any]) -> None:
 @pytest.mark.parametrize("nested", ["forward", "training", "release"])
 def test_a_call_within_a_call(plan: Plan, nested: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal handler or a finalizer may run a layer, or give memory back, wherever another call of the thread is."""
-    if plan.backend == "native" and not compute.compiles(cells.lstm):
+    if plan.backend == "native" and not dispatch.native_available(cells.lstm):
         pytest.skip("there is no C++ compiler")
     monkeypatch.setattr(cpu, "WINDOW", 1)
     theirs = nn.LSTM(H, H)

@@ -14,7 +14,7 @@ from small import pair
 from torch import Tensor
 
 import rnn
-from rnn import compute
+from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
@@ -86,7 +86,7 @@ def test_sigmoid() -> None:
 
 def test_no_compiler(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not native.compiler() and not compute.compiles(cells.gru)
+    assert not native.compiler() and not dispatch.native_available(cells.gru)
     theirs, layer = pair("GRU", 4, 8, dtype=torch.float32)
     x = torch.randn(5, 3, 4)
     said = rnn.explain(layer, x)
@@ -131,7 +131,7 @@ def test_a_disk_that_cannot_be_written_to(compiler: Path, tmp_path: Path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiler))  # a file
     theirs, layer = pair("RNN", 4, 40, dtype=torch.float32)
     check(layer, theirs)
-    assert compute.compiles(cells.rnn_tanh) and len(compiler.read_text().splitlines()) == 1
+    assert dispatch.native_available(cells.rnn_tanh) and len(compiler.read_text().splitlines()) == 1
 
 
 @needs_compiler

@@ -20,8 +20,9 @@ FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
           ["kernels.cpu"],
           ["kernels.cpu.arrays", "kernels.cpu.native", "kernels.cpu.onednn", "kernels.gpu.triton_kernels.launch",
            "kernels.gpu.cuda.launch"],
-          ["kernels.gpu"], ["compute"], ["onnx", "flops"], ["ops"], ["interop", "single_step"], ["layers"],
-          ["convert", "explain"]]
+          ["kernels.gpu"], ["boundary", "transforms", "resets", "projection"],
+          ["checks", "composite", "dispatch"], ["layer_call"], ["onnx_export", "flops"], ["autograd", "custom_ops"],
+          ["functional"], ["interop", "single_step"], ["modules"], ["layers", "convert", "explain"]]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
@@ -78,8 +79,10 @@ def test_import_is_light() -> None:
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.compute", "rnn.flops", "rnn.interop", "rnn.onnx", "rnn.ops", "rnn.layers", "rnn.convert",
-        "rnn.explain", "rnn.single_step", "rnn.kernels", "rnn.kernels.build_cache", "rnn.kernels.cells",
+        "rnn", "rnn.autograd", "rnn.boundary", "rnn.checks", "rnn.composite", "rnn.convert", "rnn.custom_ops",
+        "rnn.dispatch", "rnn.explain", "rnn.flops", "rnn.functional", "rnn.interop", "rnn.layer_call", "rnn.modules",
+        "rnn.onnx_export", "rnn.projection", "rnn.resets", "rnn.single_step", "rnn.transforms", "rnn.kernels",
+        "rnn.kernels.build_cache", "rnn.kernels.cells",
         "rnn.kernels.codegen", "rnn.kernels.cpu", "rnn.kernels.cpu.build", "rnn.kernels.cpu.native",
         "rnn.kernels.cpu.workspace", "rnn.kernels.forks", "rnn.kernels.plan", "rnn.kernels.states"}
 

@@ -51,7 +51,7 @@ def test_replace_and_restore(capsys: pytest.CaptureFixture[str]) -> None:
         "first", "second", "shared", "third", "cells.0", "cells.1", "cells.2"}
     assert after["own"] is Own
     said = capsys.readouterr().out
-    assert "second, torch.nn.modules.rnn.LSTM, is now rnn.layers.LSTM" in said
+    assert "second, torch.nn.modules.rnn.LSTM, is now rnn.modules.LSTM" in said
     assert "own" in said and "left alone" in said
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     torch.testing.assert_close(model(x), want)
@@ -89,7 +89,7 @@ def test_parametrized(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with torch.no_grad():
         want = model(x)
     rnn.replace(model)
-    assert f"rnn.layers.{name} with parametrizations" in capsys.readouterr().out
+    assert f"rnn.modules.{name} with parametrizations" in capsys.readouterr().out
     assert isinstance(layer, getattr(rnn, name)) and isinstance(copy.deepcopy(model)[0], getattr(rnn, name))
     assert parametrize.is_parametrized(layer, weight)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

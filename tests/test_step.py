@@ -10,7 +10,7 @@ from cases import close
 from torch import Tensor, nn
 
 import rnn
-from rnn import compute, single_step
+from rnn import dispatch, single_step
 
 KINDS = [("RNN", dict(nonlinearity="relu")), ("RNN", {}), ("LSTM", {}), ("GRU", {})]
 OPTIONS: list[dict[str, Any]] = [
@@ -32,8 +32,8 @@ def compare(found: Iterable[Any]) -> None:
 def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the path gives, call after call, with a compiler and without."""
     if request.param == "no compiler":
-        monkeypatch.setattr(compute, "compiles", lambda cell: False)
-    elif not compute.compiles(rnn.kernels.cells.gru):
+        monkeypatch.setattr(dispatch, "native_available", lambda cell: False)
+    elif not dispatch.native_available(rnn.kernels.cells.gru):
         pytest.skip("there is no C++ compiler")
     found: list[Any] = []
     plain = single_step.single_step
@@ -42,7 +42,7 @@ def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
         found.append(plain(*given))
         return found[-1]
 
-    monkeypatch.setattr(rnn.layers, "single_step", watched)
+    monkeypatch.setattr(rnn.modules, "single_step", watched)
     return found
 
 
@@ -176,7 +176,7 @@ def test_gradients(kind: tuple[str, dict[str, Any]], sizes: tuple[int, int, int]
     ours, theirs, exact = made(kind, I, H, **options)
     compare(gradients(layer, B, **how) for layer in (ours, theirs, exact))
     assert None not in taken
-    if compute.compiles(rnn.kernels.cells.gru):
+    if dispatch.native_available(rnn.kernels.cells.gru):
         assert taken[0][0].grad_fn.name() == "_SingleStepBackward"
 
 
@@ -273,7 +273,7 @@ def test_in_place(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_bias_in_place(kind: tuple[str, dict[str, Any]]) -> None:
     """A bias may be edited before backward, but not where its gradients are to be differentiated again."""
-    if not compute.compiles(rnn.kernels.cells.gru):
+    if not dispatch.native_available(rnn.kernels.cells.gru):
         pytest.skip("there is no C++ compiler")
     layer = made(kind, 4, 6)[0]
     x, hx, wanted = leaves(layer, 3)
@@ -315,7 +315,7 @@ def test_batched_gradients(kind: tuple[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_saved_tensors_hooks(kind: tuple[str, dict[str, Any]]) -> None:
     """Everything that is kept goes through the hooks, which may give it back elsewhere, and in another layout."""
-    if not compute.compiles(rnn.kernels.cells.gru):
+    if not dispatch.native_available(rnn.kernels.cells.gru):
         pytest.skip("there is no C++ compiler")
     layer = made(kind, 4, 6, num_layers=2)[0]
     x, hx, wanted = leaves(layer, 3)

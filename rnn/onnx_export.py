@@ -24,7 +24,7 @@ def has_node(cell: str, masks: Sequence[Any], reverse: Sequence[int], keep: int)
 
 def recurrence(cell: str, given: Sequence[Any], lengths: Tensor | None,
                reverse: Sequence[int]) -> tuple[Tensor, None, Tensor]:
-    """As `ops.recurrence`. (https://onnx.ai/onnx/operators/onnx__LSTM.html)"""
+    """As `functional.recurrence`. (https://onnx.ai/onnx/operators/onnx__LSTM.html)"""
     (x, w_ih, w_hh, b_ih, b_hh, s0), (operator, order, attributes), N = given, _NODES[cell], len(reverse)
     (T, B, _), H = x.shape, s0.shape[-1]
 

@@ -1,0 +1,146 @@
+"""Checks of what a layer or the operator is given, before anything is computed."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import transforms
+from .boundary import alive
+from .kernels.cells import Cell
+from .kernels.plan import BACKENDS, Plan
+
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def refuse_nested(tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raises RuntimeError for a nested tensor, by its name: it has no shape that could be checked."""
+    for name, t in tensors:
+        if isinstance(t, Tensor) and t.is_nested:
+            raise RuntimeError(f"Expected {name} to be dense, got a nested tensor")
+
+
+def as_directions(reverse: Any) -> list[bool]:
+    """`reverse`, checked."""
+    if isinstance(reverse, str) or not hasattr(reverse, "__iter__") or getattr(reverse, "ndim", 1) == 0:
+        raise TypeError(f"Expected reverse to be a sequence of bools, got {reverse!r}")
+    directions = [*reverse] if isinstance(reverse, (Sequence, Tensor, np.ndarray)) else []
+    if not directions or not all(_is_bool(direction) for direction in directions):
+        raise ValueError(f"Expected reverse to have one bool or more, got {reverse!r}")
+    return [bool(direction) for direction in directions]
+
+
+def _is_bool(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.item() in (0, 1)
+    return isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1)
+
+
+def check_plan(plan: Any) -> None:
+    if plan is None:
+        return
+    if not isinstance(plan, Plan):
+        raise TypeError(f"Expected plan to be a rnn.kernels.plan.Plan or None, got {type(plan).__name__}")
+    scopes = BACKENDS.get(plan.backend, ()) if isinstance(plan.backend, str) else ()
+    if plan.scope not in scopes:
+        raise ValueError(f"Expected plan of a backend and scope among {BACKENDS}, got {plan}")
+    sizes = plan.units, plan.sequences, plan.warps, plan.blocks
+    if plan.scope != "host" and not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"Expected plan of positive units, sequences, warps and blocks, got {plan}")
+
+
+def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor | None:
+    """`lengths` and `resets`, which may also be given as lists, numbers or NumPy's arrays. Raises TypeError."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    if not isinstance(value, (list, tuple, int, np.ndarray, np.integer)):
+        raise TypeError(f"Expected {name} to be a Tensor or a list, got {type(value).__name__}")
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Expected {name} to be a Tensor or a list of numbers, got {value!r}") from error
+
+
+def expect(name: str, t: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype],
+            device: torch.device | None) -> None:
+    if t is not None and (t.layout is not torch.strided or t.shape != shape or t.dtype not in dtypes
+                          or not (device is None or t.device == device)):
+        raise RuntimeError(f"Expected {name} of shape {list(shape)}, {' or '.join(map(str, dtypes))} and on "
+                           f"{device or 'any device'}, got {list(t.shape)}, {t.dtype}, {t.layout} and on {t.device}")
+
+
+def check_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None,
+           masks: Sequence[Tensor | None], N: int, batch_first: bool) -> None:
+    w_hh, b_ih, b_hh = weights[1:4]
+    batch_sizes = masks[1]
+    size, device = x.shape, x.device
+    if len(size) != (3 if batch_sizes is None else 2) or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
+        raise RuntimeError("Expected input (x) of 3 dimensions (2 with batch_sizes), weight_hh (w_hh) of 2, both "
+                           f"biases or none, got {list(size)} and {list(w_hh.shape)}")
+    per = cell.gates * N * 4 // len(weights)
+    H = w_hh.shape[1]
+    if states:
+        H = states[-1].shape[-1] if states[-1].dim() else 0
+    elif per and not (per * H == w_hh.shape[0] and weights[0].shape[:1] == w_hh.shape[:1]):
+        rows = [w.shape[0] for w in weights if w is not None and w.dim()]
+        H = max(rows, key=rows.count) // per  # what most of them say
+    strided = x.layout is torch.strided
+    floats = (x.dtype,) if (strided and x.dtype.is_floating_point) or x.dtype.is_complex else ()
+    B: Any = None
+    if batch_sizes is None:
+        T, B, I = (size[1], size[0], size[2]) if batch_first else size
+    else:
+        T, I = len(batch_sizes), size[1]
+        if states is not None and states[0].dim() == 3:
+            B = states[0].shape[1]
+    if not floats:
+        expect("input", x, size, floats, device)
+    GH = per * H
+    shapes = (GH, I), (GH, H), (GH,), (GH,)
+    for k, weight in enumerate(weights):
+        if weight is None or (weight.shape == shapes[k % 4] and weight.dtype is x.dtype and weight.device == device
+                              and weight.layout is torch.strided and floats):
+            continue
+        expect(NAMES[k % 4], weight, shapes[k % 4], floats, device)
+    if states is not None:
+        for k, state in enumerate(states):
+            expect("hidden" if len(states) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device)
+    check_masks(x, masks, T, B)
+
+
+def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> None:
+    """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B sequences; with batch_sizes
+    T is ignored, and B may be None if it is not known otherwise."""
+    lengths, batch_sizes, resets = masks
+    device = x.device
+    if batch_sizes is not None:
+        T = len(batch_sizes)
+    if T == 0 or (lengths is not None and batch_sizes is not None):
+        raise RuntimeError("A packed sequence has its own lengths: `lengths` cannot be given for it" if T else
+                           "Expected sequence length to be larger than 0 in RNN")
+    if resets is not None:
+        expect("resets", resets, (T, int(batch_sizes[0]) if B is None else B), (torch.bool,), device)  # type: ignore[index]
+    if lengths is not None:  # on a GPU this does not wait: wrong lengths stop the device with an assertion
+        expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
+        if lengths.is_meta and not x.is_meta:
+            raise RuntimeError(f"Expected lengths with numbers, got {lengths.device}")
+        if not transforms.traced(lengths) and not transforms.active_transform():
+            alive([lengths])
+        lengths = transforms.unwrapped(lengths)
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input")
+    if batch_sizes is not None:
+        expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
+        if batch_sizes.is_meta and not x.is_meta:
+            raise RuntimeError(f"Expected batch_sizes with numbers, got {batch_sizes.device}")
+        wrong = "Expected batch_sizes that begin with B, never rise, and add up to input's rows"
+        if transforms.traced(batch_sizes) or transforms.active_transform():
+            fits = (batch_sizes.sum() == x.shape[0]) & (batch_sizes[-1] > 0)
+            fits = fits if B is None else fits & (batch_sizes[0] == B)
+            torch._assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
+        else:  # all these operations would take longer than a short sequence
+            sizes = batch_sizes.tolist()
+            falls = sizes == sorted(sizes, reverse=True)
+            if not falls or sum(sizes) != x.shape[0] or B not in (None, sizes[0]) or sizes[-1] < 1:
+                raise RuntimeError(wrong)

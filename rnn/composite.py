@@ -1,0 +1,93 @@
+"""The recurrence in differentiable torch operations: slow, and right wherever torch is (transforms, forward-mode AD,
+other devices and dtypes, gradients of gradients)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels.cells import Cell
+from .kernels.states import join_states, join_weights, part_states
+
+
+def first_states(x: Tensor, w_hh: Tensor, states: Sequence[Tensor] | None, batch_sizes: Tensor | None, N: int,
+                 S: int) -> Tensor:
+    """`states` joined, or zeros of x [T, B, I] or, with batch_sizes, [R, I]."""
+    if states is not None:
+        return join_states(states, N)
+    B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return x.new_zeros((N * S, B, w_hh.shape[-1]))
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x w^T + b, where all three may have the same leading dimension."""
+    if w.dim() == 2:
+        return F.linear(x, w, b)
+    return x @ w.mT if b is None else torch.baddbmm(b.unsqueeze(-2), x, w.mT)
+
+
+def composite(cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int],
+            keep: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets. But for batch_sizes all
+    may have a leading dimension: so many recurrences side by side, each with weights of its own."""
+    (x, w_ih, w_hh, b_ih, b_hh, s0), (lengths, batch_sizes, resets) = given, masks
+    N, S, B, packed = len(reverse), cell.states, s0.shape[-2], slice(None)
+    if batch_sizes is not None:
+        b = torch.arange(B, device="cpu")
+        runs, rows = batch_sizes[:, None] > b, (batch_sizes.cumsum(0) - batch_sizes)[:, None] + b
+        x = x.index_select(-2, (rows * runs).flatten().to(x.device)).unflatten(-2, rows.shape)
+        lengths, packed = runs.sum(0), runs.flatten().nonzero().squeeze(1).to(x.device)
+    T = x.shape[-3]
+    ends = torch.full((B, 1), T, device=x.device) if lengths is None else lengths.to(x.device).unsqueeze(-1)
+    if lengths is not None:  # a NaN in the padding would come back in the gradients of the choices below
+        x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends.unsqueeze(-3), x, 0)
+    gates = _linear(x.flatten(-3, -2), w_ih, b_ih).unflatten(-2, (T, B)).chunk(N, -1)
+    weights, biases = w_hh.chunk(N, -2), [None] * N if b_hh is None else b_hh.chunk(N, -1)
+    sweeps = []
+    for n, backwards in enumerate(reverse):
+        s: Sequence[Any] = s0.narrow(-3, n * S, S).unbind(-3)
+        out: list[Any] = [None] * T
+        steps = gates[n].unbind(-3)
+        for t in reversed(range(T)) if backwards else range(T):
+            if resets is not None and t + backwards < T:
+                cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
+                s = [torch.where(cut, 0, v) for v in s]
+            r = _linear(s[0], weights[n], biases[n])
+            out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
+            if lengths is None:
+                s = out[t]
+            else:
+                s = [torch.where(t < ends, new, old) for new, old in zip(out[t], s)]
+                out[t] = [torch.where(t < ends, new, 0) for new in out[t]]
+        sweeps.append(([torch.stack(column, -3) for column in zip(*out)], s))
+    columns = [torch.cat(parts, -1) for parts in zip(*(out for out, _ in sweeps))]  # S of [T, B, N*H]
+    y, rest = columns[0], [column.flatten(-3, -2)[..., packed, :] for column in columns[1 : S if keep else 1]]
+    y = y if batch_sizes is None else y.flatten(-3, -2)[..., packed, :]
+    return y, torch.stack(rest, -3) if rest else None, torch.stack([v for _, s in sweeps for v in s], -3)
+
+
+def composite_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Any] | None, masks: Sequence[Any],
+               reverse: Sequence[int], keep: int, batch_first: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `run_layer`, in differentiable torch operations."""
+    rows = x.transpose(0, 1) if batch_first else x
+    s0 = first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
+    y, others, last = composite(cell, (rows, *join_weights(weights), s0), masks, reverse, keep)
+    return y.transpose(0, 1) if batch_first else y, others, part_states(last, cell.states)
+
+
+def differentiate(outputs: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any],
+                   needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of `inputs`, those that are needed, with a graph of their own."""
+    used = [k for k, grad in enumerate(grads) if grad is not None]
+    wanted = [t for t, need in zip(inputs, needs) if need]
+    found: Any = torch.autograd.grad([outputs[k] for k in used], wanted, [grads[k] for k in used], create_graph=True,
+                                     allow_unused=True)
+    rest = iter(found)
+    return [next(rest) if need else None for need in needs]
+
+
+def aliases(tensors: Sequence[Any]) -> list[Any]:
+    """So that an input which was computed from another one counts for itself alone."""
+    return [t if t is None else t.view_as(t) for t in tensors]

@@ -1,0 +1,107 @@
+"""The layer as operators of torch.library, for what PyTorch records (compile, export, dispatch modes): it does not look
+into them. Forward-mode AD must not come here: it would silently give 0."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import flops, layer_call
+from .composite import aliases, composite, differentiate
+from .kernels import cells
+from .kernels.plan import Plan
+from .kernels.states import join_states
+from .layer_call import LayerCall
+from .transforms import needs_composite, traced, under_dispatch_mode, without_autocast
+
+
+def _named_run(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> LayerCall:
+    """From what the custom operators take, names and JSON."""
+    chosen = Plan(*json.loads(plan)) if plan else None
+    return LayerCall(getattr(cells, cell), chosen, tensors[0], tensors[2], tensors[6:9], reverse)
+
+
+def part_views(s0: Tensor | None, S: int) -> list[Tensor] | None:
+    """Joined states as S views."""
+    if s0 is None or S == 1:
+        return None if s0 is None else [s0]
+    return [s0[k::S] for k in range(S)]
+
+
+def _joined_backward(run: LayerCall, given: Sequence[Any], kept: Sequence[Any], d: Sequence[Any],
+                     needs: Sequence[bool]) -> list[Tensor | None]:
+    """`layer_call.backward` with joined states."""
+    S = run.cell.states
+    last_grads: Sequence[Tensor | None] = part_views(d[2], S) or [None] * S
+    found, first = layer_call.backward(run, given[:5], part_views(given[5], S), kept, d[:2], last_grads, needs)
+    return [*found, None if first is None else join_states(first, len(run.reverse))]
+
+
+def _op_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
+    (*ctx.choices, _), (y, states, _, saved) = inputs[:4], output
+    ctx.save_for_backward(*inputs[4:], y, states, saved)
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
+    """Of the custom operator, which has tensors of one dimension for what is not there."""
+    (*tensors,), (cell, plan, reverse) = ctx.saved_tensors, ctx.choices  # once: hooks would unpack them once more
+    given, masks, needs = tensors[:6], tensors[6:9], ctx.needs_input_grad[4:10]
+    kept: list[Any]
+    grads: list[Any]
+    kept, grads = ([t if t is not None and t.dim() > 1 else None for t in some] for some in (tensors[9:], d[:3]))
+    with without_autocast(tensors[0].device):
+        if needs_composite(grads):
+            with torch.enable_grad():
+                alias = aliases(given)
+                outputs = composite(getattr(cells, cell), alias, masks, reverse, 1)
+            found = differentiate(outputs, grads, alias, needs)
+        elif traced(kept[0]):
+            if under_dispatch_mode():
+                flops.register()
+            found = backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *grads)
+        else:
+            found = _joined_backward(_named_run(cell, plan, reverse, tensors), given, kept, grads, needs)
+    return None, None, None, None, *(g if need else None for g, need in zip(found, needs)), None, None, None
+
+
+_GIVEN = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
+_MASKS = "Tensor? lengths, Tensor? batch_sizes, Tensor? resets"
+_KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, Tensor? dlast"
+
+
+@torch.library.custom_op("fused_rnn::forward", mutates_args=(), schema=(
+    f"(str cell, str plan, int[] reverse, int keep, {_GIVEN}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)"))
+def forward_op(cell: str, plan: str, reverse: list[int], keep: int, *tensors: Any) -> tuple[Tensor, ...]:
+    run = _named_run(cell, plan, reverse, tensors)
+    y, others, saved, last = layer_call.forward(run, tensors[:5], part_views(tensors[5], run.cell.states), keep)
+    out = y, others, join_states(last, len(reverse)), saved
+    return tuple(tensors[0].new_empty(0) if t is None else t for t in out)
+
+
+@torch.library.custom_op("fused_rnn::backward", mutates_args=(), schema=(
+    f"(str cell, str plan, int[] reverse, bool[] needs, {_GIVEN}, {_MASKS}, {_KEPT}) -> Tensor[]"))
+def backward_op(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any) -> list[Tensor]:
+    given, kept, d = tensors[:6], tensors[9:12], tensors[12:]
+    grads = _joined_backward(_named_run(cell, plan, reverse, tensors), given, kept, d, needs)
+    return [given[0].new_empty(0) if g is None else g for g in grads]
+
+
+@forward_op.register_fake
+def _(cell: str, plan: str, reverse: list[int], keep: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    others, saved, s0 = getattr(cells, cell).states - 1, getattr(cells, cell).saved, tensors[4]
+    R, width = math.prod(x.shape[:-1]), len(reverse) * s0.shape[-1]
+    return (x.new_empty(*x.shape[:-1], width), x.new_empty((others, R, width) if others and keep else 0),
+            x.new_empty(s0.shape), x.new_empty((saved, R, width) if saved and keep > 1 else 0))
+
+
+@backward_op.register_fake
+def _(cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any) -> list[Tensor]:
+    return [tensors[0].new_empty(t.shape if need else 0) for t, need in zip(tensors[:6], needs)]
+
+
+forward_op.register_autograd(_op_backward, setup_context=_op_setup)

@@ -1,0 +1,140 @@
+"""The one place that decides how a call is computed: by which backend, in which dtype, and why."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import transforms
+from .kernels.cells import Cell
+from .kernels.plan import Gpu, Plan, make_plan
+
+_FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
+_MODULES = {"host": "cpu", "device": "gpu", "onednn": "cpu.onednn", "native": "cpu.native"}
+_SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_REPORTED: set[str] = set()  # compilers that fail
+
+
+class Decision(NamedTuple):
+    """How a call is computed: by a plan, or where there is none by the composite; in a dtype; and why."""
+
+    plan: Plan | None
+    dtype: torch.dtype
+    reason: str
+
+
+def _available(library: str) -> bool:
+    """Whether it can be imported. One that is there, and cannot, is reported once."""
+    if _FOUND[library] and not torch.compiler.is_compiling():
+        try:
+            found = import_module(library)
+            if library == "cupy":
+                found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
+                found.cuda.runtime.getDeviceCount()  # raises where its CUDA does not fit the driver
+        except Exception as error:
+            _FOUND[library] = False
+            warnings.warn(f"rnn does without {library}, which is installed and fails: {error!r}", stacklevel=2)
+    return _FOUND[library]
+
+
+@lru_cache
+def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+    serves, why, half = "host", "", dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return "", dtype, "kernels need a GPU of compute capability 8.0, this one has {}.{}".format(*capability)
+        serves = "triton" if _available("triton") else "cupy" if _available("cupy") else ""
+        why = {"triton": "", "cupy": "Triton is missing", "": "neither Triton nor CuPy can be imported"}[serves]
+    elif device.type != "cpu":
+        serves, why = "", f"no kernel for {device.type}"
+    if half and serves in ("host", "cupy"):
+        return serves, torch.float32, why  # NumPy and CuPy have no bfloat16
+    if serves and not (half or dtype == torch.float32 or (dtype == torch.float64 and serves != "triton")):
+        serves, why = "", f"no kernel for {dtype} on {device.type}"
+    return serves, dtype, why
+
+
+def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+    """By what layers are computed there, "host", "triton", "cupy", or "" where only the formula is right; the dtype it
+    is done in; and a reason."""
+    return (_served.__wrapped__ if torch.compiler.is_compiling() else _served)(device, dtype)
+
+
+@lru_cache
+def module(name: str) -> Any:
+    return import_module(f".kernels.{_MODULES[name]}", __package__)
+
+
+@lru_cache
+def native_available(cell: Cell) -> bool:
+    """Whether the cell's C++ can be compiled. A compiler that fails, or that $CXX names and is not there, is reported
+    once."""
+    native = module("native")
+    command = native.compiler()
+    named = os.environ.get("CXX")
+    if command:
+        try:
+            return native.load(cell) is not None
+        except RuntimeError as error:
+            _report(command[0], f"rnn does without {command[0]}, which is installed and fails: {error}", UserWarning)
+    elif named:
+        _report(named, f"rnn does without a C++ compiler: $CXX is {named!r}, which is no program", RuntimeWarning)
+    return False
+
+
+def _report(compiler: str, text: str, kind: type[Warning]) -> None:
+    if compiler not in _REPORTED:
+        _REPORTED.add(compiler)
+        warnings.warn(text, kind, stacklevel=3)
+
+
+@lru_cache(4096)
+def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, tf32: bool,
+          onednn: bool) -> Plan:
+    gpu, serves = None, served(device, dtype)[0]
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+        gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, shared, _available("cupy"))
+    native = device.type == "cpu" and dtype == torch.float32 and native_available(cell)
+    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native, onednn)
+    return Plan("cupy") if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64) else plan
+
+
+def computing_dtype(x: Tensor, plan: Plan | None) -> tuple[str, torch.dtype, str]:
+    """What serves a call, as of `served`; in which dtype; and why."""
+    dtype = transforms.autocast_dtype(x.device.type)
+    if dtype is not None:
+        return "", dtype, "autocast"
+    return ("", x.dtype, "") if plan else served(x.device, x.dtype)
+
+
+def choose_plan(cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequence[int], whole_sequences: bool) -> Plan:
+    """For x [..., I] on a device and of a dtype that is served, of `batch` sequences, `hidden` units and a recurrence
+    for each of `reverse`. `whole_sequences`: none is padded, packed or reset, and of the states only the last are asked
+    for. float32 follows torch's own switch of TF32, as it is now."""
+    tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
+    onednn = whole_sequences and transforms.mkldnn_enabled() and x.numel() > 0
+    return _plan(cell, (batch, x.shape[-1], hidden, len(reverse)), x.dtype, x.device, tf32, onednn)
+
+
+def decide(cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequence[int], plan: Plan | None = None,
+           whole_sequences: bool = False) -> Decision:
+    """The decision for a call of `choose_plan`'s arguments; a plan that is given is followed."""
+    serves, dtype, reason = computing_dtype(x, plan)
+    if dtype != x.dtype:
+        reason = f"{x.dtype} is cast: {'autocast' if reason == 'autocast' else 'no kernel for it'}"
+        if not plan:
+            serves, dtype, more = served(x.device, dtype)
+            reason = "; ".join(filter(None, [reason, more]))
+        x = x.new_empty((), dtype=dtype).expand(x.shape)
+    if plan is None and serves:
+        plan = choose_plan(cell, x, batch, hidden, reverse, whole_sequences)
+    return Decision(plan, dtype, reason)

@@ -1,0 +1,191 @@
+"""The operator: one layer, all its directions, the whole sequence; its gradients, and what PyTorch sees of it.
+
+`recurrence` takes one of three routes. Under torch.func's transforms and forward-mode AD, and where there is no kernel
+for the device or dtype: the composite. While compiling, exporting, tracing or under a dispatch mode: custom operators,
+or ONNX's nodes. Else: an autograd.Function."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import dispatch, flops, layer_call, onnx_export
+from .autograd import apply
+from .boundary import alive
+from .checks import NAMES, as_directions, as_tensor, check_layer, check_plan, refuse_nested
+from .composite import composite, first_states
+from .custom_ops import forward_op, part_views
+from .kernels import cells
+from .kernels.cells import Cell
+from .kernels.plan import Plan
+from .kernels.states import join_states, join_weights, part_states
+from .layer_call import LayerCall
+from .transforms import (
+    active_transform,
+    autocast_dtype,
+    is_vmap,
+    traced,
+    tracing_state,
+    under_dispatch_mode,
+    vmap_rule,
+)
+
+__all__ = ["recurrence"]
+
+
+def recurrence(cell: Cell, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, s0: Tensor,
+               lengths: Tensor | Sequence[int] | None = None, batch_sizes: Tensor | None = None,
+               resets: Tensor | Sequence[Any] | None = None, reverse: Sequence[int] = (False,), keep: int = 0,
+               plan: Plan | None = None, recompute: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    """N recurrences over the same sequences, each in its own direction: one layer.
+
+    Args:
+        cell: `rnn.kernels.cells.rnn_tanh`, `rnn_relu`, `lstm`, `gru`, or one of your own.
+        x: [T, B, I], or [R, I] with `batch_sizes`. All tensors have its device and floating-point dtype.
+        w_ih, w_hh, b_ih, b_hh: [N*G*H, I], [N*G*H, H], and [N*G*H], both or neither.
+        s0: [N*S, B, H], the states before the first step, those of each recurrence together.
+        lengths: [B] integers in [0, T], on any device, or a list of them. y and states are 0 past an end; a sequence's
+            last state is that of its last step (in reverse, of its first), or s0 where it has none.
+        batch_sizes: [T] int64 on the CPU, as in torch's PackedSequence, in place of lengths.
+        resets: [T, B] bool. resets[t] is a boundary between t - 1 and t: a state that would cross it, in either
+            direction, is 0 instead; resets[0] drops s0 going forward. Past an end nothing is reset.
+        reverse: of each recurrence, whether it runs from the last step to the first.
+        keep: 1 to have `states` returned.
+        plan: how to compute it, if not as `make_plan` would.
+        recompute: keep no activations for backward but the states, and compute the others once more there.
+
+    Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the last [N*S, B, H].
+    Raises TypeError for an argument of the wrong kind, ValueError for one out of range, and RuntimeError for a shape,
+    dtype, device or length that is not as above, before anything is computed."""
+    seen = x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets
+    if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
+        whole: Any = handle_torch_function(recurrence, seen, cell, *seen, reverse, keep, plan, recompute)
+        return whole
+    if not isinstance(cell, Cell):
+        raise TypeError(f"Expected cell to be a rnn.kernels.cells.Cell, got {type(cell).__name__}")
+    tensors = dict(x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, s0=s0, batch_sizes=batch_sizes)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not (value is None and name in ("b_ih", "b_hh", "batch_sizes")):
+            raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
+    refuse_nested(tensors.items())
+    reverse = as_directions(reverse)
+    check_plan(plan)
+    if not isinstance(keep, int) or keep not in (0, 1):
+        raise ValueError(f"Expected keep to be 0 or 1, got {keep!r}")
+    if batch_sizes is not None and batch_sizes.dim() != 1:
+        raise RuntimeError(f"Expected batch_sizes of one dimension, got {list(batch_sizes.shape)}")
+    N, S = len(reverse), cell.states
+    if s0.dim() != 3 or s0.layout is not torch.strided or len(s0) != N * S:
+        raise RuntimeError(f"Expected hidden (s0) of shape [{N * S}, B, H] for the cell {cell.name} and reverse of "
+                           f"{N}, got {list(s0.shape)} and {s0.layout}")
+    masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
+    y, others, last = run_layer(cell, x, (w_ih, w_hh, b_ih, b_hh), part_views(s0, S), masks, reverse, int(keep), plan,
+                                bool(recompute))
+    return y, others, join_states(last, N)
+
+
+def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None, masks: Sequence[Any],
+              reverse: Sequence[int], keep: int = 0, plan: Plan | None = None, recompute: bool = False,
+              batch_first: bool = False) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """`recurrence` with `weights` w_ih to b_hh, of all recurrences or of one after the other, `masks` lengths to
+    resets, S states [N, B, H], each a tensor of its own coming in and going out, zeros if None; with `batch_first` x is
+    [B, T, I] and so is y."""
+    seen = x, *weights, *(states or ()), *masks
+    if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
+        whole: Any = handle_torch_function(run_layer, seen, cell, x, weights, states, masks, reverse, keep, plan,
+                                           recompute, batch_first)
+        return whole
+    serves, dtype, reason = dispatch.computing_dtype(x, plan)
+    autocast = reason == "autocast"
+    if not autocast:
+        try:
+            check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
+        except RuntimeError:
+            refuse_nested(zip(len(weights) // 4 * NAMES, weights))
+            raise
+    if autocast or dtype != x.dtype:
+        return _run_in(dtype, cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first)
+    transform = active_transform()
+    recorded = traced(x, weights[1])
+    kernels = plan is not None or bool(serves)
+    if transform or recorded or not kernels:
+        rows = x.transpose(0, 1) if batch_first else x
+        s0 = first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
+        given = rows, *join_weights(weights), s0
+        if is_vmap(transform):
+            y, others, ends = _vmap(cell, given, masks, reverse, keep, plan, recompute)
+        elif recorded and not transform:
+            y, others, ends = _record(cell, given, masks, reverse, keep, plan, recompute, kernels)
+        else:
+            y, others, ends = composite(cell, given, masks, reverse, keep)
+        return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
+    call = LayerCall(cell, plan, x, weights[1], masks, reverse, not keep and not recompute, batch_first)
+    if _train((x, *weights, *(states or ()))):
+        save = _kept(True, keep, recompute)
+        y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))
+        return y, others if keep else None, last
+    if len(weights) > 4:
+        alive(weights)
+    y, others, _, last = layer_call.forward(call, (x, *join_weights(weights)), states, keep)
+    return y, others, last
+
+
+def _run_in(dtype: torch.dtype, cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None,
+            masks: Sequence[Any], reverse: Sequence[int], keep: int, plan: Plan | None, recompute: bool,
+            batch_first: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `run_layer`, in another dtype: the results have it under autocast, else that of x."""
+    if not traced(x, weights[1]) and not active_transform():
+        alive((x, *weights, *(states or ())))
+    autocast = autocast_dtype(x.device.type) is not None
+
+    def cast(t: Any) -> Any:
+        return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+
+    with torch.autocast(x.device.type, enabled=False):
+        found = run_layer(cell, cast(x), [cast(w) for w in weights], states and [cast(s) for s in states], masks,
+                          reverse, keep, plan, recompute, batch_first)
+    y, others, last = found
+    back = y.dtype if autocast else x.dtype
+    return y.to(back), others if others is None else others.to(back), [s.to(back) for s in last]
+
+
+def _record(cell: Cell, given: tuple[Any, ...], masks: Sequence[Any], reverse: Sequence[int], keep: int,
+            plan: Plan | None, recompute: bool, kernels: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What a graph has of a layer: a node of ONNX, an operator of ours, or where there is none, the composite."""
+    exporting = torch.onnx.is_in_onnx_export()
+    if exporting and onnx_export.has_node(cell.name, masks, reverse, keep):
+        return onnx_export.recurrence(cell.name, given, masks[0], reverse)
+    if exporting or not kernels or getattr(cells, cell.name, None) is not cell:
+        return composite(cell, given, masks, reverse, keep)
+    train = _train(given) or tracing_state() is not None  # one graph, whoever traces
+    if under_dispatch_mode():
+        flops.register()
+    y, others, ends, _ = forward_op(cell.name, json.dumps(plan) if plan else "", [*map(int, reverse)],
+                                    _kept(train, keep, recompute), *given, *masks)
+    return y, others if others.dim() > 1 else None, ends
+
+
+def _vmap(cell: Cell, given: tuple[Any, ...], masks: Sequence[Any], reverse: Sequence[int], keep: int,
+          plan: Plan | None, recompute: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Recurrences side by side, each with tensors of its own."""
+    operator: Any = recurrence
+    found: Any = vmap_rule((*given, *masks), 7, lambda rows: composite(cell, rows[:6], rows[6:], reverse, keep),
+                           lambda row: operator(cell, *row, reverse, keep, plan, recompute))
+    y, others, ends = found
+    return y, others, ends
+
+
+def _train(tensors: Sequence[Any]) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _kept(train: bool, keep: int, recompute: bool) -> int:
+    """What a forward pass has to keep: `keep`, or for backward the states, or its activations too."""
+    return (1 if recompute else 2) if train else keep

@@ -1,0 +1,196 @@
+"""One call of a layer, there and back: its plan, the rows that the kernels see, and what is around them."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .boundary import ready
+from .dispatch import choose_plan, module
+from .kernels.cells import Cell, lstm
+from .kernels.plan import Plan, Rows
+from .kernels.states import join_states, part_states
+from .resets import requested_steps
+
+_AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
+_HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
+
+
+def device_context(backend: str, x: Tensor) -> AbstractContextManager[Any]:
+    """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and torch's memory."""
+    if not x.is_cuda:
+        return _QUIET() if backend in ("numpy", "torch") else _HERE
+    index = x.get_device()
+    if backend != "cupy":
+        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+    place, cuda = ExitStack(), import_module("cupy.cuda")
+
+    def memory(size: int) -> Any:
+        block = torch.empty(size, dtype=torch.uint8, device=x.device)
+        return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), size, block, index), 0)
+
+    place.enter_context(torch.cuda.device(index))
+    place.enter_context(import_module(".kernels.gpu.cuda.launch", __package__).on_stream(cuda, x.device))
+    place.enter_context(cuda.using_allocator(memory))
+    return place
+
+
+@lru_cache
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels, which then take tensors on the CPU."""
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
+class LayerCall:
+    """One call, there and back: its plan, and the rows that the kernels see. Array operations do not see those past an
+    end. With `batch_first` the caller's x and y are [B, T, ...]."""
+
+    def __init__(self, cell: Cell, plan: Plan | None, x: Tensor, w_hh: Tensor, masks: Sequence[Any],
+                 reverse: Sequence[int], alone: bool = False, batch_first: bool = False) -> None:
+        plain = masks[0] is masks[1] is masks[2] is None
+        alone = alone and plain  # whole sequences, of whose states only the last are asked for
+        lengths, batch_sizes, resets = (None, None, None) if plain else ready(masks)
+        self.cell, self.reverse, self.batch_first = cell, [*map(int, reverse)], batch_first
+        shape = x.shape
+        if batch_sizes is None:
+            T, B = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+            self.total = T * B
+        else:
+            T, B = len(batch_sizes), int(batch_sizes[0])
+            self.total = shape[0]
+        self.leading = (T, B) if batch_sizes is None else (self.total,)
+        first = B, w_hh.shape[1]
+        self.plan: Plan = plan or choose_plan(cell, x, *first, reverse, alone)
+        fits = alone and cell is lstm and x.dtype == torch.float32 and x.is_cpu
+        if plan and plan.backend == "onednn" and not fits:
+            raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
+                               "states only the last are asked for")
+        if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
+            raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
+        self.on_host = self.plan.backend not in _AROUND
+        self.index, self.order = None, None
+        self.padded = lengths is not None and self.plan.scope != "host"
+        if lengths is not None and not self.padded:
+            ends, order = lengths.cpu().sort(descending=True, stable=True)
+            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
+            runs = steps < ends
+            self.index, self.order = (steps * B + order)[runs].to(x.device), order.to(x.device)
+            batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
+            resets = resets if resets is None else resets.index_select(1, self.order)
+        if batch_sizes is None:
+            ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
+            self.rows = Rows(T, self.reverse, [B] * T, ends, None, resets, B)
+        else:
+            T, starts, ends = len(batch_sizes), batch_sizes.cumsum(0) - batch_sizes, None
+            if self.plan.scope != "host":
+                ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True)
+                ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
+            self.rows = Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
+
+        self.as_it_is = self.plan.backend == "native" and self.index is None and not batch_first
+
+    def kernel(self, name: str, *given: Any) -> Sequence[Any]:
+        """The backend's `forward` or `backward`, whose tensors are `ready`."""
+        backend = self.plan.backend
+        with device_context(backend, given[0]):
+            return getattr(module(_AROUND.get(backend, "host")), name)(self.cell, self.plan, self.rows, *given)
+
+    def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Any:
+        """The states before the first step, which are `ready`, as the backend takes them."""
+        states = None if not states else states if self.order is None else [self.sort(s) for s in states]
+        if self.on_host:
+            return states
+        N = len(self.reverse)
+        if states is None:
+            return like.new_zeros((N * self.cell.states, self.rows.sequences, like.shape[1]))
+        return join_states(states, N)
+
+    def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
+        """The gradients of the last states, likewise; None if there are none."""
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None
+        found = [None if grad is None else self.sort(grad) for grad in grads]
+        if self.on_host:
+            return found
+        return join_states([torch.zeros_like(some) if grad is None else grad for grad in found], len(self.reverse))
+
+    def last(self, states: Any) -> list[Tensor]:
+        """The last states, or the gradients of the first ones, as the caller takes them."""
+        parted = states if self.on_host else part_states(states, self.cell.states)
+        return parted if self.order is None else [self.sort(s, back=True) for s in parted]
+
+    def pick(self, t: Any) -> Any:
+        """[..., total, K] to the rows that the kernels see."""
+        return t if t is None or self.index is None else ready((t,))[0].index_select(-2, self.index)
+
+    def flat(self, t: Tensor) -> Tensor:
+        """Of the caller's layout to [R, K], the rows that the kernels see."""
+        if self.as_it_is:
+            return t
+        if self.batch_first:
+            t = t.transpose(0, 1)
+        t = t.reshape(self.total, t.shape[-1])
+        return t if self.index is None else ready((t,))[0].index_select(0, self.index)
+
+    def unflat(self, t: Tensor) -> Tensor:
+        """The inverse, in place, so that the result is no view; with 0 in the rows left out."""
+        if self.as_it_is:
+            return t
+        if self.index is not None:
+            t = self.spread(t)
+        t.resize_(*self.leading, t.shape[-1])
+        return t.transpose_(0, 1) if self.batch_first else t
+
+    def spread(self, t: Any) -> Any:
+        """The inverse of `pick`."""
+        if t is None or self.index is None:
+            return t
+        return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
+
+    def sort(self, t: Tensor, back: bool = False) -> Tensor:
+        """[K, B, H] in the kernels' order of sequences, or back from it."""
+        if self.order is None:
+            return t
+        return t.index_select(1, self.order.argsort() if back else self.order)
+
+
+def forward(run: LayerCall, given: Sequence[Any], states: Sequence[Tensor] | None,
+            keep: int) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """y, the other states, with keep = 2 the activations that `backward` needs, and the last states, from `given`, x to
+    b_hh, and the states before the first step, zeros if None."""
+    x, w_ih, w_hh, b_ih, b_hh, *first = ready((run.flat(given[0]), *given[1:], *(states or ())))
+    y, others, last, saved = run.kernel("forward", x, w_ih, w_hh, b_ih, b_hh, run.first(first, w_hh), keep)
+    return run.unflat(y), run.spread(others), run.spread(saved), run.last(last)
+
+
+def backward(run: LayerCall, given: Sequence[Any], states: Sequence[Tensor] | None, kept: Sequence[Any],
+             grads: Sequence[Tensor | None], last_grads: Sequence[Tensor | None],
+             needs: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor] | None]:
+    """The gradients of `given` and of `states`, those that are needed (six bools), from those of y and the other states
+    (`grads`) and of the last states; `kept` is y, the other states and the activations."""
+    y, others, saved = kept
+    if run.cell.saved and saved is None:
+        saved = forward(run, given, states, 2)[2]
+    dy, dothers = grads
+    if dy is not None:
+        dy = run.flat(dy)
+    saved = run.pick(saved)
+    workspace = run.plan.backend == "onednn"  # oneDNN's, in bytes
+    x, w_ih, w_hh, y, others, numbers, dy, dothers, *ends = ready(
+        (run.flat(given[0]), given[1], given[2], run.flat(y), run.pick(others), None if workspace else saved, dy,
+         run.pick(dothers), *last_grads, *(states or ())), like=given[0])
+    saved = saved if workspace else numbers
+    S = run.cell.states
+    s0, dlast = run.first(ends[S:], w_hh), run.last_grads(ends[:S])
+    if run.rows.resets is not None:
+        x, s0, y, others, saved = requested_steps(run, x, s0, y, others, saved, dy, dothers, dlast)
+    found, first = run.kernel("backward", x, w_ih, w_hh, s0, y, others, saved, dy, dothers, dlast, needs)
+    if found[0] is not None:
+        found[0] = run.unflat(found[0])
+    return found, None if first is None else run.last(first)

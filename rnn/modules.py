@@ -1,0 +1,460 @@
+"""Drop-in layers: torch.nn's parameters, checks and semantics, with the recurrence of `functional`."""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function_variadic
+
+from . import interop
+from .autograd import own_gradient
+from .boundary import alive
+from .checks import as_tensor, check_masks, check_plan, expect, refuse_nested
+from .functional import run_layer
+from .kernels import cells
+from .kernels.plan import Plan
+from .projection import first_steps
+from .single_step import single_step
+from .transforms import any_autocast, tracing_state
+
+_CELLS = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "LSTM": cells.lstm, "GRU": cells.gru}
+
+
+class _Batch(NamedTuple):
+    """What a call is given, checked: x in the layout of the caller, but with a batch; the states in the order of that
+    batch, [L*D, B, H] each, or None for zeros; resets [T, B]."""
+
+    x: Tensor
+    states: Sequence[Tensor] | None
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    resets: Tensor | None
+    order: Tensor | None
+    restore: Tensor | None
+    unbatched: bool
+
+
+def _prepare_scriptable(self: Any) -> Any:
+    """For torch.jit.script. A subclass may do something of its own."""
+    return interop.scriptable(self) if type(self).__module__ == __name__ else self
+
+
+class _Stack(nn.RNNBase):
+    """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every instance of those.)"""
+
+    # Of the class, so that torch.nn's modules have them when they become ours.
+    recompute = False
+    plan: Plan | None = None  # how to compute the layer, if not as `rnn.kernels.plan.make_plan` would
+    # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read that.
+    _given_weights: Any = None
+
+    def __init__(self, mode: str, *args: Any, plan: Plan | None = None, recompute: bool = False, **kwargs: Any) -> None:
+        if mode != "LSTM" and "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        check_plan(plan)
+        if not isinstance(recompute, int):
+            raise TypeError(f"Expected recompute to be a bool, got {type(recompute).__name__}")
+        super().__init__(mode, *args, **kwargs)
+        self.plan, self.recompute = plan, recompute
+
+    qconfig = interop.qconfig
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "plan":
+            check_plan(value)
+        super().__setattr__(name, value)
+
+    @property
+    def _flat_weights(self) -> Any:
+        """As in torch.nn: what is assigned here is used, until one of the parameters becomes another tensor."""
+        return self.__dict__["_flat_weights"]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        self.__dict__["_flat_weights"] = weights
+        self.__dict__["_given_weights"] = weights
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self.__dict__.pop("_given_weights", None)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights are used where they are."""
+
+    __prepare_scriptable__ = _prepare_scriptable
+
+    def _layers(self) -> list[list[Any]]:
+        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other; with projections of
+        both together, and w_hr too."""
+        if self._given_weights is not None:
+            self._update_flat_weights()
+        if self._given_weights is not None:
+            given = iter(self._given_weights)
+            weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
+        else:
+            own = self._parameters  # asked directly: attributes take long. What is parametrized is not in it
+            weights = [[own[name] if name in own else getattr(self, name) for name in names]
+                       for names in self._all_weights]
+        if not self.bias:
+            weights = [[*some[:2], None, None, *some[2:]] for some in weights]
+        if self.proj_size:
+            self._check_projected(weights)
+        if not self.bidirectional:
+            return weights
+        pairs = zip(weights[::2], weights[1::2])
+        if not self.proj_size:
+            return [[*one, *other] for one, other in pairs]
+        if not torch.compiler.is_compiling():
+            alive([t for some in weights for t in some])
+        return [[None if one is None else torch.cat((own_gradient(one), own_gradient(other)))
+                 for one, other in zip(*both)] for both in pairs]
+
+    def _check_projected(self, weights: Sequence[Sequence[Any]]) -> None:
+        """Raises RuntimeError for weights that cannot be put together as their products are computed."""
+        D, P, GH = 2 if self.bidirectional else 1, self.proj_size, 4 * self.hidden_size
+        first = weights[0][0]
+        for k, some in enumerate(weights):
+            inputs = D * P if k >= D else self.input_size
+            shapes = (GH, inputs), (GH, P), (GH,), (GH,), (P, self.hidden_size)
+            for name, t, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"), some, shapes):
+                if t is not None:
+                    refuse_nested([(name, t)])
+                    expect(name, t, shape, (first.dtype,), first.device)
+
+    def _initial(self, x: Tensor, states: Sequence[Any], batch_sizes: Tensor | None,
+                 order: Tensor | None) -> list[Tensor]:
+        """The states before the first step, [L*D, B, H] each, checked and in the order of the batch."""
+        expected = [self.get_expected_hidden_size(x, batch_sizes)]
+        if self.mode == "LSTM":
+            expected.append((*expected[0][:2], self.hidden_size))
+        found: list[Tensor] = []
+        for k, state in enumerate(map(_dense, states)):
+            name = "hidden" if len(expected) == 1 else f"hidden[{k}]"
+            if order is not None:
+                if state.dim() != 3 or state.shape[1] != order.shape[0]:
+                    raise RuntimeError(f"Expected {name} size {expected[k]}, got {list(state.shape)}")
+                alive([state])
+                state = state.index_select(1, order)
+            self.check_hidden_size(state, expected[k], f"Expected {name} size {{}}, got {{}}")
+            if state.dtype != x.dtype and not any_autocast():
+                raise RuntimeError(f"Input and {name} tensors are not the same dtype, found input tensor with "
+                                   f"{x.dtype} and {name} tensor with {state.dtype}")
+            if state.device != x.device:
+                raise RuntimeError(f"Input and {name} tensors are not at the same device, found input tensor at "
+                                   f"{x.device} and {name} tensor at {state.device}")
+            found.append(state)
+        return found
+
+    # No keyword-only arguments, and no default but None: the ONNX exporter that traces gives all by their positions.
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
+                return_states: bool | None = None) -> Any:
+        """Run the layers over a batch of sequences.
+
+        Args:
+            input: [T, B, I] ([B, T, I] if batch_first), [T, I] for one sequence, or a PackedSequence.
+            hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one sequence; of an LSTM
+                two, h_0 and c_0.
+            lengths: int64 or int32 [B] on any device, in any order, zeros allowed: the steps of each sequence. Its
+                output is 0 past them and its last state that of its own last step. A list, or for one sequence a
+                number, will do.
+            resets: bool [T, B] ([B, T] if batch_first, [T] for one sequence). resets[t] is a boundary between the steps
+                t - 1 and t: the state that would cross it, in either direction, is 0. resets[0] drops hx going forward.
+                A list of lists will do.
+            return_states: whether to return the states of every step as well.
+
+        Returns the output [T, B, D*H] in the layout of `input`, and the last states in that of `hx`; with
+        `return_states` also the states of all layers after every step, stacked: [L, T, B, D*H] in the layout of
+        `input`, of an LSTM two, h and c.
+        Raises ValueError and RuntimeError for what torch.nn refuses, as it does, and TypeError for an argument of the
+        wrong kind, before anything is computed."""
+        if lengths is None and resets is None and not return_states:
+            found = self._single_step(input, hx)
+            if found is not None:
+                return found
+        states = hx if type(hx) is tuple else (hx,)
+        if (has_torch_function_variadic(input, *states, lengths, resets, *self._parameters.values())
+                or tracing_state() is not None):
+            extra = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
+            found = interop.other_forward(self, input, hx, {k: v for k, v in extra.items() if v is not None})
+            if found is not None:
+                return found
+        return self._run(run_layer, input, hx, lengths, resets, return_states)
+
+    def _single_step(self, x: Any, hx: Any) -> Any:
+        """One step, where all that `_run` does would take longer than the step; None where `_run` has to look at it."""
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested or x.shape[1 if self.batch_first else 0] != 1:
+            return None
+        dropout = self.dropout and self.training and self.num_layers > 1
+        if self.bidirectional or self.proj_size or self.plan is not None or self.recompute or dropout:
+            return None
+        if self._given_weights is not None:
+            return None
+        own = self._parameters  # what is parametrized is not in it
+        weights = [own.get(name) for names in self._all_weights for name in names]
+        cell = _CELLS[self.mode]
+        return single_step(cell, x, hx, weights, self.num_layers, self.hidden_size, self.batch_first)
+
+    def _batch(self, input: Any, hx: Any, lengths: Any, resets: Any, weight: Tensor) -> _Batch:
+        """What `forward` is given, checked as torch.nn does. Messages have the shapes of the caller's layout."""
+        if not isinstance(input, (Tensor, PackedSequence)):
+            raise TypeError(f"Expected input to be a Tensor or a PackedSequence, got {type(input).__name__}")
+        states = self._states_of(hx)
+        if lengths is not None:
+            lengths = as_tensor("lengths", lengths)
+        batch_sizes = order = restore = None
+        unbatched = False
+        fit = states is None
+        if isinstance(input, PackedSequence):
+            for name, part in zip(input._fields, input):
+                if not isinstance(part, Tensor) and not (part is None and name.endswith("indices")):
+                    raise TypeError(f"Expected input, a PackedSequence, to have a Tensor as {name}, got "
+                                    f"{type(part).__name__}")
+            input, batch_sizes, order, restore = input
+            refuse_nested([("input", input)])
+            _check_packed(input, batch_sizes, order, restore)
+        else:
+            if input.is_nested:
+                refuse_nested([("input", input)])
+            unbatched = input.dim() == 2
+            if input.dim() not in (2, 3):
+                name = self.mode.partition("_")[0]
+                tensor = "D tensor" if name == "RNN" else "D"
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}{tensor} instead")
+            fit = fit or (not unbatched and self._fit(input, states))
+            if not fit and any(s.dim() != input.dim() for s in states or ()):
+                pair = self.mode == "LSTM"
+                got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors" if pair else f"{hx.dim()}-D tensor"
+                raise RuntimeError(f"For {'unbatched' if unbatched else 'batched'} {input.dim()}-D input, "
+                                   f"{'hx and cx' if pair else 'hx'} should also be {input.dim()}-D but got {got}")
+        if not fit:
+            refuse_nested(("hx", s) for s in states or ())
+        if input.layout is not torch.strided:
+            raise NotImplementedError(f"Expected input to be dense, got {input.layout}")
+        if input.dtype != weight.dtype and not any_autocast():
+            raise ValueError(f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). Convert "
+                             f"input: input.to({weight.dtype}), or convert model: model.to({input.dtype})")
+        if input.shape[-1] != self.input_size:
+            sizes = f"{self.input_size}, got {input.shape[-1]}"
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {sizes}")
+        if resets is not None:
+            resets = as_tensor("resets", resets, input.device)
+            resets = self._resets(resets, input, batch_sizes, order)
+        if unbatched:
+            input = own_gradient(input).unsqueeze(0 if self.batch_first else 1)
+            states = states and [own_gradient(_dense(s)).unsqueeze(1) for s in states]
+            lengths = lengths if lengths is None or lengths.dim() else lengths.unsqueeze(0)
+        if states is not None and not fit:
+            states = self._initial(input, states, batch_sizes, order)
+        return _Batch(input, states, lengths, batch_sizes, resets, order, restore, unbatched)
+
+    def _states_of(self, hx: Any) -> Sequence[Tensor] | None:
+        """`hx` as a sequence of tensors. Raises TypeError and RuntimeError."""
+        if hx is None:
+            return None
+        if self.mode != "LSTM":
+            if not isinstance(hx, Tensor):
+                raise TypeError(f"Expected hx to be a Tensor, got {type(hx).__name__}")
+            return (hx,)
+        if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
+            raise TypeError(f"Expected hx to be a tuple of two tensors, h_0 and c_0, got {type(hx).__name__}")
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        return hx
+
+    def _fit(self, x: Tensor, states: Any) -> bool:
+        """Whether states fit x [T, B, I], or as `batch_first` has it: the quick answer, for those that nearly always
+        do. What is wrong otherwise, `_initial` says."""
+        count = 2 * self.num_layers if self.bidirectional else self.num_layers
+        size = count, x.shape[0 if self.batch_first else 1], self.hidden_size
+        for s in states:
+            if s.is_nested or s.layout is not torch.strided or s.dtype is not x.dtype or s.device != x.device:
+                return False
+            if s.shape != size:
+                return False
+        return True
+
+    def _resets(self, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> Tensor:
+        """`resets` [T, B], in the order of the batch."""
+        unbatched = batch_sizes is None and input.dim() == 2
+        turned = self.batch_first and not unbatched
+        if batch_sizes is None:
+            expected = [*input.shape[:-1]]
+        else:
+            expected = [batch_sizes.shape[0], int(batch_sizes[0])]
+            expected = expected[::-1] if turned else expected
+        strided = resets.layout is torch.strided
+        if resets.dtype != torch.bool or not strided or resets.device != input.device or [*resets.shape] != expected:
+            names = "[T]" if unbatched else "[B, T]" if turned else "[T, B]"
+            names += "" if batch_sizes is None else " by batch_sizes"
+            raise RuntimeError(f"Expected resets of shape {expected} ({names}), torch.bool and on {input.device}, "
+                               f"got {[*resets.shape]}, {resets.dtype}, {resets.layout} and on {resets.device}")
+        if unbatched:
+            return resets.unsqueeze(1)
+        if not torch.compiler.is_compiling():
+            alive([resets])
+        resets = resets.T if turned else resets
+        return resets if order is None else resets.index_select(1, order)
+
+    def _run(self, operator: Any, input: Any, hx: Any = None, lengths: Any = None, resets: Any = None,
+             return_states: bool | None = None) -> Any:
+        """`forward` by an operator like `run_layer`."""
+        layers = self._layers()
+        batch = self._batch(input, hx, lengths, resets, layers[0][0])
+        input = batch.x  # under one name: torch.jit.trace looks for a tensor among the local variables
+        D, packed = 2 if self.bidirectional else 1, batch.batch_sizes is not None
+        # A projection adds rows of the first step to x, and has x in order of time.
+        turned = self.batch_first and not packed and bool(self.proj_size)
+        x = input.transpose(0, 1) if turned else input
+        del input
+        batch_first = self.batch_first and not packed and not turned
+        last, every, alone = [], [], len(layers) == 1
+        for i, weights in enumerate(layers):
+            if i and self.dropout:
+                x = F.dropout(x, self.dropout, self.training)
+            first = batch.states
+            if first is not None and not alone:
+                first = [s[i * D : (i + 1) * D] for s in first]
+            steps, ends = self._layer(operator, x, weights, first, batch, int(bool(return_states)), batch_first)
+            x = steps[0]
+            every.append(steps)
+            last.append(ends)
+
+        def layout(t: Tensor) -> Tensor:
+            """[..., T, B, K], or if `batch_first` [..., B, T, K], as the input was."""
+            t = t.transpose(-3, -2) if turned else t
+            return t.squeeze(-3 if self.batch_first else -2) if batch.unbatched else t
+
+        h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
+        h_n = [h.squeeze(1) for h in h_n] if batch.unbatched else h_n
+        output: Any = layout(x)
+        if batch.batch_sizes is not None:
+            output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
+        pair = self.mode == "LSTM"
+        result = output, tuple(h_n) if pair else h_n[0]
+        if not return_states:
+            return result
+        columns = [torch.stack([layout(t) for t in column]) for column in zip(*every)]
+        return *result, tuple(columns) if pair else columns[0]
+
+    def _layer(self, operator: Any, x: Tensor, weights: Sequence[Any], first: Sequence[Tensor] | None, batch: _Batch,
+               keep: int, batch_first: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The states after every step, like x but for their width, h first and with `keep` the others; and the last
+        states [D, B, H], in the caller's order of sequences. `first` is like these, zeros if None.
+
+        A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m. Only the first h is
+        of no m: it comes in as further input of the first step."""
+        cell, reverse = _CELLS[self.mode], (False, True) if self.bidirectional else (False,)
+        masks = batch.lengths, batch.batch_sizes, batch.resets
+        S, N, states = cell.states, len(reverse), first
+        if self.proj_size:
+            check_masks(x, masks, x.shape[0], x.shape[1] if batch.batch_sizes is None else None)
+            if not torch.compiler.is_compiling():
+                alive((x, *(first or ())))
+            w_ih, w_hh, b_ih, b_hh, w_hr = weights
+            down, inner = w_hr.chunk(N), w_hh.chunk(N)
+            w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
+            if first is not None:
+                first = [own_gradient(first[0]), *first[1:]]
+                x = torch.cat((own_gradient(x), first_steps(x, first[0], masks, reverse)), -1)
+                w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
+                states = [torch.zeros_like(first[1]), *first[1:]]
+            weights = w_ih, w_hh, b_ih, b_hh
+        y, others, last = operator(cell, x, weights, states, masks, reverse, keep, self.plan,
+                                   self.recompute, batch_first)
+        steps = [y]
+        if keep and others is not None:
+            shape = (S - 1, x.shape[1], x.shape[0], y.shape[-1]) if batch_first else (S - 1, *y.shape)
+            steps += [other.transpose(0, 1) if batch_first else other for other in others.view(shape).unbind(0)]
+        restore = batch.restore
+        ends = [*last] if restore is None else [end.index_select(1, restore) for end in last]
+        if self.proj_size:
+            steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
+            ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
+            if batch.lengths is not None:
+                none = (batch.lengths == 0).to(x.device)[:, None]
+                ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
+        return steps, ends
+
+
+def _dense(state: Tensor) -> Tensor:
+    if state.layout is not torch.strided:
+        raise RuntimeError(f"Expected hx to be dense, got {state.layout}")
+    return state
+
+
+def _check_packed(data: Tensor, batch_sizes: Tensor, order: Tensor | None, restore: Tensor | None) -> None:
+    """Raises RuntimeError for parts of a PackedSequence that the operator would not see, or would not name."""
+    if data.dim() != 2:
+        raise RuntimeError(f"Expected input, a PackedSequence, to have data of 2 dimensions, got {list(data.shape)}")
+    parts = ("batch_sizes", batch_sizes), ("sorted_indices", order), ("unsorted_indices", restore)
+    for name, t in parts:
+        if t is None:
+            continue
+        dtypes = (torch.int64,) if t is batch_sizes else (torch.int64, torch.int32)
+        if t.dim() != 1 or t.dtype not in dtypes or (t.is_meta and not data.is_meta):
+            raise RuntimeError(f"Expected input, a PackedSequence, to have {name} of one dimension and "
+                               f"{dtypes[0]}, got {list(t.shape)}, {t.dtype} and on {t.device}")
+    if not torch.compiler.is_compiling():
+        alive([order, restore])
+    if order is not None and restore is not None and order.shape != restore.shape:
+        raise RuntimeError("Expected input, a PackedSequence, to have as many sorted_indices as unsorted_indices, got "
+                           f"{len(order)} and {len(restore)}")
+
+
+class RNN(_Stack):
+    __doc__ = nn.RNN.__doc__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
+        self.nonlinearity = nonlinearity
+
+
+class LSTM(_Stack):
+    __doc__ = nn.LSTM.__doc__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    # Of two states: torch.nn's.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+
+
+class GRU(_Stack):
+    __doc__ = nn.GRU.__doc__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *args, **kwargs)
+
+
+# In a single step there is no loop through time to be fused: torch.nn's own, under our names.
+class RNNCell(nn.RNNCell):
+    __doc__ = nn.RNNCell.__doc__
+    qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
+    forward = interop.leaf(nn.RNNCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
+
+
+class LSTMCell(nn.LSTMCell):
+    __doc__ = nn.LSTMCell.__doc__
+    qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
+    forward = interop.leaf(nn.LSTMCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable
+
+
+class GRUCell(nn.GRUCell):
+    __doc__ = nn.GRUCell.__doc__
+    qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
+    forward = interop.leaf(nn.GRUCell.forward)
+    __prepare_scriptable__ = _prepare_scriptable

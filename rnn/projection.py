@@ -1,0 +1,26 @@
+"""proj_size of an LSTM: W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), and h = W_hr m."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
+    """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with, and else 0."""
+    (lengths, batch_sizes, resets), (N, B, P) = masks, h0.shape
+    T, b = x.shape[0] if batch_sizes is None else batch_sizes.shape[0], torch.arange(B, device=x.device)
+    t, starts = b * 0 + T - 1, torch.arange(T, device=x.device) * B
+    if lengths is not None:
+        t = (lengths.to(x.device) - 1).clamp(min=0)
+    if batch_sizes is not None:
+        sizes = batch_sizes.to(x.device)
+        t, starts = (sizes[:, None] > b).sum(0) - 1, sizes.cumsum(0) - sizes
+    columns = []
+    for h, backwards in zip(h0, reverse):
+        if resets is not None and not backwards:
+            h = torch.where(resets[0, :, None], 0, h)
+        columns.append(h.new_zeros(math.prod(x.shape[:-1]), P).index_add(0, starts[t] + b if backwards else b, h))
+    return torch.cat(columns, -1).view(*x.shape[:-1], N * P)

@@ -1,0 +1,101 @@
+"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch): what is at work around a call.
+
+Read in torch 2.10 to 2.15. A name that a later version lacks raises at import, here and nowhere else."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.vmap import unwrap_batched
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+is_batched = functorch.is_legacy_batchedtensor
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+mkldnn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+
+
+def traced(*tensors: Tensor) -> bool:
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return True
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+            or tracing_state() is not None)
+
+
+def _depth() -> int:
+    """How many transforms of functions are at work, one in another."""
+    return functorch.get_dynamic_layer_stack_depth()
+
+
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo. torch 2.10 and 2.11 have no other way to
+# compile this. Their guards see to it that the depth is the one that was compiled for.
+vars(_depth)["_dynamo_marked_constant"] = True
+
+
+def under_dispatch_mode() -> bool:
+    """Whether a dispatch mode sees what is computed now."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def active_transform() -> Any:
+    """The innermost transform of functions that is at work, if any."""
+    if forward_ad._current_level >= 0:
+        return TransformType.Jvp
+    depth = _depth()
+    return depth and (depth if torch.compiler.is_compiling() else functorch.peek_interpreter_stack().key())
+
+
+def without_autocast(device: torch.device) -> Any:
+    """What ran in one precision stays in it going backward."""
+    return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()
+
+
+def needs_composite(grads: Sequence[Any]) -> bool:
+    """Whether a backward pass has to be differentiable itself, or runs under a transform."""
+    return bool(torch.is_grad_enabled() or active_transform() or any(t is not None and is_batched(t) for t in grads))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """In which dtype autocast has layers computed on this device, if it does."""
+    if any_autocast() and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def is_vmap(transform: Any) -> bool:
+    """Whether the innermost transform is vmap, and kernels can be run for each of its examples."""
+    return bool(transform == TransformType.Vmap and not torch.compiler.is_compiling())
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """The numbers of a tensor that a transform has wrapped."""
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
+
+
+def vmap_rule(tensors: tuple[Any, ...], shared: int, composite: Callable[[Sequence[Any]], Sequence[Any]],
+              one: Callable[[Sequence[Any]], Sequence[Any]]) -> tuple[Any, ...]:
+    """Under vmap: all examples in one `composite` on the CPU, or each through its kernels by `one` on a GPU. The tensor
+    number `shared` is the same for all of them."""
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    V, level = interpreter.batch_size(), interpreter.level()
+    plain, dims = unwrap_batched(tensors, level)
+    with interpreter.lower():
+        rows: Any = [t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)]
+        rows = [t if d is None else t.movedim(d, 0) for t, d in zip(rows, dims)]
+        rows[shared] = plain[shared]
+        if plain[0].is_cuda:
+            examples = zip(*([t] * V if t is None or t is plain[shared] else t for t in rows))
+            each = zip(*(one(example) for example in examples))
+            found: Any = [None if column[0] is None else torch.stack(column) for column in each]
+        else:
+            found = composite(rows)
+    return tuple(t if t is None else functorch._add_batch_dim(t, 0, level) for t in found)
