@@ -1,5 +1,6 @@
-"""Writes the tables of docs/performance.md, the picture docs/speed.svg and its caption in README.md, from the newest
-results under bench/results/, of each device and suite.
+"""Writes the tables of docs/performance.md, docs/speed.svg and its caption in README.md.
+
+They come from the newest results under bench/results/, of each device and suite.
 
 `--check` writes nothing and fails if one of them is out of date."""
 
@@ -113,25 +114,33 @@ def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
 
 
 def bars(rows: list[Row]) -> list[tuple[str, list[list[float]]]]:
-    """For each form and cell a label and the ratios of all cases, forward and, where there are some, in training."""
+    """For each form and cell a label and the ratios of all its cases: forward, and in training."""
     found = []
     for form in ("padded", "packed", "streaming"):
         for cell, name in CELLS.items():
             group = [row for row in rows if row["form"] == form and row["cell"] == cell]
             if not group:
                 continue
-            ratios = [[value for row in group if (value := ratio(row, kind)) is not None] for kind in KINDS]
             label = name if form == "padded" else f"{name}, {form}"
-            found.append((label, [values for values in ratios if values]))
+            kinds = []
+            for kind in KINDS:
+                values = [value for row in group if (value := ratio(row, kind)) is not None]
+                if values:
+                    kinds.append(values)
+            found.append((label, kinds))
     return found
 
 
 def picture(results: Results) -> str:
-    """An SVG on a logarithmic axis: a bar goes from 1 to the geometric mean, a line from the least to the most."""
-    left, width, height, top = 130, 720, 14, 58
+    """An SVG on a logarithmic axis: bars go from 1 to the geometric mean, lines over all ratios."""
+    left = 130
+    top = 58
+    width = 720
+    height = 14  # of a bar
     groups = bars(results["rows"])
     most = max(value for _, kinds in groups for values in kinds for value in values)
-    low, high = 0.5, 2.0 ** math.ceil(math.log2(most))
+    low = 0.5
+    high = 2.0 ** math.ceil(math.log2(most))
 
     def place(value: float) -> float:
         share = math.log(max(value, low) / low) / math.log(high / low)
@@ -146,10 +155,13 @@ def picture(results: Results) -> str:
             mean = geometric_mean(values)
             start, end = sorted((place(1), place(mean)))
             center = y + height / 2
+            reach = f"M{place(min(values)):.1f} {center - 1:.0f}H{place(max(values)):.1f}"
             shapes += [
-                f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="{height - 2}" fill="{color}"/>',
-                f'<path d="M{place(min(values)):.1f} {center - 1:.0f}H{place(max(values)):.1f}" stroke="#333"/>',
-                f'<text x="{place(1) - 4:.1f}" y="{center + 3:.0f}" text-anchor="end">{number(mean)}</text>',
+                f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="{height - 2}" '
+                f'fill="{color}"/>',
+                f'<path d="{reach}" stroke="#333"/>',
+                f'<text x="{place(1) - 4:.1f}" y="{center + 3:.0f}" text-anchor="end">'
+                f'{number(mean)}</text>',
             ]
             y += height
         y += 8
@@ -177,9 +189,9 @@ def caption(found: dict[tuple[str, str], Results]) -> list[str]:
     core = found.get(("cpu", "core"))
     if core is None:
         return ["Nothing has been measured yet."]
-    versions = core["versions"]
+    what = core["device"], "float32", f"torch {core['versions']['torch']}", core["date"][:10]
     lines = ["![Geometric means of torch.nn's time divided by ours](docs/speed.svg)", "",
-             f"{core['device']}, float32, torch {versions['torch']}, {core['date'][:10]}, commit {core['commit']};",
+             f"{', '.join(what)}, commit {core['commit']};",
              "bars are geometric means, lines go from the least favourable shape to the most."]
     if ("cuda", "core") not in found:
         lines.append("**No GPU has been measured yet.**")
@@ -215,13 +227,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    stale = {path: text for path, text in outputs().items() if not path.exists() or path.read_text() != text}
-    for path, text in stale.items():
+    stale = False
+    for path, text in outputs().items():
+        if path.exists() and path.read_text() == text:
+            continue
+        stale = True
         if options.check:
             print(f"{path.relative_to(ROOT)} is out of date: run python bench/report.py")
         else:
             path.write_text(text)
-    return int(options.check and bool(stale))
+    return int(options.check and stale)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def test_picture(bench: Any) -> None:
     rows = [made_row(bench, 1e-3, seconds, 500, cell=cell)
             for cell, seconds in (("tanh", 4e-3), ("tanh", 1e-3), ("lstm", 0.5e-3))]
     text = bench.report.picture(json.loads(made_results("cpu", "2031-02-03", rows)))
-    assert {"RNN", "LSTM", "2.00", "6.00", "0.50"} <= {element.text for element in ElementTree.fromstring(text)}
+    words = {element.text for element in ElementTree.fromstring(text)}
+    assert {"RNN", "LSTM", "2.00", "6.00", "0.50"} <= words
 
 
 def made_results(kind: str, date: str, rows: list[dict[str, Any]], **more: Any) -> str:

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rnn
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 GENERATED = re.compile(r"<!-- These figures.*?<!-- Here they end. -->", re.S)
 CODE = re.compile(r"```.*?```", re.S)
@@ -29,7 +33,9 @@ def exists(name: str) -> bool:
     if "/" in name and (ROOT / name).exists():
         return True
     folders = ("kernels", "rnn", "tests", "bench", "examples", "docs")
-    paths = [ROOT / name, *(path for folder in folders for path in (ROOT / folder).rglob(Path(name).name))]
+    paths = [ROOT / name]
+    for folder in folders:
+        paths += (ROOT / folder).rglob(Path(name).name)
     return any(path.exists() and path.as_posix().endswith(f"/{name}") for path in paths)
 
 
@@ -53,7 +59,8 @@ def test_names_of_files(page: Path) -> None:
 
 def test_where_things_are() -> None:
     """What CONTRIBUTING.md says to be in a file is there."""
-    found = re.findall(r"((?:`\w+`(?: and |, )?)+) in `([\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.findall(r"((?:`\w+`(?: and |, )?)+) in `([\w/.]+)`", text)
     assert len(found) > 8
     for names, path in found:
         text = (ROOT / path).read_text() if (ROOT / path).exists() else ""
@@ -76,9 +83,13 @@ def test_readme_is_short() -> None:
 def test_code(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The blocks of a page, one after the other."""
     scope: dict[str, Any] = {"__name__": "documentation"}
+    switches: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    before = [switch.fp32_precision for switch in switches]
     try:
         for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
             exec(compile(code, page.name, "exec"), scope)
     finally:
         while rnn.convert._depth:
             rnn.unpatch()
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
