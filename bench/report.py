@@ -1,9 +1,12 @@
-"""Writes the figures of README.md from the newest results under bench/results/, of each device and suite.
+"""Writes the tables of docs/performance.md, docs/speed.svg and its caption in README.md.
 
-`--check` writes nothing and fails if README.md has others."""
+They come from the newest results under bench/results/, of each device and suite.
+
+`--check` writes nothing and fails if one of them is out of date."""
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- These figures are written by bench/report.py. -->", "<!-- Here they end. -->"
 CELLS = {"tanh": "RNN", "relu": "RNN, relu", "lstm": "LSTM", "gru": "GRU"}
 KINDS = ("forward", "training")
+COLORS = ("#1f77b4", "#e6750a")
 MIB = 2**20
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -109,26 +113,130 @@ def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
             *summary({suite: results["rows"] for (device, suite), results in sorted(found.items()) if device == kind})]
 
 
-def render(readme: str, folder: Path) -> str:
-    """The text with the figures of the results in the folder between its marks."""
-    found = newest(folder)
-    before, rest = readme.split(BEGIN)
+def bars(rows: list[Row]) -> list[tuple[str, list[list[float]]]]:
+    """For each form and cell a label and the ratios of all its cases: forward, and in training."""
+    found = []
+    for form in ("padded", "packed", "streaming"):
+        for cell, name in CELLS.items():
+            group = [row for row in rows if row["form"] == form and row["cell"] == cell]
+            if not group:
+                continue
+            label = name if form == "padded" else f"{name}, {form}"
+            kinds = []
+            for kind in KINDS:
+                values = [value for row in group if (value := ratio(row, kind)) is not None]
+                if values:
+                    kinds.append(values)
+            found.append((label, kinds))
+    return found
+
+
+def picture(results: Results) -> str:
+    """An SVG on a logarithmic axis: bars go from 1 to the geometric mean, lines over all ratios."""
+    left = 130
+    top = 58
+    width = 720
+    height = 14  # of a bar
+    groups = bars(results["rows"])
+    most = max(value for _, kinds in groups for values in kinds for value in values)
+    low = 0.5
+    high = 2.0 ** math.ceil(math.log2(most))
+
+    def place(value: float) -> float:
+        share = math.log(max(value, low) / low) / math.log(high / low)
+        return left + share * (width - left - 20)
+
+    shapes = []
+    y = top
+    for label, kinds in groups:
+        middle = y + height * len(kinds) / 2 + 4
+        shapes.append(f'<text x="{left - 8}" y="{middle:.0f}" text-anchor="end">{label}</text>')
+        for color, values in zip(COLORS, kinds):
+            mean = geometric_mean(values)
+            start, end = sorted((place(1), place(mean)))
+            center = y + height / 2
+            reach = f"M{place(min(values)):.1f} {center - 1:.0f}H{place(max(values)):.1f}"
+            shapes += [
+                f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="{height - 2}" '
+                f'fill="{color}"/>',
+                f'<path d="{reach}" stroke="#333"/>',
+                f'<text x="{place(1) - 4:.1f}" y="{center + 3:.0f}" text-anchor="end">'
+                f'{number(mean)}</text>',
+            ]
+            y += height
+        y += 8
+    ticks = []
+    value = low
+    while value <= high:
+        style = 'stroke="#333"' if value == 1 else 'stroke="#ddd"'
+        x = f"{place(value):.1f}"
+        ticks += [f'<path d="M{x} {top - 6}V{y}" {style}/>',
+                  f'<text x="{x}" y="{y + 14}" text-anchor="middle">{value:g}</text>']
+        value *= 2
+    legend = [f'<rect x="{left + 150 * k}" y="30" width="10" height="10" fill="{color}"/>'
+              f'<text x="{left + 15 + 150 * k}" y="39">{kind}</text>'
+              for k, (color, kind) in enumerate(zip(COLORS, KINDS))]
+    title = f"torch.nn's time divided by ours ({results['device']}; suite core)"
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 24}" '
+            f'font-family="sans-serif" font-size="11">')
+    return "\n".join([head, f'<rect width="{width}" height="{y + 24}" fill="#fff"/>',
+                      f'<text x="{left}" y="18" font-size="13">{title}</text>',
+                      *legend, *ticks, *shapes, "</svg>", ""])
+
+
+def caption(found: dict[tuple[str, str], Results]) -> list[str]:
+    """What the picture shows, and of what nothing is known."""
+    core = found.get(("cpu", "core"))
+    if core is None:
+        return ["Nothing has been measured yet."]
+    what = core["device"], "float32", f"torch {core['versions']['torch']}", core["date"][:10]
+    lines = ["![Geometric means of torch.nn's time divided by ours](docs/speed.svg)", "",
+             f"{', '.join(what)}, commit {core['commit']};",
+             "bars are geometric means, lines go from the least favourable shape to the most."]
+    if ("cuda", "core") not in found:
+        lines.append("**No GPU has been measured yet.**")
+    return lines
+
+
+def between_marks(text: str, lines: list[str]) -> str:
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return "\n".join([before + BEGIN, "", *section(found, "cpu"), "", *section(found, "cuda"), "", END + after])
+    return "\n".join([before + BEGIN, "", *lines, "", END + after])
+
+
+def render(text: str, folder: Path) -> str:
+    """The text with the tables of the results in the folder between its marks."""
+    found = newest(folder)
+    return between_marks(text, [*section(found, "cpu"), "", *section(found, "cuda")])
+
+
+def outputs() -> dict[Path, str]:
+    """All that this script writes."""
+    folder = ROOT / "bench/results"
+    found = newest(folder)
+    readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
+    texts = {readme: between_marks(readme.read_text(), caption(found)),
+             performance: render(performance.read_text(), folder)}
+    core = found.get(("cpu", "core"))
+    if core is not None:
+        texts[ROOT / "docs/speed.svg"] = picture(core)
+    return texts
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = render(old, ROOT / "bench/results")
-    if options.check:
-        print("README.md has the newest figures" if new == old else "README.md is stale: run python bench/report.py")
-        return int(new != old)
-    path.write_text(new)
-    return 0
+    stale = False
+    for path, text in outputs().items():
+        if path.exists() and path.read_text() == text:
+            continue
+        stale = True
+        if options.check:
+            print(f"{path.relative_to(ROOT)} is out of date: run python bench/report.py")
+        else:
+            path.write_text(text)
+    return int(options.check and stale)
 
 
 if __name__ == "__main__":

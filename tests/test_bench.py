@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it writes, and that the README has it."""
+"""The benchmark: what it counts, what it writes, and that the documentation has it."""
 
 import contextlib
 import importlib
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -44,9 +45,19 @@ def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def test_readme_is_what_report_writes(bench: Any) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert bench.report.render(readme, ROOT / "bench/results") == readme, "run python bench/report.py"
+def test_documentation_is_what_report_writes(bench: Any) -> None:
+    outputs = bench.report.outputs()
+    assert {path.name for path in outputs} == {"README.md", "performance.md", "speed.svg"}
+    for path, text in outputs.items():
+        assert path.read_text() == text, "run python bench/report.py"
+
+
+def test_picture(bench: Any) -> None:
+    rows = [made_row(bench, 1e-3, seconds, 500, cell=cell)
+            for cell, seconds in (("tanh", 4e-3), ("tanh", 1e-3), ("lstm", 0.5e-3))]
+    text = bench.report.picture(json.loads(made_results("cpu", "2031-02-03", rows)))
+    words = {element.text for element in ElementTree.fromstring(text)}
+    assert {"RNN", "LSTM", "2.00", "6.00", "0.50"} <= words
 
 
 def made_results(kind: str, date: str, rows: list[dict[str, Any]], **more: Any) -> str:

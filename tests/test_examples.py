@@ -50,9 +50,9 @@ def test_bad_text(content: bytes | None, text: str, tmp_path: Path) -> None:
     assert not done.stdout
 
 
-def test_cell_of_the_readme() -> None:
+def test_cell_of_the_documentation() -> None:
     """It runs, and its adjoint is right: against the formula's gradients, which autograd finds."""
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[-1]
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/kernels.md").read_text(), re.S)[0]
     scope: dict[str, Any] = {}
     exec(code, scope)
     given: Any = [torch.randn(n, dtype=torch.float64, requires_grad=True)
