@@ -95,32 +95,44 @@ class LayerCall:
         if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
             raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
-        self.index = None
-        self.order = None
+        self.index: Tensor | None = None
+        self.order: Tensor | None = None
         self.padded = lengths is not None and self.plan.scope != "host"
         if lengths is not None and not self.padded:
-            ends, order = lengths.cpu().sort(descending=True, stable=True)
-            steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
-            runs = steps < ends
-            self.index = (steps * B + order)[runs].to(x.device)
-            self.order = order.to(x.device)
-            batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
-            resets = resets if resets is None else resets.index_select(1, self.order)
+            batch_sizes, resets = self._leave_out_padding(lengths, resets, (T, B), x.device)
         if batch_sizes is None:
             ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
             self.rows = Rows(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
-            T = len(batch_sizes)
-            starts = batch_sizes.cumsum(0) - batch_sizes
-            ends = None
-            if self.plan.scope != "host":
-                ends = T - torch.searchsorted(
-                    batch_sizes.flip(0), torch.arange(B, device="cpu"), right=True
-                )
-                ends, starts = (t.to(x.device, non_blocking=True) for t in (ends, starts))
-            self.rows = Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
-
+            self.rows = self._packed_rows(batch_sizes, resets, B, x.device)
         self.as_it_is = self.plan.backend == "native" and self.index is None and not batch_first
+
+    def _leave_out_padding(
+        self, lengths: Tensor, resets: Tensor | None, size: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sequences in the order of their lengths, and the rows of their steps: as if packed.
+        Returns the sizes of the batch at each step, and the resets in that order."""
+        T, B = size
+        ends, order = lengths.cpu().sort(descending=True, stable=True)
+        steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
+        runs = steps < ends
+        self.index = (steps * B + order)[runs].to(device)
+        self.order = order.to(device)
+        batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
+        return batch_sizes, None if resets is None else resets.index_select(1, self.order)
+
+    def _packed_rows(
+        self, batch_sizes: Tensor, resets: Tensor | None, B: int, device: torch.device
+    ) -> Rows:
+        T = len(batch_sizes)
+        starts = batch_sizes.cumsum(0) - batch_sizes
+        ends = None
+        if self.plan.scope != "host":
+            sequences = torch.arange(B, device="cpu")
+            ends = T - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
+            ends = ends.to(device, non_blocking=True)
+            starts = starts.to(device, non_blocking=True)
+        return Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
 
     def kernel(self, name: str, *given: Any) -> Sequence[Any]:
         """The backend's `forward` or `backward`, whose tensors are `ready`."""

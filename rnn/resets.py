@@ -1,10 +1,13 @@
 """Steps from which, up to the next reset, no gradient is asked for: what they hold must not reach a
 gradient."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .kernels.plan import Rows
 
 
 def requested_steps(
@@ -26,55 +29,31 @@ def requested_steps(
     # A GPU would have to be waited for
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):
         return x, s0, y, others, saved
-    rows = run.rows
     N = len(run.reverse)
-    device = x.device
-    T = rows.steps
-    B = rows.sequences
-    R = sum(rows.sizes)
-    H = y.shape[-1] // N
-    sizes = torch.tensor(rows.sizes, device=device)
-    starts = sizes.cumsum(0) - sizes
-    time = torch.arange(T, device=device)[:, None]
-    sequence = torch.arange(B, device=device)
-    row_time = torch.repeat_interleave(time[:, 0], sizes, output_size=R)
-    row_sequence = torch.arange(R, device=device) - starts[row_time]
-    runs = sequence < sizes[:, None]  # [T, B]
-    if rows.lengths is not None:
-        runs = runs & (time < rows.lengths)
-    ends = runs.sum(0) - 1
-    # Which steps a gradient comes into from outside, [T, B, N].
-    given = torch.zeros(R, N, dtype=torch.bool, device=device)
+    T, B, R, H = run.rows.steps, run.rows.sequences, sum(run.rows.sizes), y.shape[-1] // N
+    place = _place(run.rows, x.device)
+    # Which rows a gradient comes into from outside, [R, N].
+    given = torch.zeros(R, N, dtype=torch.bool, device=x.device)
     for grad in (dy, *(() if dothers is None else dothers)):
         if grad is not None:
             given |= (grad.view(R, N, H) != 0).any(-1)
-    asks = given[((starts[:, None] + sequence) * runs).clamp(max=max(R - 1, 0))] & runs[..., None]
-    for grad in (
-        () if dlast is None else dlast if run.on_host else dlast.view(N, -1, B, H).unbind(1)
-    ):
+    row = ((place.starts[:, None] + place.sequence) * place.runs).clamp(max=max(R - 1, 0))
+    asks = given[row] & place.runs[..., None]  # [T, B, N]
+    if dlast is not None and not run.on_host:
+        dlast = dlast.view(N, -1, B, H).unbind(1)
+    for grad in dlast or ():
         if grad is not None:
             last = (grad != 0).any(-1)  # [N, B]
             for n, back in enumerate(run.reverse):
-                asks[..., n] |= (time == (0 if back else ends)) & last[n] & runs
-    # A step is asked for if one that comes after it, in the order of the recurrence, and before a
-    # reset, is.
-    asked = torch.empty_like(asks)
-    for n, back in enumerate(run.reverse):
-        if back:
-            nearest = torch.where(asks[..., n], time, -1).cummax(0).values
-            asked[..., n] = nearest >= torch.where(rows.resets, time, 0).cummax(0).values
-        else:
-            nearest = torch.where(asks[..., n], time, T).flip(0).cummin(0).values.flip(0)
-            boundary = torch.where(rows.resets, time, T).flip(0).cummin(0).values.flip(0)
-            asked[:-1, :, n] = nearest[:-1] < boundary[1:]
-            asked[-1, :, n] = nearest[-1] < T
-    of_row = asked[row_time, row_sequence]  # [R, N]
-    first = torch.stack(
-        [
-            asked[ends.clamp(min=0), sequence, n] if back else asked[0, :, n]
-            for n, back in enumerate(run.reverse)
-        ]
-    )  # [N, B]
+                end = 0 if back else place.ends
+                asks[..., n] |= (place.time == end) & last[n] & place.runs
+    asked = _reached(asks, run.rows.resets, run.reverse, place.time, T)
+    of_row = asked[place.row_time, place.row_sequence]  # [R, N]
+    begins = [
+        asked[place.ends.clamp(min=0), place.sequence, n] if back else asked[0, :, n]
+        for n, back in enumerate(run.reverse)
+    ]
+    first = torch.stack(begins)  # [N, B]
     x = torch.where(of_row.any(1).view(*x.shape[:-1], 1), x, 0)
     y = torch.where(of_row[..., None], y.view(R, N, H), 0).view(y.shape)
     if run.on_host and s0 is not None:
@@ -88,3 +67,47 @@ def requested_steps(
     elif saved is not None:
         saved = torch.where(of_row[..., None], saved.view(-1, R, N, H), 0).view(saved.shape)
     return x, s0, y, others, saved
+
+
+class _Place(NamedTuple):
+    """Where steps are: `time` [T, 1], `sequence` [B], `starts` [T] the first row of each step,
+    `runs` [T, B], `ends` [B] the last step of each sequence, and of every row its step and its
+    sequence."""
+
+    time: Tensor
+    sequence: Tensor
+    starts: Tensor
+    runs: Tensor
+    ends: Tensor
+    row_time: Tensor
+    row_sequence: Tensor
+
+
+def _place(rows: Rows, device: torch.device) -> _Place:
+    sizes = torch.tensor(rows.sizes, device=device)
+    starts = sizes.cumsum(0) - sizes
+    R = sum(rows.sizes)
+    time = torch.arange(rows.steps, device=device)[:, None]
+    sequence = torch.arange(rows.sequences, device=device)
+    row_time = torch.repeat_interleave(time[:, 0], sizes, output_size=R)
+    row_sequence = torch.arange(R, device=device) - starts[row_time]
+    runs = sequence < sizes[:, None]
+    if rows.lengths is not None:
+        runs = runs & (time < rows.lengths)
+    return _Place(time, sequence, starts, runs, runs.sum(0) - 1, row_time, row_sequence)
+
+
+def _reached(asks: Tensor, resets: Tensor, reverse: Sequence[int], time: Tensor, T: int) -> Tensor:
+    """Which steps a gradient reaches [T, B, N]: a step is, if one is asked for that comes after it,
+    in the order of the recurrence, and before a reset."""
+    reached = torch.empty_like(asks)
+    for n, back in enumerate(reverse):
+        if back:
+            nearest = torch.where(asks[..., n], time, -1).cummax(0).values
+            reached[..., n] = nearest >= torch.where(resets, time, 0).cummax(0).values
+        else:
+            nearest = torch.where(asks[..., n], time, T).flip(0).cummin(0).values.flip(0)
+            boundary = torch.where(resets, time, T).flip(0).cummin(0).values.flip(0)
+            reached[:-1, :, n] = nearest[:-1] < boundary[1:]
+            reached[-1, :, n] = nearest[-1] < T
+    return reached

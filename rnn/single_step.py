@@ -8,7 +8,7 @@ be differentiated again come from the differentiable formula."""
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,45 @@ def _call(function: Any, before: list[int], sizes: Sizes, after: list[int]) -> N
         function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 
+class _Pointers(NamedTuple):
+    """The addresses of tensors, the contiguous copies that some of these are of, and whether a
+    gradient is wanted."""
+
+    addresses: list[int]
+    copies: list[Tensor]
+    train: bool
+
+
+def _pointers(
+    given: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> _Pointers | None:
+    """None where a tensor is not a plain one of that shape and dtype on the CPU, with all of its
+    memory. May raise RuntimeError for one that has none."""
+    addresses = []
+    copies = []
+    grad = torch.is_grad_enabled()
+    train = False
+    for t, size in zip(given, shapes):
+        # A parametrized weight is None.
+        if type(t) not in _PLAIN or t.dtype is not dtype or t.size() != size:
+            return None
+        if t.is_neg() or not t.is_cpu:
+            return None
+        if grad and t.requires_grad:
+            train = True
+        if not t.is_contiguous():
+            t = ready([t])[0]
+            copies.append(t)
+        offset = t.storage_offset()
+        address = t.data_ptr()
+        if t.untyped_storage().nbytes() < t.nbytes + t.itemsize * offset:
+            return None
+        if (offset or not address) and t._is_zerotensor():
+            return None
+        addresses.append(address)
+    return _Pointers(addresses, copies, train)
+
+
 def single_step(
     cell: Cell,
     x: Tensor,
@@ -87,33 +126,14 @@ def single_step(
     elif type(hx) not in (tuple, list) or len(hx) != count:
         return None
     dtype = x.dtype
-    itemsize = x.itemsize
     parameters = len(weights) // layers
     given = [x, *states, *weights]
-    copies = []
-    addresses = []
-    grad = torch.is_grad_enabled()
-    train = False
+    shapes = _shapes(cell, shape, batch, hidden, layers, parameters)
     try:
-        for t, size in zip(given, _shapes(cell, shape, batch, hidden, layers, parameters)):
-            # A parametrized weight is None
-            if type(t) not in _PLAIN or t.dtype is not dtype or t.size() != size:
-                return None
-            if t.is_neg() or not t.is_cpu:
-                return None
-            if grad and t.requires_grad:
-                train = True
-            if not t.is_contiguous():
-                t = ready([t])[0]
-                copies.append(t)
-            offset = t.storage_offset()
-            address = t.data_ptr()
-            if t.untyped_storage().nbytes() < t.nbytes + itemsize * offset:
-                return None
-            if (offset or not address) and t._is_zerotensor():
-                return None
-            addresses.append(address)
+        pointers = _pointers(given, shapes, dtype)
     except RuntimeError:  # a sparse tensor, or another that has no memory
+        return None
+    if pointers is None:
         return None
     if dtype is not torch.float32 or not dispatch.native_available(cell):
         if dtype is not torch.float32 and dtype is not torch.float64:
@@ -126,10 +146,10 @@ def single_step(
         return y, tuple(last) if count > 1 else last[0]
     large = batch * cell.gates * hidden * (hidden + shape[2]) > STEP_PRODUCT
     sizes = batch, shape[2], hidden, layers, parameters, native.threads() if large else 1
-    if train:
-        y, *last = _apply(cell, sizes, addresses, *given)
+    if pointers.train:
+        y, *last = _apply(cell, sizes, pointers.addresses, *given)
     else:
-        y, last, _ = _forward(cell, sizes, addresses, x, False)
+        y, last, _ = _forward(cell, sizes, pointers.addresses, x, False)
     return y, tuple(last) if count > 1 else last[0]
 
 
