@@ -89,17 +89,9 @@ def recurrence(
     reverse = check_operator(cell, tensors, reverse, keep, plan)
     N = len(reverse)
     masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
-    y, others, last = run_layer(
-        cell,
-        x,
-        (w_ih, w_hh, b_ih, b_hh),
-        part_views(s0, cell.states),
-        masks,
-        reverse,
-        int(keep),
-        plan,
-        bool(recompute),
-    )
+    weights = w_ih, w_hh, b_ih, b_hh
+    options = reverse, int(keep), plan, bool(recompute)
+    y, others, last = run_layer(cell, x, weights, part_views(s0, cell.states), masks, *options)
     return y, others, join_states(last, N)
 
 
@@ -120,20 +112,9 @@ def run_layer(
     zeros if None; with `batch_first` x is [B, T, I] and so is y."""
     seen = x, *weights, *(states or ()), *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        whole: Any = handle_torch_function(
-            run_layer,
-            seen,
-            cell,
-            x,
-            weights,
-            states,
-            masks,
-            reverse,
-            keep,
-            plan,
-            recompute,
-            batch_first,
-        )
+        options = reverse, keep, plan, recompute, batch_first
+        given = cell, x, weights, states, masks, *options
+        whole: Any = handle_torch_function(run_layer, seen, *given)
         return whole
     serves, dtype, reason = dispatch.computing_dtype(x, plan)
     autocast = reason == "autocast"
@@ -153,13 +134,13 @@ def run_layer(
     if transform or recorded or not kernels:
         rows = x.transpose(0, 1) if batch_first else x
         s0 = first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
-        given = rows, *join_weights(weights), s0
+        joined = rows, *join_weights(weights), s0
         if is_vmap(transform):
-            y, others, ends = _vmap(cell, given, masks, reverse, keep, plan, recompute)
+            y, others, ends = _vmap(cell, joined, masks, reverse, keep, plan, recompute)
         elif recorded and not transform:
-            y, others, ends = _record(cell, given, masks, reverse, keep, plan, recompute, kernels)
+            y, others, ends = _record(cell, joined, masks, reverse, keep, plan, recompute, kernels)
         else:
-            y, others, ends = composite(cell, given, masks, reverse, keep)
+            y, others, ends = composite(cell, joined, masks, reverse, keep)
         return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
     call = LayerCall(
         cell, plan, x, weights[1], masks, reverse, not keep and not recompute, batch_first
