@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import trace_call
 from matrix import ENVIRONMENTS, index_alone
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,8 @@ def test_import_is_light() -> None:
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.autograd", "rnn.batch", "rnn.boundary", "rnn.checks", "rnn.composite", "rnn.convert", "rnn.custom_ops",
+        "rnn", "rnn.autograd", "rnn.batch", "rnn.boundary", "rnn.checks", "rnn.composite",
+        "rnn.convert", "rnn.custom_ops",
         "rnn.dispatch", "rnn.explain", "rnn.flops", "rnn.functional", "rnn.interop", "rnn.layer_call", "rnn.modules",
         "rnn.onnx_export", "rnn.projection", "rnn.resets", "rnn.single_step", "rnn.transforms", "rnn.kernels",
         "rnn.kernels.build_cache", "rnn.kernels.cells",
@@ -173,3 +175,10 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     assert python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport torch, rnn, rnn.kernels.cells\n"
                   "rnn.RNN(3, 4)(torch.randn(5, 2, 3)); print(rnn.__file__)", "-I", path=tmp_path
                   ).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_way_in(grad: bool) -> None:
+    """A call goes through few files, and comes back to none that it has left."""
+    way = trace_call.lstm_call(grad).way_in
+    assert not way or (len(way) <= 7 and len({*way}) == len(way)), way
