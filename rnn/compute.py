@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.cells import Cell, lstm
+from .kernels import cells
+from .kernels.cells import Cell
 from .kernels.plan import Gpu, Plan, Rows, make_plan
 from .kernels.states import join_states, part_states
 
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}  # once: it searches the disk
-_AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}  # what is around a backend, if not host
-_MODULES = {"host": "cpu", "device": "gpu", "onednn": "cpu.onednn", "native": "cpu.native"}
+_AROUND = {"triton": "device", "cuda": "device"}  # what is around a backend, if not host
+_MODULES = {"host": "cpu", "device": "gpu", "native": "cpu.native"}
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_OPERATORS: dict[Cell, Any] = {cells.rnn_tanh: torch.rnn_tanh, cells.rnn_relu: torch.rnn_relu,
+                               cells.lstm: torch.lstm, cells.gru: torch.gru}
 _REPORTED: set[str] = set()  # compilers that fail
 _HERE, _QUIET = nullcontext(), partial(np.errstate, all="ignore")  # a NaN goes its way quietly, as in torch
 
@@ -95,31 +98,59 @@ def _report(compiler: str, text: str, kind: type[Warning]) -> None:
 
 
 @lru_cache(4096)
-def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, tf32: bool,
-          onednn: bool) -> Plan:
+def _plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device,
+          tf32: bool) -> Plan:
     gpu, serves = None, served(device, dtype)[0]
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
         gpu = Gpu(10 * found.major + found.minor, found.multi_processor_count, shared, _usable("cupy"))
     native = device.type == "cpu" and dtype == torch.float32 and compiles(cell)
-    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native, onednn)
+    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native)
     return Plan("cupy") if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64) else plan
 
 
-def choose(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plain: bool = False) -> Plan:
-    """The plan of a call, where it is served, if it is `plain` or not: of whole sequences, of whose states only the
-    last are asked for; `first` is (B, H). float32 follows torch's own switch, as it is now."""
+def choose(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int]) -> Plan:
+    """The plan of a call, where it is served; `first` is (B, H). float32 follows torch's own switch, as it is now."""
     tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
     (B, H), I = first, x.shape[-1]
-    return _plan(cell, (B, I, H, len(reverse)), x.dtype, x.device, tf32,
-                 plain and torch._C._get_mkldnn_enabled() and x.numel() > 0)
+    return _plan(cell, (B, I, H, len(reverse)), x.dtype, x.device, tf32)
+
+
+def torch_operator(cell: Cell, x: Tensor, masks: Sequence[Any], reverse: Sequence[int], keep: int, plan: Plan | None,
+                   recompute: bool) -> Any:
+    """torch's own operator for a call on the CPU, where C++ cannot do it and that can: a layer of torch.nn's, on whole
+    sequences, of whose states only the last are asked for; None elsewhere."""
+    if not x.is_cpu or (x.dtype is torch.float32 and compiles(cell)) or cell not in _OPERATORS:
+        return None
+    if plan or keep or recompute or [*reverse] not in ([False], [False, True]):
+        return None
+    if x.dtype not in (torch.float32, torch.float64) or not masks[0] is masks[1] is masks[2] is None:
+        return None
+    return _OPERATORS[cell]
+
+
+def by_torch(operator: Any, cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor] | None, N: int,
+             batch_first: bool) -> tuple[Tensor, None, list[Tensor]]:
+    """As `ops.run_layer`, by torch's operator, which has gradients of its own."""
+    if len(weights) < 4 * N:
+        columns = [[None] * N if t is None else t.chunk(N) for t in weights]
+        weights = [part for own in zip(*columns) for part in own]
+    if not states:
+        B = x.shape[0] if batch_first else x.shape[1]
+        states = [x.new_zeros((N, B, weights[1].shape[1]))] * cell.states
+    x, *given = ready((x, *states, *weights))
+    first = given[: cell.states]
+    parameters = [t for t in given[cell.states :] if t is not None]
+    y, *last = operator(x, first if cell.states > 1 else first[0], parameters, len(parameters) == 4 * N, 1, 0.0,
+                        torch.is_grad_enabled(), N > 1, batch_first)
+    return y, None, last
 
 
 def _place(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and torch's memory."""
     if not x.is_cuda:
-        return _QUIET() if backend in ("numpy", "torch") else _HERE
+        return _QUIET() if backend == "numpy" else _HERE
     index = x.get_device()
     if backend != "cupy":
         return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
@@ -199,9 +230,8 @@ class Run:
     end. With `batch_first` the caller's x and y are [B, T, ...]."""
 
     def __init__(self, cell: Cell, plan: Plan | None, x: Tensor, w_hh: Tensor, masks: Sequence[Any],
-                 reverse: Sequence[int], alone: bool = False, batch_first: bool = False) -> None:
+                 reverse: Sequence[int], batch_first: bool = False) -> None:
         plain = masks[0] is masks[1] is masks[2] is None
-        alone = alone and plain  # whole sequences, of whose states only the last are asked for
         lengths, batch_sizes, resets = (None, None, None) if plain else ready(masks)
         self.cell, self.reverse, self.batch_first = cell, [*map(int, reverse)], batch_first
         shape = x.shape
@@ -213,11 +243,7 @@ class Run:
             self.total = shape[0]
         self.leading = (T, B) if batch_sizes is None else (self.total,)
         first = B, w_hh.shape[1]
-        self.plan: Plan = plan or choose(cell, x, first, reverse, alone)
-        fits = alone and cell is lstm and x.dtype == torch.float32 and x.is_cpu
-        if plan and plan.backend == "onednn" and not fits:
-            raise RuntimeError('The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of whose '
-                               "states only the last are asked for")
+        self.plan: Plan = plan or choose(cell, x, first, reverse)
         if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
             raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
@@ -329,11 +355,9 @@ def backward(run: Run, given: Sequence[Any], states: Sequence[Tensor] | None, ke
     if dy is not None:
         dy = run.flat(dy)
     saved = run.pick(saved)
-    workspace = run.plan.backend == "onednn"  # oneDNN's, in bytes
-    x, w_ih, w_hh, y, others, numbers, dy, dothers, *ends = ready(
-        (run.flat(given[0]), given[1], given[2], run.flat(y), run.pick(others), None if workspace else saved, dy,
-         run.pick(dothers), *last_grads, *(states or ())), like=given[0])
-    saved = saved if workspace else numbers
+    x, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(
+        (run.flat(given[0]), given[1], given[2], run.flat(y), run.pick(others), saved, dy, run.pick(dothers),
+         *last_grads, *(states or ())), like=given[0])
     S = run.cell.states
     s0, dlast = run.first(ends[S:], w_hh), run.last_grads(ends[:S])
     if run.rows.resets is not None:

@@ -8,18 +8,17 @@ from torch import Tensor
 
 from . import compute, ops
 from .kernels.cells import Cell
-from .kernels.plan import NUMPY_PRODUCT, Plan
+from .kernels.plan import Plan
 from .layers import _Stack
 
 _WORDS = {"numpy": "NumPy, step by step", "cupy": "CuPy, step by step",
-          "torch": "NumPy and torch's products, step by step", "native": "C++, compiled for this machine",
-          "onednn": "torch's own LSTM", "block": "each block keeps all of W_hh",
+          "native": "C++, compiled for this machine", "block": "each block keeps all of W_hh",
           "cluster": "the blocks of a cluster keep a slice of W_hh each",
           "grid": "all blocks keep a slice of W_hh each", "launch": "one launch a step, which reads W_hh"}
 
 
 def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int], plan: Plan | None,
-           plain: bool) -> str:
+           masks: Sequence[Any], keep: int, recompute: bool) -> str:
     (serves, dtype, why), (B, H), G, whys = ops.settle(x, plan), first, cell.gates, ["plan="] if plan else []
     if dtype != x.dtype:
         whys.append(f"{x.dtype} is cast: {'autocast' if why == 'autocast' else 'no kernel for it'}")
@@ -28,13 +27,18 @@ def _words(cell: Cell, x: Tensor, first: tuple[int, int], reverse: Sequence[int]
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
     if not plan and not serves:
         return f"{start}the formula in torch operations, slow ({'; '.join([*whys, why])})"
-    found = plan or compute.choose(cell, x, first, reverse, plain)
+    if serves == "host":
+        compiler = compute.compiles(cell)
+        why = f"there is {'a' if compiler else 'no'} C++ compiler"
+        if compiler and dtype != torch.float32:
+            why = "C++ is for float32"
+    operator = compute.torch_operator(cell, x, masks, reverse, keep, plan, recompute)
+    if operator is not None:
+        return f"{start}torch's own operator, {operator.__name__} ({'; '.join([*whys, why])})"
+    found = plan or compute.choose(cell, x, first, reverse)
+    if found.backend == "numpy" and not plan:
+        why += "; torch's own operators are for whole sequences alone, of whose states only the last are asked for"
     if found.scope == "host":
-        if serves == "host":
-            why = f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
-            compiles, other = compute.compiles(cell), f"C++ is for float32; {why}"
-            why = f"there is no C++ compiler; {why}" if not compiles else other if dtype != torch.float32 else (
-                "there is a C++ compiler")
         return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [*whys, why]))})"
     switch = f"torch.backends.cudnn.rnn.fp32_precision is {compute._SWITCH.fp32_precision!r}"
     whys += [switch] if dtype == torch.float32 and not plan else []
@@ -58,10 +62,9 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     def operator(cell: Cell, x: Tensor, weights: Sequence[Any], states: Any, masks: Sequence[Any],
                  reverse: Sequence[int], keep: int, plan: Plan | None, recompute: bool, batch_first: bool) -> Any:
         ops._check(cell, x, weights, states, masks, len(reverse), batch_first)
-        plain = all(mask is None for mask in masks) and not keep and not recompute
         B = x.shape[0 if batch_first else 1] if masks[1] is None else int(masks[1][0])
         H, width = weights[1].shape[1], len(reverse) * weights[1].shape[1]
-        lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
+        lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, masks, keep, recompute)}")
         y = x.new_zeros(()).expand(*x.shape[:-1], width)
         others = y.reshape(1, -1, width) if keep and cell.states > 1 else None
         return y, others, [x.new_zeros(()).expand(len(reverse), B, H) for _ in range(cell.states)]

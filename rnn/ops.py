@@ -492,7 +492,10 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
                                              _kept(train, keep, recompute), *given, *masks)
             others = others if others.dim() > 1 else None
         return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
-    run = compute.Run(cell, plan, x, weights[1], masks, reverse, not keep and not recompute, batch_first)
+    operator = compute.torch_operator(cell, x, masks, reverse, keep, plan, recompute)
+    if operator is not None:
+        return compute.by_torch(operator, cell, x, weights, states, len(reverse), batch_first)
+    run = compute.Run(cell, plan, x, weights[1], masks, reverse, batch_first)
     if _train((x, *weights, *(states or ()))):
         y, others, _, *last = _apply(run, _kept(True, keep, recompute), len(weights), *masks, x, *weights,
                                      *(states or ()))

@@ -15,11 +15,10 @@ ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
           ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
-          ["kernels.cpu.workspace", "kernels.cpu.program", "kernels.states", "kernels.cpu.build",
+          ["kernels.cpu.workspace", "kernels.reference", "kernels.states", "kernels.cpu.build",
            "kernels.gpu.triton_kernels.kernels"],
           ["kernels.cpu"],
-          ["kernels.cpu.arrays", "kernels.cpu.native", "kernels.cpu.onednn", "kernels.gpu.triton_kernels.launch",
-           "kernels.gpu.cuda.launch"],
+          ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
           ["kernels.gpu"], ["compute"], ["onnx", "flops"], ["ops"], ["interop", "single_step"], ["layers"],
           ["convert", "explain"]]
 
