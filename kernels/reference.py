@@ -1,9 +1,9 @@
-"""The recurrence in plain NumPy, forward and backward, one step after another: what a newcomer reads first, and what
+"""The recurrence in plain NumPy, forward and backward, step after step: to be read first, and what
 the other backends can be compared with. CuPy's arrays take the same way.
 
-Rows are those of `plan.Rows`: step t has the sizes[t] rows that follow those of step t - 1, one for each sequence that
-still runs, the longest sequences first. A sequence keeps its state past its end. Tensors are contiguous, of one
-floating-point dtype and device, and are read and written in place."""
+Rows are those of `plan.Rows`: step t has the sizes[t] rows that follow those of step t - 1, one for
+each sequence that still runs, the longest first. A sequence keeps its state past its end. Tensors
+are contiguous, of one floating-point dtype and device."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -22,150 +22,178 @@ _TYPES = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.b
 
 
 class Step(NamedTuple):
-    """One step of one recurrence."""
+    """One step of one recurrence. Some of its sequences ran in the step before it, in the order of
+    the recurrence, whose rows are `before`; the others begin with it, from s0."""
 
-    size: int  # sequences that run in it
-    rows: slice  # their rows
-    # The rows of the step before it, in the order of the recurrence, of those that ran then; the others come from s0.
+    size: int
+    rows: slice
     before: slice
-    reset: Array | None  # [size, 1] whose state is 0 when it comes in
+    reset: Array | None  # [size, 1], whose state is 0 when it comes in
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, first: Sequence[Tensor] | None, y: Tensor, others: Tensor | None,
-            saved: Tensor | None, last: Sequence[Tensor]) -> None:
-    """Writes y [R, N*H], S states `last` [N, B, H], and where they are given the other states [S-1, R, N*H] and the
-    activations [A, R, N*H]; the rest as in `cpu.forward`."""
+def forward(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    first: Sequence[Tensor] | None,
+    y: Tensor,
+    others: Tensor | None,
+    saved: Tensor | None,
+    last: Sequence[Tensor],
+) -> None:
+    """Writes y [R, N*H], S states `last` [N, B, H], and where they are given the other states
+    `others` [S-1, R, N*H] and the activations `saved` [A, R, N*H]. x to `first` as in `cpu`."""
     xp = _library(plan)
     function = _on_arrays(cell.forward, xp)
-    G = cell.gates
-    H = w_hh.shape[1]
+    G, S, H = cell.gates, cell.states, w_hh.shape[1]
     x, w_ih, w_hh, b_ih, b_hh, y = _arrays(xp, x, w_ih, w_hh, b_ih, b_hh, y)
-    kept = [y, *_each(xp, others)]
-    activations = _each(xp, saved)
-    s0 = _arrays(xp, *(first or [None] * cell.states))
+    states = [y, *_split(xp, others)]
+    activations = _split(xp, saved)
     zeros = xp.zeros((rows.sequences, H), x.dtype)
+    s0 = _arrays(xp, *(first or [None] * S))
     for n in range(len(rows.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
-        w_t = xp.ascontiguousarray(w_hh[gates].T)
-        x_n = x @ w_ih[gates].T  # pre-activations of all steps
+        w_t = xp.ascontiguousarray(w_hh[gates].T)  # faster products than of the view
+        x_all = x @ w_ih[gates].T
         r_bias = None
         if b_ih is not None:
-            x_n += b_ih[gates]
+            x_all += b_ih[gates]
             if cell.split:
                 r_bias = b_hh[gates]
             else:  # x and r meet only as x + r
-                x_n += b_hh[gates]
-        x_n = _by_gates(x_n, G)  # [G, R, H]
-        s = _states(s0, n, zeros)
+                x_all += b_hh[gates]
+        x_all = _by_gates(x_all, G)
+        s = _of(n, s0, zeros)
         for step in _steps(xp, rows, n):
-            s_prev = _drop(xp, step, [state[: step.size] for state in s])
+            s_prev = _cut(xp, step, [state[: step.size] for state in s])
             r = s_prev[0] @ w_t
             if r_bias is not None:
                 r += r_bias
-            s_next, a = function(x_n[:, step.rows], _by_gates(r, G), s_prev)
-            for to, value in zip((*kept, *activations), (*s_next[: len(kept)], *a)):
+            s_next, a = function(x_all[:, step.rows], _by_gates(r, G), s_prev)
+            for to, value in zip(states, s_next):
+                to[step.rows, units] = value
+            for to, value in zip(activations, a):
                 to[step.rows, units] = value
             s = _with_ended(xp, s_next, s)
         for to, value in zip(_arrays(xp, *last), s):
             to[n] = value
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: Sequence[Tensor] | None,
-             y: Tensor, others: Tensor | None, saved: Tensor | None, dy: Tensor | None, dothers: Tensor | None,
-             dlast: Sequence[Tensor | None] | None, dfirst: Sequence[Tensor] | None,
-             grads: Sequence[Tensor | None]) -> None:
-    """The adjoint of `forward`. Writes `dfirst`, the gradients of the first states, and `grads`, those of x, w_ih, w_hh,
-    b_ih and b_hh, where they are not None; with more than one recurrence adds to that of x."""
+def backward(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    first: Sequence[Tensor] | None,
+    y: Tensor,
+    others: Tensor | None,
+    saved: Tensor | None,
+    dy: Tensor | None,
+    dothers: Tensor | None,
+    dlast: Sequence[Tensor | None] | None,
+    dfirst: Sequence[Tensor] | None,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """The adjoint of `forward`. Writes `dfirst`, the gradients of the first states, and `grads`,
+    those of x, w_ih, w_hh, b_ih and b_hh, where they are not None; with more than one recurrence it
+    adds to that of x."""
     xp = _library(plan)
     function = _on_arrays(cell.backward, xp)
-    G = cell.gates
-    H = w_hh.shape[1]
+    G, S, H = cell.gates, cell.states, w_hh.shape[1]
     x, w_ih, w_hh, y, dy = _arrays(xp, x, w_ih, w_hh, y, dy)
-    dx_sum, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *grads)
-    kept = [y, *_each(xp, others)]
-    activations = _each(xp, saved)
-    s0 = _arrays(xp, *(first or [None] * cell.states))
-    ds_last = _arrays(xp, *(dlast or [None] * cell.states))
+    dx, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *grads)
+    states = [y, *_split(xp, others)]
+    activations = _split(xp, saved)
+    d_states = [dy, *_split(xp, dothers)]
     zeros = xp.zeros((rows.sequences, H), x.dtype)
-    dkept = [dy, *(_each(xp, dothers) or [None] * (cell.states - 1))]
+    s0 = _arrays(xp, *(first or [None] * S))
+    ds_last = _arrays(xp, *(dlast or [None] * S))
     for n in range(len(rows.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
         w = w_hh[gates]
-        s_first = _states(s0, n, zeros)
-        ds = _states(ds_last, n, zeros)  # of the states after a step
-        h_prev = xp.empty((len(x), H), x.dtype)
-        dx = xp.empty((len(x), G * H), x.dtype)
-        dr = xp.empty_like(dx) if cell.split else dx
+        starts = _of(n, s0, zeros)
+        ds = _of(n, ds_last, zeros)
+        h_all = xp.empty((len(x), H), x.dtype)  # the h that came into each step
+        dx_all = xp.empty((len(x), G * H), x.dtype)  # gradients of the pre-activations
+        dr_all = xp.empty_like(dx_all) if cell.split else dx_all
         for step in reversed(_steps(xp, rows, n)):
-            s_prev = _drop(xp, step, _came_in(xp, step, [state[step.before, units] for state in kept], s_first))
-            s_next = [state[step.rows, units] for state in kept]
+            came = [state[step.before, units] for state in states]
+            s_prev = _cut(xp, step, _with_begun(xp, step, came, starts))
+            s_next = [state[step.rows, units] for state in states]
             a = [activation[step.rows, units] for activation in activations]
             ds_next = [d[: step.size] for d in ds]
-            for k, given in enumerate(dkept):
-                if given is not None:
-                    ds_next[k] = ds_next[k] + given[step.rows, units]
+            for k, d in enumerate(d_states):
+                if d is not None:
+                    ds_next[k] = ds_next[k] + d[step.rows, units]
             dx_step, dr_step, ds_prev = function(a, s_prev, s_next, ds_next)
-            h_prev[step.rows] = s_prev[0]
-            for to, value in zip(_by_gates(dx[step.rows], G), dx_step):
+            h_all[step.rows] = s_prev[0]
+            for to, value in zip(_by_gates(dx_all[step.rows], G), dx_step):
                 to[...] = value
             if cell.split:
-                for to, value in zip(_by_gates(dr[step.rows], G), dr_step):
+                for to, value in zip(_by_gates(dr_all[step.rows], G), dr_step):
                     to[...] = value
-            dh_prev = ds_prev[0] + dr[step.rows] @ w
-            ds = _with_ended(xp, _drop(xp, step, [dh_prev, *ds_prev[1:]]), ds)
+            dh_prev = ds_prev[0] + dr_all[step.rows] @ w
+            ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]]), ds)
         for to, value in zip(_arrays(xp, *(dfirst or ())), ds):
             to[n] = value
-        if dx_sum is not None and len(rows.reverse) > 1:
-            dx_sum += dx @ w_ih[gates]
-        elif dx_sum is not None:
-            dx_sum[...] = dx @ w_ih
+        if dx is not None and len(rows.reverse) == 1:
+            dx[...] = dx_all @ w_ih
+        elif dx is not None:
+            dx += dx_all @ w_ih[gates]
         if dw_ih is not None:
-            dw_ih[gates] = dx.T @ x
+            dw_ih[gates] = dx_all.T @ x
         if dw_hh is not None:
-            dw_hh[gates] = dr.T @ h_prev
+            dw_hh[gates] = dr_all.T @ h_all
         if db_ih is not None:
-            db_ih[gates] = dx.sum(0)
+            db_ih[gates] = dx_all.sum(0, dtype="f8")  # or many rows would lose digits
         if db_hh is not None:
-            db_hh[gates] = dr.sum(0)
+            db_hh[gates] = dr_all.sum(0, dtype="f8")
 
 
 def _steps(xp: Any, rows: Rows, n: int) -> list[Step]:
     """Those of recurrence n, in its order."""
-    T = rows.steps
+    T, sizes = rows.steps, rows.sizes
     back = bool(rows.reverse[n])
-    starts = [*accumulate(rows.sizes, initial=0)]
-    drops = [] if rows.resets is None else rows.resets.any(1).tolist()
+    starts = [*accumulate(sizes, initial=0)]
+    some = [] if rows.resets is None else rows.resets.any(1).tolist()
     (resets,) = _arrays(xp, rows.resets)
     steps = []
     for t in reversed(range(T)) if back else range(T):
-        size = rows.sizes[t]
         t_before = t + 1 if back else t - 1
-        ran = min(size, rows.sizes[t_before]) if 0 <= t_before < T else 0
+        ran = min(sizes[t], sizes[t_before]) if 0 <= t_before < T else 0
         before = slice(starts[t_before], starts[t_before] + ran) if ran else slice(0, 0)
         boundary = t + back  # resets[t] is between t - 1 and t
         reset = None
-        if drops and boundary < T and drops[boundary]:
-            reset = xp.zeros((size, 1), bool)
-            running = min(size, rows.sizes[boundary])  # past an end nothing is reset
+        if some and boundary < T and some[boundary]:
+            running = min(sizes[t], sizes[boundary])  # past an end nothing is reset
+            reset = xp.zeros((sizes[t], 1), bool)
             reset[:running, 0] = resets[boundary, :running]
-        steps.append(Step(size, slice(starts[t], starts[t + 1]), before, reset))
+        steps.append(Step(sizes[t], slice(starts[t], starts[t + 1]), before, reset))
     return steps
 
 
-def _came_in(xp: Any, step: Step, ran: Sequence[Array], s0: Sequence[Array]) -> Sequence[Array]:
-    """The states before a step, of those that ran before it and, from s0, of those that did not."""
-    count = len(ran[0])
-    if count == step.size:
-        return ran
-    return [xp.concatenate((state, start[count : step.size])) for state, start in zip(ran, s0)]
-
-
-def _drop(xp: Any, step: Step, states: Sequence[Array]) -> Sequence[Array]:
-    """The states, or their gradients, on the other side of the reset that a step begins with."""
+def _cut(xp: Any, step: Step, states: Sequence[Array]) -> Sequence[Array]:
+    """States that come into a step, or their gradients, cut at the resets."""
     return states if step.reset is None else [xp.where(step.reset, 0, state) for state in states]
+
+
+def _with_begun(
+    xp: Any, step: Step, came: Sequence[Array], starts: Sequence[Array]
+) -> Sequence[Array]:
+    """What came from the step before, and the first states of the sequences that begin now."""
+    ran = len(came[0])
+    if ran == step.size:
+        return came
+    return [xp.concatenate((s, start[ran : step.size])) for s, start in zip(came, starts)]
 
 
 def _with_ended(xp: Any, running: Sequence[Array], every: Sequence[Array]) -> Sequence[Array]:
@@ -176,9 +204,9 @@ def _with_ended(xp: Any, running: Sequence[Array], every: Sequence[Array]) -> Se
     return [xp.concatenate((new, old[size:])) for new, old in zip(running, every)]
 
 
-def _states(given: Sequence[Any], n: int, zeros: Array) -> list[Array]:
-    """Of recurrence n, S states or their gradients [B, H], from [N, B, H]; zeros where they are None."""
-    return [zeros if state is None else state[n] for state in given]
+def _of(n: int, states: Sequence[Array | None], zeros: Array) -> Sequence[Array]:
+    """Of recurrence n, states or their gradients [B, H], from [N, B, H]; zeros for None."""
+    return [zeros if state is None else state[n] for state in states]
 
 
 def _by_gates(array: Array, G: int) -> Array:
@@ -189,20 +217,29 @@ def _by_gates(array: Array, G: int) -> Array:
 @lru_cache
 def _on_arrays(function: Callable[..., Any], xp: Any) -> Callable[..., Any]:
     """A cell's forward or backward, on arrays of that library."""
-    return bind(function, tanh=xp.tanh, sigmoid=lambda x: xp.tanh(x * 0.5) * 0.5 + 0.5, zeros_like=xp.zeros_like,
-                relu=lambda x: xp.maximum(x, 0), relu_grad=lambda d, y: xp.where(y <= 0, 0, d))
+    return bind(
+        function,
+        tanh=xp.tanh,
+        sigmoid=lambda v: xp.tanh(v * 0.5) * 0.5 + 0.5,  # no overflow, and faster than by exp
+        relu=lambda v: xp.maximum(v, 0),
+        relu_grad=lambda d, y: xp.where(y <= 0, 0, d),
+        zeros_like=xp.zeros_like,
+    )
 
 
 class _Borrowed:
-    """A tensor as an array library takes it. (`Tensor.numpy` would forbid its storage to be resized, as FSDP has to.)"""
+    """A tensor as NumPy (the first method) and CuPy (the others) take it, to be read and written.
+
+    `Tensor.numpy` would forbid the tensor's storage to be resized, as FSDP has to."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor  # lives as long as the array
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        t = self.tensor
-        return dict(version=3, shape=tuple(t.shape), typestr=f"={_TYPES[t.dtype]}", data=(t.data_ptr(), False))
+        shape = tuple(self.tensor.shape)
+        kind = f"={_TYPES[self.tensor.dtype]}"
+        return dict(version=3, shape=shape, typestr=kind, data=(self.tensor.data_ptr(), False))
 
     def __dlpack__(self, **_: Any) -> Any:
         return torch._C._to_dlpack(self.tensor)
@@ -212,28 +249,30 @@ class _Borrowed:
 
 
 def _library(plan: Plan) -> Any:
-    return import_module(plan.backend)
-
-
-def _arrays(xp: Any, *tensors: Tensor | None) -> list[Any]:
-    """The same memory as arrays; None stays. Raises RuntimeError for a tensor that the library cannot have."""
-    return [None if t is None else _array(xp, t) for t in tensors]
-
-
-def _each(xp: Any, stacked: Tensor | None) -> list[Array]:
-    """The arrays of the first dimension of a tensor, none of None."""
-    return [] if stacked is None else [*_array(xp, stacked)]
+    return import_module("cupy" if plan.backend == "cupy" else "numpy")
 
 
 def _array(xp: Any, t: Tensor) -> Array:
-    on_gpu = xp.__name__ == "cupy"
-    try:
-        if on_gpu:
+    """The tensor's memory. Raises RuntimeError where the library cannot have it."""
+    refused = f'The plan "{xp.__name__}" cannot take a tensor of {t.dtype} on {t.device}'
+    if xp.__name__ == "cupy":
+        try:
             return xp.from_dlpack(_Borrowed(t))
-        if t.is_cpu and not t.numel():  # NumPy 2.0 does not take a null pointer
-            return xp.zeros(tuple(t.shape), _TYPES[t.dtype])
-        if t.is_cpu:
-            return xp.asarray(_Borrowed(t))
-    except (TypeError, KeyError) as error:
-        raise RuntimeError(f'The plan "{xp.__name__}" cannot take a tensor of {t.dtype} on {t.device}') from error
-    raise RuntimeError(f'The plan "{xp.__name__}" is for tensors on the CPU, got {t.device}')
+        except TypeError as error:
+            raise RuntimeError(refused) from error
+    if not t.is_cpu or t.dtype not in _TYPES:
+        raise RuntimeError(refused)
+    if not t.numel():  # NumPy 2.0 does not take a null pointer
+        return xp.zeros(tuple(t.shape), _TYPES[t.dtype])
+    if not t.data_ptr():
+        raise RuntimeError("Expected a tensor whose data is allocated")
+    return xp.asarray(_Borrowed(t))
+
+
+def _arrays(xp: Any, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else _array(xp, t) for t in tensors]
+
+
+def _split(xp: Any, stacked: Tensor | None) -> list[Array]:
+    """By the first dimension; none of None."""
+    return [] if stacked is None else [*_array(xp, stacked)]
