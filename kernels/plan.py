@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from .cells import Cell, lstm
+from .cells import Cell
 
 # Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time loop, whatever the
 # options: by gates (more than 4: none), then by bytes per element (8 is tf32x3, which splits float32 in two). (Four
@@ -23,20 +23,15 @@ GRID_ROW_BYTES = 768  # of a row of W_hh, all gates: what a program of the grid 
 # Microseconds of a step but for its arithmetic, predicted: what blocks tell each other takes that long.
 STEP_MICROSECONDS = dict(block=0.15, cluster=0.45, grid=0.9, launch=3.0)
 FLOPS_PER_MICROSECOND = dict(ieee=4e8, tf32=2e8, tf32x3=6e7)  # of a large product, likewise
-# Multiplications up to which NumPy's BLAS stays on one thread. Past that torch's is faster, and two thread pools would
-# be in each other's way.
-NUMPY_PRODUCT = 2**18
 # Numbers of the pre-activations of a window of time on the CPU, what the caches hold; but not fewer rows than these,
 # for which W is read once more.
 WINDOW, WINDOW_ROWS = 2**18, 1024
-# Multiplications, and sides of W, from which oneDNN's product is faster than MKL's: in a step, and once a window.
-ONEDNN_STEP, ONEDNN_WINDOW = (2**22, 256), (2**24, 128)
 STEP_PRODUCT = 2**18  # multiplications up to which a single step in C++ stays on one thread
 
 
 # The backends of a plan, and the scopes that each has.
-BACKENDS = dict(numpy=("host",), torch=("host",), cupy=("host",), native=("host",), onednn=("host",),
-                triton=("block", "grid", "launch"), cuda=("block", "cluster", "grid"))
+BACKENDS = dict(numpy=("host",), cupy=("host",), native=("host",), triton=("block", "grid", "launch"),
+                cuda=("block", "cluster", "grid"))
 
 
 class Gpu(NamedTuple):
@@ -50,11 +45,11 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one layer is computed. `backend` is "numpy", "torch" (NumPy, but for the products), "cupy", "native" (C++ on
-    the CPU), "onednn" (torch's own LSTM), "triton" or "cuda": the rest is for the last two. A block's tile is `units`
-    hidden units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or "tf32x3", which is as
-    good as float32. In Triton products are over `depth` units at a time, and `fused` has W_ih x_t + b computed in the
-    step; in CUDA C++ so many `blocks` share the units of a sequence."""
+    """How one layer is computed. `backend` is "numpy" or "cupy" (the reference), "native" (C++ on the CPU), "triton" or
+    "cuda": the rest is for the last two. A block's tile is `units` hidden units of every gate by `sequences`.
+    `precision` is that of float32 products: "tf32", or "tf32x3", which is as good as float32. In Triton products are
+    over `depth` units at a time, and `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share
+    the units of a sequence."""
 
     backend: str
     scope: str = "host"
@@ -156,18 +151,13 @@ def power_of_2(n: int, at_least: int) -> int:
 
 
 def make_plan(cell: Cell, sizes: tuple[int, int, int, int], dtype: str, gpu: Gpu | None, tf32: bool = False,
-              native: bool = False, onednn: bool = False) -> Plan:
+              native: bool = False) -> Plan:
     """The plan for `sizes` (B, I, H, N) in `dtype` ("float32"...), on the CPU where there is no `gpu` (of capability
-    80 or more); `tf32` allows that precision for float32; `native` and `onednn` say that
-    C++ can be compiled, and that torch's own LSTM can do it."""
+    80 or more); `tf32` allows that precision for float32; `native` says that C++ can be compiled."""
     B, I, H, N = sizes
     G, units = cell.gates, power_of_2(H, 16)
-    if gpu is None and native and dtype == "float32":
-        return Plan("native")
-    if gpu is None and onednn and dtype == "float32" and cell is lstm:
-        return Plan("onednn")
     if gpu is None:
-        return Plan("numpy" if B * G * H * H <= NUMPY_PRODUCT else "torch")
+        return Plan("native" if native and dtype == "float32" else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
     if gpu.cuda:

@@ -12,21 +12,29 @@ import torch
 from torch import Tensor
 
 from . import transforms
+from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Gpu, Plan, make_plan
 
 # Once: it searches the disk
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}
-_MODULES = {"host": "cpu", "device": "gpu", "onednn": "cpu.onednn", "native": "cpu.native"}
+_MODULES = {"host": "cpu", "device": "gpu", "native": "cpu.native"}
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
+_OPERATORS: dict[Cell, Any] = {
+    cells.rnn_tanh: torch.rnn_tanh,
+    cells.rnn_relu: torch.rnn_relu,
+    cells.lstm: torch.lstm,
+    cells.gru: torch.gru,
+}
 _REPORTED: set[str] = set()  # compilers that fail
 
 
 class Decision(NamedTuple):
-    """How a call is computed: by a plan, or where there is none by the composite; in a dtype; and
-    why."""
+    """How a call is computed: by torch's own operator, if there is one, or by a plan, or else by
+    the composite; in a dtype; and why."""
 
     plan: Plan | None
+    operator: Any
     dtype: torch.dtype
     reason: str
 
@@ -130,7 +138,6 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
     tf32: bool,
-    onednn: bool,
 ) -> Plan:
     gpu = None
     serves = served(device, dtype)[0]
@@ -141,7 +148,7 @@ def _plan(
             10 * found.major + found.minor, found.multi_processor_count, shared, _available("cupy")
         )
     native = device.type == "cpu" and dtype == torch.float32 and native_available(cell)
-    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native, onednn)
+    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native)
     return (
         Plan("cupy")
         if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64)
@@ -157,16 +164,28 @@ def computing_dtype(x: Tensor, plan: Plan | None) -> tuple[str, torch.dtype, str
     return ("", x.dtype, "") if plan else served(x.device, x.dtype)
 
 
-def choose_plan(
-    cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequence[int], whole_sequences: bool
-) -> Plan:
+def choose_plan(cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequence[int]) -> Plan:
     """For x [..., I] on a device and of a dtype that is served, of `batch` sequences, `hidden`
-    units and a recurrence for each of `reverse`. `whole_sequences`: none is padded, packed or
-    reset, and of the states only the last are asked for. float32 follows torch's own switch of
-    TF32, as it is now."""
+    units and a recurrence for each of `reverse`. float32 follows torch's own switch of TF32, as it
+    is now."""
     tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
-    onednn = whole_sequences and transforms.mkldnn_enabled() and x.numel() > 0
-    return _plan(cell, (batch, x.shape[-1], hidden, len(reverse)), x.dtype, x.device, tf32, onednn)
+    sizes = batch, x.shape[-1], hidden, len(reverse)
+    return _plan(cell, sizes, x.dtype, x.device, tf32)
+
+
+def torch_operator(
+    cell: Cell, x: Tensor, reverse: Sequence[int], plan: Plan | None, whole_sequences: bool
+) -> Any:
+    """torch's own operator for a call on the CPU, where C++ cannot do it and that can: a layer of
+    torch.nn's, in float32 or float64. None elsewhere.
+
+    `whole_sequences`: none is padded, packed or reset, of the states only the last are asked for,
+    and nothing is to be computed once more in backward."""
+    if not x.is_cpu or (x.dtype is torch.float32 and native_available(cell)):
+        return None
+    if plan or not whole_sequences or [*reverse] not in ([False], [False, True]):
+        return None
+    return _OPERATORS.get(cell) if x.dtype in (torch.float32, torch.float64) else None
 
 
 def decide(
@@ -175,10 +194,11 @@ def decide(
     batch: int,
     hidden: int,
     reverse: Sequence[int],
-    plan: Plan | None = None,
-    whole_sequences: bool = False,
+    plan: Plan | None,
+    whole_sequences: bool,
 ) -> Decision:
-    """The decision for a call of `choose_plan`'s arguments; a plan that is given is followed."""
+    """The decision for a call of the arguments of `choose_plan` and `torch_operator`; a plan that
+    is given is followed."""
     serves, dtype, reason = computing_dtype(x, plan)
     if dtype != x.dtype:
         reason = f"{x.dtype} is cast: {'autocast' if reason == 'autocast' else 'no kernel for it'}"
@@ -186,6 +206,7 @@ def decide(
             serves, dtype, more = served(x.device, dtype)
             reason = "; ".join(filter(None, [reason, more]))
         x = x.new_empty((), dtype=dtype).expand(x.shape)
+    operator = torch_operator(cell, x, reverse, plan, whole_sequences)
     if plan is None and serves:
-        plan = choose_plan(cell, x, batch, hidden, reverse, whole_sequences)
-    return Decision(plan, dtype, reason)
+        plan = choose_plan(cell, x, batch, hidden, reverse)
+    return Decision(plan, operator, dtype, reason)

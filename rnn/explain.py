@@ -9,15 +9,13 @@ from torch import Tensor
 from . import dispatch
 from .checks import check_layer
 from .kernels.cells import Cell
-from .kernels.plan import NUMPY_PRODUCT, Plan
+from .kernels.plan import Plan
 from .modules import _Stack
 
 _WORDS = {
     "numpy": "NumPy, step by step",
     "cupy": "CuPy, step by step",
-    "torch": "NumPy and torch's products, step by step",
     "native": "C++, compiled for this machine",
-    "onednn": "torch's own LSTM",
     "block": "each block keeps all of W_hh",
     "cluster": "the blocks of a cluster keep a slice of W_hh each",
     "grid": "all blocks keep a slice of W_hh each",
@@ -31,26 +29,29 @@ def _words(
     first: tuple[int, int],
     reverse: Sequence[int],
     plan: Plan | None,
-    plain: bool,
+    whole_sequences: bool,
 ) -> str:
-    (B, H) = first
+    B, H = first
     G = cell.gates
-    found, dtype, why = dispatch.decide(cell, x, B, H, reverse, plan, plain)
+    found, operator, dtype, why = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
     whys = ["plan="] if plan else []
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
     if found is None:
         return f"{start}the formula in torch operations, slow ({why})"
+    if x.is_cpu and not plan:
+        compiler = dispatch.native_available(cell)
+        other = "C++ is for float32" if compiler else "there is no C++ compiler"
+        ours = found.backend == "native"
+        whys.append("there is a C++ compiler" if ours else other)
+    if operator is not None:
+        words = "; ".join(filter(None, [why, *whys]))
+        return f"{start}torch's own operator, {operator.__name__} ({words})"
+    if found.backend == "numpy" and not plan:
+        whys.append(
+            "torch's own operators are for whole sequences alone, of whose states only the last "
+            "are asked for"
+        )
     if found.scope == "host":
-        if not plan and x.is_cpu:
-            products = (
-                f"{B * G * H * H} multiplications a step; NumPy's are at most {NUMPY_PRODUCT}"
-            )
-            if not dispatch.native_available(cell):
-                whys.append(f"there is no C++ compiler; {products}")
-            elif dtype != torch.float32:
-                whys.append(f"C++ is for float32; {products}")
-            else:
-                whys.append("there is a C++ compiler")
         return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [why, *whys]))})"
     switch = f"torch.backends.cudnn.rnn.fp32_precision is {dispatch._SWITCH.fp32_precision!r}"
     whys += [switch] if dtype == torch.float32 and not plan else []

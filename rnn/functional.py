@@ -24,6 +24,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.states import join_states, join_weights, part_states
 from .layer_call import LayerCall
+from .torch_operators import by_torch
 from .transforms import (
     active_transform,
     autocast_dtype,
@@ -142,9 +143,11 @@ def run_layer(
         else:
             y, others, ends = composite(cell, joined, masks, reverse, keep)
         return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
-    call = LayerCall(
-        cell, plan, x, weights[1], masks, reverse, not keep and not recompute, batch_first
-    )
+    whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
+    operator = dispatch.torch_operator(cell, x, reverse, plan, whole_sequences)
+    if operator is not None:
+        return by_torch(operator, cell, x, weights, states, len(reverse), batch_first)
+    call = LayerCall(cell, plan, x, weights[1], masks, reverse, batch_first)
     if _train((x, *weights, *(states or ()))):
         save = _kept(True, keep, recompute)
         y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .boundary import ready
 from .dispatch import choose_plan, module
-from .kernels.cells import Cell, lstm
+from .kernels.cells import Cell
 from .kernels.plan import Plan, Rows
 from .kernels.states import join_states, part_states
 from .resets import requested_steps
 
 # What is around a backend, if not host
-_AROUND = {"triton": "device", "cuda": "device", "onednn": "onednn"}
+_AROUND = {"triton": "device", "cuda": "device"}
 # A NaN goes its way quietly, as in torch
 _HERE = nullcontext()
 _QUIET = partial(np.errstate, all="ignore")
@@ -29,7 +29,7 @@ def device_context(backend: str, x: Tensor) -> AbstractContextManager[Any]:
     """What a kernel runs in: the device of its tensors, and for CuPy torch's current stream and
     torch's memory."""
     if not x.is_cuda:
-        return _QUIET() if backend in ("numpy", "torch") else _HERE
+        return _QUIET() if backend == "numpy" else _HERE
     index = x.get_device()
     if backend != "cupy":
         return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
@@ -66,11 +66,9 @@ class LayerCall:
         w_hh: Tensor,
         masks: Sequence[Any],
         reverse: Sequence[int],
-        alone: bool = False,
         batch_first: bool = False,
     ) -> None:
         plain = masks[0] is masks[1] is masks[2] is None
-        alone = alone and plain  # whole sequences, of whose states only the last are asked for
         lengths, batch_sizes, resets = (None, None, None) if plain else ready(masks)
         self.cell = cell
         self.reverse = [*map(int, reverse)]
@@ -85,13 +83,7 @@ class LayerCall:
             self.total = shape[0]
         self.leading = (T, B) if batch_sizes is None else (self.total,)
         first = B, w_hh.shape[1]
-        self.plan: Plan = plan or choose_plan(cell, x, *first, reverse, alone)
-        fits = alone and cell is lstm and x.dtype == torch.float32 and x.is_cpu
-        if plan and plan.backend == "onednn" and not fits:
-            raise RuntimeError(
-                'The plan "onednn" is for an LSTM of whole sequences in float32 on the CPU, of '
-                "whose states only the last are asked for"
-            )
+        self.plan: Plan = plan or choose_plan(cell, x, *first, reverse)
         if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
             raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
@@ -237,15 +229,14 @@ def backward(
     if dy is not None:
         dy = run.flat(dy)
     saved = run.pick(saved)
-    workspace = run.plan.backend == "onednn"  # oneDNN's, in bytes
-    x, w_ih, w_hh, y, others, numbers, dy, dothers, *ends = ready(
+    x, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(
         (
             run.flat(given[0]),
             given[1],
             given[2],
             run.flat(y),
             run.pick(others),
-            None if workspace else saved,
+            saved,
             dy,
             run.pick(dothers),
             *last_grads,
@@ -253,7 +244,6 @@ def backward(
         ),
         like=given[0],
     )
-    saved = saved if workspace else numbers
     S = run.cell.states
     s0 = run.first(ends[S:], w_hh)
     dlast = run.last_grads(ends[:S])

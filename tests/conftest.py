@@ -26,7 +26,7 @@ import torch
 from triton.runtime import interpreter
 
 from rnn import dispatch, layer_call
-from rnn.kernels.cpu import native, program
+from rnn.kernels.cpu import native
 
 RNN_SWITCH: Any = torch.backends.cudnn.rnn
 # torch 2.10 and 2.11 leave the precision of their RNNs as it is when that of cuDNN or of everything is set.
@@ -115,7 +115,7 @@ def interpreted_by_name(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No decision, program or library is remembered, before or after."""
-    caches: list[Any] = [dispatch._served, dispatch._plan, dispatch.native_available, program.program, native.load]
+    caches: list[Any] = [dispatch._served, dispatch._plan, dispatch.native_available, native.load]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -191,5 +191,5 @@ class Watched:
 def boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `layer_call` gives a backend is ready for it, in every test."""
     find: Callable[[str], Any] = dispatch.module
-    backends = ("host", "device", "onednn", "native")
+    backends = ("host", "device", "native")
     monkeypatch.setattr(layer_call, "module", lambda name: Watched(find(name)) if name in backends else find(name))

@@ -20,7 +20,7 @@ import rnn
 from rnn.kernels.plan import Plan
 
 T, B, I, H = 3, 2, 4, 5
-PLANS = (None, Plan("numpy"), Plan("torch"), Plan("native"))
+PLANS = (None, Plan("numpy"), Plan("native"))
 
 
 class Case(NamedTuple):

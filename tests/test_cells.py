@@ -59,7 +59,7 @@ def _squares_backward(saved, s, s_next, ds):
 
 
 @pytest.mark.parametrize("plan", [
-    Plan("numpy"), Plan("torch"), pytest.param(Plan("native"), marks=pytest.mark.slow)],  # the compiler takes its time
+    Plan("numpy"), pytest.param(Plan("native"), marks=pytest.mark.slow)],  # the compiler takes its time
     ids=lambda plan: plan.backend)
 def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
     cell = Cell("squares", _squares, _squares_backward, gates=1, states=2)
@@ -100,7 +100,7 @@ def mgu_by_hand(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tenso
 
 
 @pytest.mark.parametrize("plan", [
-    None, Plan("numpy"), Plan("torch"), Plan("native"),
+    None, Plan("numpy"), Plan("native"),
     pytest.param(Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"), marks=pytest.mark.interpreted),
     pytest.param(Plan("triton", "launch", 16, 16, 16, 1, False, "tf32x3"), marks=pytest.mark.interpreted)],
     ids=lambda plan: f"{plan.backend}-{plan.scope}" if plan else "chosen")

@@ -1,4 +1,4 @@
-"""The recurrence on the CPU: every cell, in NumPy, in torch and in C++."""
+"""The recurrence on the CPU: every cell, in NumPy and in C++."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,10 +13,9 @@ from torch import Tensor
 import rnn
 from rnn import dispatch
 from rnn.kernels import cells
-from rnn.kernels.cpu import arrays as cpu
-from rnn.kernels.plan import Plan, Rows
+from rnn.kernels.plan import Plan
 
-PLANS = [Plan("numpy"), Plan("torch"), Plan("native")]
+PLANS = [Plan("numpy"), Plan("native")]
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 KINDS = [("RNN", "tanh"), ("RNN", "relu"), ("LSTM", ""), ("GRU", "")]
 # Whole tiles and part of one, several tiles of rows, and of sequences as many as threads or fewer, so that these share
@@ -88,13 +87,12 @@ def test_sizes(cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of few rows, and working memory that is kept."""
+    """Windows of few rows."""
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", 0)
-    monkeypatch.setattr("rnn.kernels.cpu.arrays.WINDOW", 0)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 24)
 
 
-@pytest.mark.parametrize("plan", PLANS[1:], ids=lambda plan: plan.backend)  # NumPy's products are too small
+@pytest.mark.parametrize("plan", [Plan("native")], ids=lambda plan: plan.backend)
 @pytest.mark.parametrize(("reverse", "form"), [((True,), "padded"), ((False, True, True), "padded"),
                                                ((False,), "packed")], ids=str)
 @pytest.mark.parametrize("sizes", [SIZES[0], pytest.param(SIZES[2], marks=pytest.mark.slow), SIZES[3], SHARED], ids=str)
@@ -108,65 +106,7 @@ def test_threads(cell: str, plan: Plan, sizes: tuple[int, int, int, int], revers
         check_recurrence(cell, plan, sizes, reverse, form)
 
 
-@pytest.mark.skipif(cpu._LINEAR is None, reason="torch has another library's products, or none of oneDNN's")
-class TestProducts:
-    """oneDNN's, of the plan "torch"."""
-
-    @pytest.fixture
-    def used(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-        """The shapes of its products."""
-        shapes: list[Any] = []
-        linear = cpu._LINEAR
-
-        def count(a: Tensor, w: Tensor, *rest: Any) -> Any:
-            shapes.append((*a.shape, len(w)))
-            return linear(a, w, *rest)
-
-        monkeypatch.setattr(cpu, "_LINEAR", count)
-        return shapes
-
-    @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
-    @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False)], ids=str)
-    @every_cell
-    def test_of_any_size(self, cell: str, reverse: tuple[bool, ...], form: str, few: None, used: list[Any],
-                         monkeypatch: pytest.MonkeyPatch) -> None:
-        """In parts of few rows, whether it is worth it or not."""
-        monkeypatch.setattr(cpu, "_wide", lambda rows, w, least: rows * w.numel() > 0 and w.dtype == torch.float32)
-        monkeypatch.setattr(cpu, "_PART", 45)
-        monkeypatch.setattr(cpu, "_ROWS", (5, 7))
-        for sizes in ((20, 4, 3, 9), (3, 7, 1, 1), (2, 1, 40, 33)):
-            check_recurrence(cell, Plan("torch"), sizes, reverse, form, True)
-        assert max(shape[0] for shape in used) <= 7
-
-    @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # what `flags` says where there is no GPU of Intel's
-    @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
-    def test_of_large_ones(self, cell: str, used: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of steps, of windows, and of gradients of W; not where torch is told to do without oneDNN."""
-        T, B, I, H = sizes = 4, 256, 130, 257  # one window
-        monkeypatch.setattr(cpu, "_PART", 1)  # of B rows all
-        with torch.backends.mkldnn.flags(enabled=False):
-            check_recurrence(cell, Plan("torch"), sizes)
-        assert not used
-        check_recurrence(cell, Plan("torch"), sizes)
-        width = getattr(cells, cell).gates * H
-        assert {(B, H, width), (B, width, H), (B, I, width), (B, width, I)} < set(used), "there and back"
-        assert {(B, T * B, H), (B, T * B, I)} < set(used), "of the gradients of W"
-
-    def test_not_of_small_ones(self, used: list[Any]) -> None:
-        check_recurrence("rnn_tanh", Plan("torch"), (4, 64, 128, 128))
-        check_recurrence("rnn_tanh", Plan("torch"), (4, 260, 257, 257), dtype=torch.float64)
-        assert not used
-
-
 class TestWindows:
-    def test_which_steps(self) -> None:
-        """All of them, in order; all of a length but the last, so that its steps are enough to know them."""
-        for T, B, width in ((1, 1, 1), (100, 3, 10), (100, 0, 10), (70, 400, 40), (5, 5000, 4096), (3000, 2, 10**6)):
-            found = cpu.Steps(Plan("numpy"), Rows(T, [False], [B] * T), 1, width).windows
-            first = found[0][1]
-            assert found == [(s, min(s + first, T)) for s in range(0, T, first)]
-        assert len(cpu.Steps(Plan("numpy"), Rows(6, [False], [400] * 6), 1, 340).windows) > 2, "of test_many_rows"
-
     @every_plan
     @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
     @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False)], ids=str)
@@ -291,10 +231,9 @@ def test_large_arguments(cell: str, plan: Plan) -> None:
     thrice(compare)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
-def test_quiet(backend: str) -> None:
+def test_quiet() -> None:
     """What is infinite, or no number, goes its way without a warning, as in torch."""
-    layer, x = rnn.RNN(3, 4, plan=Plan(backend)), torch.full((3, 2, 3), torch.inf, requires_grad=True)
+    layer, x = rnn.RNN(3, 4, plan=Plan("numpy")), torch.full((3, 2, 3), torch.inf, requires_grad=True)
     for p in layer.parameters():
         torch.nn.init.constant_(p, 0.5)  # so that infinity meets 0 in the adjoint
     with warnings.catch_warnings():

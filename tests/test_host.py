@@ -123,10 +123,10 @@ def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts
     pytest.param(rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"],
                  marks=pytest.mark.interpreted),
     (rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True), 2, ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"]),
-    (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "NumPy"]),
-    (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own LSTM"]),
-    (rnn.GRU(3, 512), 2, ["torch's products, step by step", "1572864 multiplications a step"]),
-    (rnn.GRU(3, 9, dtype=torch.bfloat16), 2, ["float32 on cpu: NumPy", "torch.bfloat16 is cast"]),
+    (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "torch's own operator, gru"]),
+    (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own operator, lstm"]),
+    (rnn.GRU(3, 8, recompute=True), 2, ["NumPy, step by step", "whole sequences alone"]),
+    (rnn.GRU(3, 9, dtype=torch.bfloat16), 2, ["float32 on cpu: torch's own", "torch.bfloat16 is cast"]),
     (rnn.RNN(3, 9, dtype=torch.complex64), 2, ["the formula"]),
 ], ids=str)
 @pytest.mark.parametrize("compiler", [False, True], ids=["no compiler", "compiler"])
@@ -137,9 +137,9 @@ def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool
         pytest.skip("there is no C++ compiler that works")
     monkeypatch.setattr(dispatch, "native_available", lambda cell: compiler)
     if compiler:
-        others = "NumPy", "torch's products", "multiplications", "torch's own"
+        others = "NumPy", "torch's own", "whole sequences"
         texts = ["C++, compiled" if any(word in text for word in others) else text for text in texts]
-    x, ran, formula = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str](), functional.composite
+    x, ran = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str]()
     state = torch.get_rng_state()
     said = rnn.explain(layer, x)
     assert torch.equal(torch.get_rng_state(), state)
@@ -152,14 +152,20 @@ def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool
 
     monkeypatch.setattr(functional, "LayerCall", Spy)
 
-    def noted(*args: Any) -> Any:
-        ran.append("formula")
-        return formula(*args)
+    def note(name: str) -> None:
+        function = getattr(functional, name)
 
-    monkeypatch.setattr(functional, "composite", noted)
+        def noted(*args: Any) -> Any:
+            ran.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(functional, name, noted)
+
+    note("composite")
+    note("by_torch")
     layer(x)
-    words = {"native": "C++, compiled", "onednn": "torch's own", "numpy": "NumPy, step",
-             "torch": "torch's products, step", "triton": "triton", "formula": "the formula"}
+    words = {"native": "C++, compiled", "by_torch": "torch's own operator", "numpy": "NumPy, step",
+             "triton": "triton", "composite": "the formula"}
     assert len(ran) == len(said.splitlines()) == layer.num_layers
     assert all(words[backend] in line for backend, line in zip(ran, said.splitlines()))
 
@@ -173,7 +179,7 @@ def test_explain_refuses_what_the_call_does() -> None:
         rnn.explain(nn.RNN(3, 8), torch.randn(5, 2, 3))
     with torch.autocast("cpu"):
         said = rnn.explain(rnn.RNN(3, 8), torch.randn(5, 2, 3))
-    assert any(f"float32 on cpu: {word}" in said for word in ("NumPy", "C++")) and "autocast" in said, said
+    assert any(f"float32 on cpu: {word}" in said for word in ("torch's own", "C++")) and "autocast" in said, said
 
 
 SWITCHES = {  # and whether cuDNN would then compute an RNN in TF32
@@ -200,14 +206,14 @@ def test_the_switch_for_tf32() -> None:
         from rnn import dispatch
 
         x = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(5, 3, 8), device="cuda")
-        dispatch._plan = lambda cell, sizes, dtype, device, tf32, onednn: tf32
+        dispatch._plan = lambda cell, sizes, dtype, device, tf32: tf32
         b = torch.backends
         for way in {ways}:
             if os.fork():
                 os.wait()
             else:
                 exec(way)
-                print(dispatch.choose_plan(None, x, 3, 8, (0,), False), flush=True)
+                print(dispatch.choose_plan(None, x, 3, 8, (0,)), flush=True)
                 os._exit(0)
     """.replace("{ways}", repr([*SWITCHES]))
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
@@ -256,8 +262,7 @@ def test_cupy(cell: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", arrays)
     for form in ("padded", "lengths", "packed"):
         check_recurrence(cell, Plan("cupy"), (5, 6, 3, 9), (False, True), form, resets=form != "padded")
-    assert "out" in cupy.ndarray.dot.__doc__  # a method, which is not noted
-    assert {"add", "maximum" if cell == "rnn_relu" else "tanh"} <= arrays.used.keys()
+    assert {"concatenate", "maximum" if cell == "rnn_relu" else "tanh"} <= arrays.used.keys()
     for name, out in arrays.used.items():
         function = getattr(cupy, name)
         assert not out or isinstance(function, cupy.ufunc) or "out=" in function.__doc__ or (

@@ -70,7 +70,7 @@ def test_parameters() -> None:
 
 
 def test_copies_and_files() -> None:
-    layer, x = rnn.RNN(4, 8, 2, bidirectional=True, plan=Plan("torch")), torch.randn(5, 3, 4)
+    layer, x = rnn.RNN(4, 8, 2, bidirectional=True, plan=Plan("numpy")), torch.randn(5, 3, 4)
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)

@@ -17,9 +17,9 @@ from rnn.kernels import cells
 from rnn.kernels.plan import Plan
 
 recurrence: Any = rnn.functional.recurrence
-NUMPY, TORCH, BLOCK, LAUNCH = Plan("numpy"), Plan("torch"), plan_for("fused", 6), plan_for("launch", 6)
+NUMPY, BLOCK, LAUNCH = Plan("numpy"), plan_for("fused", 6), plan_for("launch", 6)
 PLANS = pytest.mark.parametrize("plan", [
-    pytest.param(NUMPY, id="numpy"), pytest.param(TORCH, id="torch"),
+    pytest.param(NUMPY, id="numpy"),
     pytest.param(BLOCK, id="block", marks=pytest.mark.interpreted),
     pytest.param(LAUNCH, id="launch", marks=[pytest.mark.interpreted, pytest.mark.slow])])
 
@@ -141,7 +141,7 @@ class TestMasks:
 
 
 class TestGradients:
-    @pytest.mark.parametrize("plan", [NUMPY, TORCH], ids=["numpy", "torch"])
+    @pytest.mark.parametrize("plan", [None, NUMPY], ids=["", "numpy"])
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
     def test_numerical(self, name: str, plan: Plan, form: str) -> None:

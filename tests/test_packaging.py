@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
           ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
-          ["kernels.cpu.workspace", "kernels.cpu.program", "kernels.states", "kernels.cpu.build",
+          ["kernels.cpu.workspace", "kernels.reference", "kernels.states", "kernels.cpu.build",
            "kernels.gpu.triton_kernels.kernels"],
           ["kernels.cpu"],
-          ["kernels.cpu.arrays", "kernels.cpu.native", "kernels.cpu.onednn", "kernels.gpu.triton_kernels.launch",
-           "kernels.gpu.cuda.launch"],
+          ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
           ["kernels.gpu"], ["boundary", "transforms", "resets", "projection"],
+          ["torch_operators"],
           ["checks", "composite", "dispatch"], ["layer_call"], ["onnx_export", "flops"], ["autograd", "custom_ops"],
           ["batch", "functional"], ["interop", "single_step"], ["modules"], ["layers", "convert", "explain"]]
 
@@ -83,7 +83,8 @@ def test_import_is_light() -> None:
         "rnn", "rnn.autograd", "rnn.batch", "rnn.boundary", "rnn.checks", "rnn.composite",
         "rnn.convert", "rnn.custom_ops",
         "rnn.dispatch", "rnn.explain", "rnn.flops", "rnn.functional", "rnn.interop", "rnn.layer_call", "rnn.modules",
-        "rnn.onnx_export", "rnn.projection", "rnn.resets", "rnn.single_step", "rnn.transforms", "rnn.kernels",
+        "rnn.onnx_export", "rnn.projection", "rnn.resets", "rnn.single_step", "rnn.torch_operators",
+        "rnn.transforms", "rnn.kernels",
         "rnn.kernels.build_cache", "rnn.kernels.cells",
         "rnn.kernels.codegen", "rnn.kernels.cpu", "rnn.kernels.cpu.build", "rnn.kernels.cpu.native",
         "rnn.kernels.cpu.workspace", "rnn.kernels.forks", "rnn.kernels.plan", "rnn.kernels.states"}

@@ -58,8 +58,8 @@ def test_plans_fit(cell: Cell, gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_host(cell: Cell) -> None:
-    assert make_plan(cell, (16, 32, 32, 1), "float32", None).backend == "numpy"
-    assert make_plan(cell, (64, 512, 512, 1), "float32", None).backend == "torch"
+    assert make_plan(cell, (16, 32, 32, 1), "float32", None) == Plan("numpy")
+    assert make_plan(cell, (64, 512, 512, 1), "float32", None) == Plan("numpy")
     assert make_plan(cell, (64, 512, 512, 1), "float32", None, native=True) == Plan("native")
     assert make_plan(cell, (16, 32, 32, 1), "float64", None, native=True).backend == "numpy"
     assert make_plan(cell, (16, 32, 32, 1), "float32", H200, native=True).backend == "triton"

@@ -57,7 +57,7 @@ def test_replace_and_restore(capsys: pytest.CaptureFixture[str]) -> None:
     torch.testing.assert_close(model(x), want)
     torch.testing.assert_close(torch.autograd.grad(model(x).sum(), parameters), want_grads, rtol=1e-4, atol=1e-6)
     assert len(calls) == 3
-    model.first.plan = rnn.kernels.plan.Plan("torch")
+    model.first.plan = rnn.kernels.plan.Plan("numpy")
     torch.testing.assert_close(copy.deepcopy(model)(x), want)
     rnn.restore(model, verbose=False)
     assert kinds(model) == before

@@ -14,7 +14,7 @@ NAN = float("nan")
 # Form, plan and what the steps hold that nobody asks for.
 CASES = [
     *((form, None, NAN) for form in ("padded", "batch_first", "lengths", "packed", "recompute")),
-    ("lengths", Plan("numpy"), NAN), ("padded", Plan("torch"), NAN), ("packed", Plan("numpy"), float("inf")),
+    ("lengths", Plan("numpy"), NAN), ("padded", Plan("numpy"), NAN), ("packed", Plan("numpy"), float("inf")),
     ("padded", None, float("inf")), ("lengths", None, 1e38),
 ]
 

@@ -1,12 +1,11 @@
-"""What is around the kernels of the CPU, and of CuPy's arrays: the tensors that they write. Tensors are contiguous and
-of one device; step t has the sizes[t] rows that follow those of step t - 1. Kernels go through windows of time, whose
-pre-activations stay in the caches, and do the large products window by window."""
+"""What is around the C++ and the reference, in NumPy or CuPy: the tensors that they write. Tensors are contiguous and
+of one device; step t has the sizes[t] rows that follow those of step t - 1."""
 
 import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -14,13 +13,12 @@ from ..cells import Cell
 from ..plan import Plan, Rows
 from .workspace import lasting
 
-Part = TypeVar("Part", Tensor, Tensor | None)
 States = list[Tensor] | None  # S of [N, B, H]
 
 
 @cache
 def _kernel(backend: str) -> Any:
-    return import_module(".native" if backend == "native" else ".arrays", __package__)
+    return import_module(".native" if backend == "native" else "..reference", __package__)
 
 
 def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
@@ -61,8 +59,3 @@ def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: 
     if not cell.split and needs[3]:
         grads[3:] = [grads[4], grads[4].clone() if needs[4] and grads[4] is not None else None]
     return grads, ds
-
-
-def parts(t: Part, N: int) -> Sequence[Part]:
-    """By recurrence."""
-    return (t,) * N if t is None or N == 1 else t.chunk(N)

@@ -1,0 +1,280 @@
+"""The recurrence in plain NumPy, forward and backward, step after step: to be read first, and what
+the other backends can be compared with. CuPy's arrays take the same way.
+
+Rows are those of `plan.Rows`: step t has the sizes[t] rows that follow those of step t - 1, one for
+each sequence that still runs, the longest first. A sequence keeps its state past its end. Tensors
+are contiguous, of one floating-point dtype and device."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import Cell, bind
+from .plan import Plan, Rows
+
+Array = Any
+_TYPES = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.bool: "b1"}
+
+
+class Step(NamedTuple):
+    """One step of one recurrence. Some of its sequences ran in the step before it, in the order of
+    the recurrence, whose rows are `before`; the others begin with it, from s0."""
+
+    size: int
+    rows: slice
+    before: slice
+    reset: Array | None  # [size, 1], whose state is 0 when it comes in
+
+
+def forward(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    first: Sequence[Tensor] | None,
+    y: Tensor,
+    others: Tensor | None,
+    saved: Tensor | None,
+    last: Sequence[Tensor],
+) -> None:
+    """Writes y [R, N*H], S states `last` [N, B, H], and where they are given the other states
+    `others` [S-1, R, N*H] and the activations `saved` [A, R, N*H]. x to `first` as in `cpu`."""
+    xp = _library(plan)
+    function = _on_arrays(cell.forward, xp)
+    G, S, H = cell.gates, cell.states, w_hh.shape[1]
+    x, w_ih, w_hh, b_ih, b_hh, y = _arrays(xp, x, w_ih, w_hh, b_ih, b_hh, y)
+    states = [y, *_split(xp, others)]
+    activations = _split(xp, saved)
+    zeros = xp.zeros((rows.sequences, H), x.dtype)
+    none: list[Tensor | None] = [None] * S
+    s0 = _arrays(xp, *(first or none))
+    for n in range(len(rows.reverse)):
+        units = slice(n * H, (n + 1) * H)
+        gates = slice(n * G * H, (n + 1) * G * H)
+        w_t = xp.ascontiguousarray(w_hh[gates].T)  # faster products than of the view
+        x_all = x @ w_ih[gates].T
+        r_bias = None
+        if b_ih is not None:
+            x_all += b_ih[gates]
+            if cell.split:
+                r_bias = b_hh[gates]
+            else:  # x and r meet only as x + r
+                x_all += b_hh[gates]
+        x_all = _by_gates(x_all, G)
+        s = _of(n, s0, zeros)
+        for step in _steps(xp, rows, n):
+            s_prev = _cut(xp, step, [state[: step.size] for state in s])
+            r = s_prev[0] @ w_t
+            if r_bias is not None:
+                r += r_bias
+            s_next, a = function(x_all[:, step.rows], _by_gates(r, G), s_prev)
+            for to, value in zip(states, s_next):
+                to[step.rows, units] = value
+            for to, value in zip(activations, a):
+                to[step.rows, units] = value
+            s = _with_ended(xp, s_next, s)
+        for to, value in zip(_arrays(xp, *last), s):
+            to[n] = value
+
+
+def backward(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    first: Sequence[Tensor] | None,
+    y: Tensor,
+    others: Tensor | None,
+    saved: Tensor | None,
+    dy: Tensor | None,
+    dothers: Tensor | None,
+    dlast: Sequence[Tensor | None] | None,
+    dfirst: Sequence[Tensor] | None,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """The adjoint of `forward`. Writes `dfirst`, the gradients of the first states, and `grads`,
+    those of x, w_ih, w_hh, b_ih and b_hh, where they are not None; with more than one recurrence it
+    adds to that of x."""
+    xp = _library(plan)
+    function = _on_arrays(cell.backward, xp)
+    G, S, H = cell.gates, cell.states, w_hh.shape[1]
+    x, w_ih, w_hh, y, dy = _arrays(xp, x, w_ih, w_hh, y, dy)
+    dx, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *grads)
+    states = [y, *_split(xp, others)]
+    activations = _split(xp, saved)
+    d_states = [dy, *_split(xp, dothers)]
+    zeros = xp.zeros((rows.sequences, H), x.dtype)
+    none: list[Tensor | None] = [None] * S
+    s0 = _arrays(xp, *(first or none))
+    ds_last = _arrays(xp, *(dlast or none))
+    for n in range(len(rows.reverse)):
+        units = slice(n * H, (n + 1) * H)
+        gates = slice(n * G * H, (n + 1) * G * H)
+        w = w_hh[gates]
+        starts = _of(n, s0, zeros)
+        ds = _of(n, ds_last, zeros)
+        h_all = xp.empty((len(x), H), x.dtype)  # the h that came into each step
+        dx_all = xp.empty((len(x), G * H), x.dtype)  # gradients of the pre-activations
+        dr_all = xp.empty_like(dx_all) if cell.split else dx_all
+        for step in reversed(_steps(xp, rows, n)):
+            came = [state[step.before, units] for state in states]
+            s_prev = _cut(xp, step, _with_begun(xp, step, came, starts))
+            s_next = [state[step.rows, units] for state in states]
+            a = [activation[step.rows, units] for activation in activations]
+            ds_next = [d[: step.size] for d in ds]
+            for k, d in enumerate(d_states):
+                if d is not None:
+                    ds_next[k] = ds_next[k] + d[step.rows, units]
+            dx_step, dr_step, ds_prev = function(a, s_prev, s_next, ds_next)
+            h_all[step.rows] = s_prev[0]
+            for to, value in zip(_by_gates(dx_all[step.rows], G), dx_step):
+                to[...] = value
+            if cell.split:
+                for to, value in zip(_by_gates(dr_all[step.rows], G), dr_step):
+                    to[...] = value
+            dh_prev = ds_prev[0] + dr_all[step.rows] @ w
+            ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]]), ds)
+        for to, value in zip(_arrays(xp, *(dfirst or ())), ds):
+            to[n] = value
+        if dx is not None and len(rows.reverse) == 1:
+            dx[...] = dx_all @ w_ih
+        elif dx is not None:
+            dx += dx_all @ w_ih[gates]
+        if dw_ih is not None:
+            dw_ih[gates] = dx_all.T @ x
+        if dw_hh is not None:
+            dw_hh[gates] = dr_all.T @ h_all
+        if db_ih is not None:
+            db_ih[gates] = dx_all.sum(0, dtype="f8")  # or many rows would lose digits
+        if db_hh is not None:
+            db_hh[gates] = dr_all.sum(0, dtype="f8")
+
+
+def _steps(xp: Any, rows: Rows, n: int) -> list[Step]:
+    """Those of recurrence n, in its order."""
+    T, sizes = rows.steps, rows.sizes
+    back = bool(rows.reverse[n])
+    starts = [*accumulate(sizes, initial=0)]
+    some = [] if rows.resets is None else rows.resets.any(1).tolist()
+    (resets,) = _arrays(xp, rows.resets)
+    steps = []
+    for t in reversed(range(T)) if back else range(T):
+        t_before = t + 1 if back else t - 1
+        ran = min(sizes[t], sizes[t_before]) if 0 <= t_before < T else 0
+        before = slice(starts[t_before], starts[t_before] + ran) if ran else slice(0, 0)
+        boundary = t + back  # resets[t] is between t - 1 and t
+        reset = None
+        if some and boundary < T and some[boundary]:
+            running = min(sizes[t], sizes[boundary])  # past an end nothing is reset
+            reset = xp.zeros((sizes[t], 1), bool)
+            reset[:running, 0] = resets[boundary, :running]
+        steps.append(Step(sizes[t], slice(starts[t], starts[t + 1]), before, reset))
+    return steps
+
+
+def _cut(xp: Any, step: Step, states: Sequence[Array]) -> Sequence[Array]:
+    """States that come into a step, or their gradients, cut at the resets."""
+    return states if step.reset is None else [xp.where(step.reset, 0, state) for state in states]
+
+
+def _with_begun(
+    xp: Any, step: Step, came: Sequence[Array], starts: Sequence[Array]
+) -> Sequence[Array]:
+    """What came from the step before, and the first states of the sequences that begin now."""
+    ran = len(came[0])
+    if ran == step.size:
+        return came
+    return [xp.concatenate((s, start[ran : step.size])) for s, start in zip(came, starts)]
+
+
+def _with_ended(xp: Any, running: Sequence[Array], every: Sequence[Array]) -> Sequence[Array]:
+    """What is new of the sequences that run, and what there was of the others."""
+    size = len(running[0])
+    if size == len(every[0]):
+        return running
+    return [xp.concatenate((new, old[size:])) for new, old in zip(running, every)]
+
+
+def _of(n: int, states: Sequence[Array | None], zeros: Array) -> Sequence[Array]:
+    """Of recurrence n, states or their gradients [B, H], from [N, B, H]; zeros for None."""
+    return [zeros if state is None else state[n] for state in states]
+
+
+def _by_gates(array: Array, G: int) -> Array:
+    """[R, G*H] as a view [G, R, H]."""
+    return array.reshape(len(array), G, array.shape[1] // G).swapaxes(0, 1)
+
+
+@lru_cache
+def _on_arrays(function: Callable[..., Any], xp: Any) -> Callable[..., Any]:
+    """A cell's forward or backward, on arrays of that library."""
+    return bind(
+        function,
+        tanh=xp.tanh,
+        sigmoid=lambda v: xp.tanh(v * 0.5) * 0.5 + 0.5,  # no overflow, and faster than by exp
+        relu=lambda v: xp.maximum(v, 0),
+        relu_grad=lambda d, y: xp.where(y <= 0, 0, d),
+        zeros_like=xp.zeros_like,
+    )
+
+
+class _Borrowed:
+    """A tensor as NumPy (the first method) and CuPy (the others) take it, to be read and written.
+
+    `Tensor.numpy` would forbid the tensor's storage to be resized, as FSDP has to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # lives as long as the array
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        shape = tuple(self.tensor.shape)
+        kind = f"={_TYPES[self.tensor.dtype]}"
+        return dict(version=3, shape=shape, typestr=kind, data=(self.tensor.data_ptr(), False))
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return torch._C._to_dlpack(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
+
+
+def _library(plan: Plan) -> Any:
+    return import_module("cupy" if plan.backend == "cupy" else "numpy")
+
+
+def _array(xp: Any, t: Tensor) -> Array:
+    """The tensor's memory. Raises RuntimeError where the library cannot have it."""
+    refused = f'The plan "{xp.__name__}" cannot take a tensor of {t.dtype} on {t.device}'
+    if xp.__name__ == "cupy":
+        try:
+            return xp.from_dlpack(_Borrowed(t))
+        except TypeError as error:
+            raise RuntimeError(refused) from error
+    if not t.is_cpu or t.dtype not in _TYPES:
+        raise RuntimeError(refused)
+    if not t.numel():  # NumPy 2.0 does not take a null pointer
+        return xp.zeros(tuple(t.shape), _TYPES[t.dtype])
+    if not t.data_ptr():
+        raise RuntimeError("Expected a tensor whose data is allocated")
+    return xp.asarray(_Borrowed(t))
+
+
+def _arrays(xp: Any, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else _array(xp, t) for t in tensors]
+
+
+def _split(xp: Any, stacked: Tensor | None) -> list[Array]:
+    """By the first dimension; none of None."""
+    return [] if stacked is None else [*_array(xp, stacked)]
