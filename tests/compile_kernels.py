@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
-from rnn.kernels.gpu.triton_kernels import kernels
+from rnn.kernels.gpu.triton_kernels import launch as triton_launch
 from rnn.kernels.plan import Gpu, Rows, make_plan
 
 AMD = 942  # gfx942 in place of a compute capability
@@ -82,15 +82,15 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
     x, w_ih, w, b = new(T * B, I), new(N * G * H, I), new(N * G * H, H), new(N * G * H)
     s, y = new(N * S, B, H), new(T * B, N * H)
-    real: Any = kernels.forward_kernel, kernels.backward_kernel
+    real: Any = triton_launch.forward_kernel, triton_launch.backward_kernel
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
     recorders: Any = [Recorder(kernel) for kernel in real]
-    kernels.forward_kernel, kernels.backward_kernel = recorders
+    triton_launch.forward_kernel, triton_launch.backward_kernel = recorders
     device.forward(cell, plan, rows, x, w_ih, w, b, b, s, 2)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
     device.backward(cell, plan, rows, x, w_ih, w, s, y, states, saved, y, states if "states" in options else None, s,
                     [False] * 6)
-    kernels.forward_kernel, kernels.backward_kernel = real
+    triton_launch.forward_kernel, triton_launch.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
 
 

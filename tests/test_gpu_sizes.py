@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rnn
 from rnn.kernels import cells
+from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Rows
 
@@ -112,8 +113,11 @@ def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tenso
         (R, H), (1, R, H), (4, R, H), (R, 4 * H), (R, H)))
     state, ds = s0.float(), torch.zeros_like(s0, dtype=torch.float32)
     # The kernels alone: products with the input would touch all rows.
-    gpu.sweep(cell, plan, rows, False, (x, None, w_hh, None, None, state, y, states, saved), s0)
-    gpu.sweep(cell, plan, rows, True, (w_hh, s0, y, states, saved, dy, None, ds, None, dr, came), s0)
+    masks = rows.lengths, rows.offsets, None
+    results = state, None, y, states, saved
+    gpu.launch(cell, plan, rows, ForwardTensors(x, None, w_hh, None, None, *results, *masks), s0)
+    grads = dy, None, ds, None, dr, came
+    gpu.launch(cell, plan, rows, BackwardTensors(w_hh, s0, y, states, saved, *grads, *masks), s0)
     return [y[at], states[:, at], state, saved[:, at], dr[at], ds, came[at]]
 
 

@@ -14,7 +14,7 @@ from matrix import ENVIRONMENTS, index_alone
 
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
-FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache"],
+FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache", "kernels.gpu.tensors"],
           ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
           ["kernels.cpu.workspace", "kernels.reference", "kernels.states", "kernels.cpu.build",
            "kernels.gpu.triton_kernels.kernels"],

@@ -1,4 +1,4 @@
-"""How the host goes through time in launch scope: by blocks in a CUDA graph, for which there is a stand-in here."""
+"""Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in here)."""
 
 import mmap
 from collections.abc import Callable
@@ -11,11 +11,20 @@ from test_gpu import plan_for
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
-from rnn.kernels.gpu.triton_kernels import cuda_graph as replay
+from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
+from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Rows
 
 pytestmark = pytest.mark.interpreted
+
+
+def useless(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of its kind, of NaN or of a number that is no index."""
+    if t is None:
+        return None
+    shape = t.shape if t.numel() < 2**20 else (1,)
+    return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
 
 class Machine:
@@ -61,7 +70,7 @@ class Machine:
                             ("is_current_stream_capturing", lambda: self.by_user)):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-        monkeypatch.setattr(replay, "STEPS", 4)
+        monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
         for name in ("forward_kernel", "backward_kernel"):
             monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
 
@@ -70,9 +79,7 @@ class Machine:
         if table is None:
             self.plain += 1
         else:
-            tensors = tuple(t if t is None else t.new_full(t.shape if t.numel() < 2**20 else (1,),
-                                                           float("nan") if t.is_floating_point() else 77)
-                            for t in tensors)
+            tensors = tensors._make(map(useless, tensors))
         if self.capturing is None:
             run(table, tensors, *rest, **options)
         else:
@@ -164,15 +171,17 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
         x, dr, (y, dy) = rows_of(R, 4 * H), rows_of(R, 4 * H), rows_of(R, 2, H)
         states, saved, (state, ds) = rows_of(R, 1, H), rows_of(R, 4, H), torch.stack((s0, s0))
         x[-5 * B :] = data[0]
-        hidden = torch.stack((s0[:1].half(), s0[:1].half()))
-        # Backwards, a sweep begins with the last row; and so does the adjoint of one forwards.
-        gpu._launch(gpu.forward_kernel, gpu.functions(cell)[0], cell, plan, Rows(T, [1]), 4,
-                    (x, None, w, None, None, state, hidden, y, states, saved), B, H, R, 4 * H, BI=16, XN=4, SPLIT=False)
+        no_masks = None, None, None
+        # In reverse the first steps are the last rows; likewise in the adjoint of a forward pass.
+        results = state, None, y, states, saved
+        forward = ForwardTensors(x, None, w, None, None, *results, *no_masks)
+        gpu.launch_steps(cell, plan, Rows(T, [1]), 4, forward, s0.half())
         found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
         for k, t in enumerate((y, dy, states[0], *saved)):
             t[-5 * B :] = data[1 + k, :, :H]
-        gpu._launch(gpu.backward_kernel, gpu.functions(cell)[1], cell, plan, Rows(T, [0]), 4,
-                    (w, s0.half(), y, states, saved, dy, None, ds, None, dr, None), B, H, R)
+        grads = dy, None, ds, None, dr, None
+        backward = BackwardTensors(w, s0.half(), y, states, saved, *grads, *no_masks)
+        gpu.launch_steps(cell, plan, Rows(T, [0]), 4, backward, s0.half())
         found[-1] += [ds, dr[-4 * B :].clone()]
     assert machine.replays == 4 and R * H > 2**31
     for short, long in zip(*found):

@@ -60,7 +60,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       if (!runs) continue;
       EACH(g, GATES) {
         me.store(dr + row * me.x_row + (g * me.H + me.at(p, me.x_row)), narrow(gr[0][g], gr[1][g]));
-        if (SPLIT) me.store(dx + row * me.x_row + (g * me.H + me.at(p, me.x_row)), narrow(gx[0][g], gx[1][g]));
+        if (SEPARATE_RECURRENT_GRAD) me.store(dx + row * me.x_row + (g * me.H + me.at(p, me.x_row)), narrow(gx[0][g], gx[1][g]));
       }
       if (MASKS && h_came)
         me.store(h_came + me.y0 + row * me.y_row + me.at(p, me.y_row), narrow(came[0][0], came[1][0]));

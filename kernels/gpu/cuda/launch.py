@@ -1,5 +1,6 @@
-"""The recurrence in CUDA C++: forward.cu and backward.cu, compiled by NVRTC for a cell and a plan, launched by CuPy.
-It needs no nvcc; compiled kernels are kept on disk, among CuPy's own."""
+"""The recurrence in CUDA C++: forward.cu and backward.cu, compiled by NVRTC, launched by CuPy.
+
+Compiled for a cell and a plan; no nvcc is needed. Compiled kernels are kept on disk, beside CuPy's."""
 
 import hashlib
 import os
@@ -16,19 +17,46 @@ from ...build_cache import build_once
 from ...cells import Cell
 from ...codegen import statements
 from ...plan import Plan, Rows, shared_bytes
+from ..tensors import BackwardTensors, ForwardTensors
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+# Blocks of a cluster that every GPU with clusters can run, and the attribute that allows more
+# (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
+PORTABLE_CLUSTER = 8
+NON_PORTABLE_CLUSTER_SIZE = 14
 
 
-def program(helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool) -> str:
-    """The text of a kernel: the choices that the files leave open, `helpers`, that is ptx.cuh, and the other files."""
+def program(
+    helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool
+) -> str:
+    """The text of a kernel: its constants, `helpers` (the text of ptx.cuh), and the other files."""
     constants: dict[str, Any] = dict(
-        FLOAT32=0, FLOAT16=1, BFLOAT16=2, TYPE=_NAMES[dtype], BLOCK=0, CLUSTER=1, GRID=2, SCOPE=plan.scope.upper(),
-        GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=cell.split, CELL=statements(cell, adjoint),
-        UNITS=plan.units, BLOCKS=plan.blocks, SEQUENCES=plan.sequences, SPLITS=plan.warps * 16 // plan.units,
-        ADJOINT=adjoint, MASKS=masks, EVEN=even, PRECISE=dtype == torch.float32 and plan.precision == "tf32x3")
-    choices = "".join(f"#define {k} {v if isinstance(v, str) else int(v)}\n" for k, v in constants.items())
-    return choices + helpers + text("worker.cuh") + text("backward.cu" if adjoint else "forward.cu")
+        FLOAT32=0,
+        FLOAT16=1,
+        BFLOAT16=2,
+        TYPE=_NAMES[dtype],
+        BLOCK=0,
+        CLUSTER=1,
+        GRID=2,
+        SCOPE=plan.scope.upper(),
+        GATES=cell.gates,
+        STATES=cell.states,
+        SAVED=cell.saved,
+        SEPARATE_RECURRENT_GRAD=cell.split,
+        CELL=statements(cell, adjoint),
+        UNITS=plan.units,
+        BLOCKS=plan.blocks,
+        SEQUENCES=plan.sequences,
+        SPLITS=plan.warps * 16 // plan.units,
+        ADJOINT=adjoint,
+        MASKS=masks,
+        EVEN=even,
+        PRECISE=dtype == torch.float32 and plan.precision == "tf32x3",
+    )
+    values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
+    defines = "".join(f"#define {k} {v}\n" for k, v in values.items())
+    body = text("backward.cu" if adjoint else "forward.cu")
+    return defines + helpers + text("worker.cuh") + body
 
 
 def text(name: str) -> str:
@@ -40,8 +68,9 @@ def build(code: str, capability: int) -> tuple[bytes, str]:
     from cupy.cuda import nvrtc
 
     handle = nvrtc.createProgram(code, "recurrence.cu", [], [])
+    options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", "--ptxas-options=-v"]
     try:
-        nvrtc.compileProgram(handle, [f"--gpu-architecture=sm_{capability}", "--std=c++17", "--ptxas-options=-v"])
+        nvrtc.compileProgram(handle, options)
         return nvrtc.getCUBIN(handle) + b"\0", nvrtc.getProgramLog(handle)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(handle)) from error
@@ -55,55 +84,123 @@ def _cubin(code: str, capability: int) -> Path:
 
     key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
     base = os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
-    # In a folder of our own, as others may be allowed to write to CuPy's. A user without a home has none.
+    # In a folder of its own, as other users may be allowed to write to CuPy's; None without a home.
     folder = None if base.startswith("~") else Path(base).absolute() / "fused_rnn"
-    return build_once(key[:32], ".cubin", folder, lambda: build(code, capability)[0], lambda path: path)
+
+    def make() -> bytes:
+        return build(code, capability)[0]
+
+    return build_once(key[:32], ".cubin", folder, make, lambda path: path)
 
 
 def on_stream(cuda: Any, device: torch.device) -> Any:
-    """The context in which cupy.cuda works on torch's current stream. (Older CuPy has another word for it.)"""
-    stream, new = torch.cuda.current_stream(device), getattr(cuda.Stream, "from_external", None)
-    return new(stream) if new else cuda.ExternalStream(stream.cuda_stream)
+    """The context in which cupy.cuda works on torch's current stream."""
+    stream = torch.cuda.current_stream(device)
+    from_external = getattr(cuda.Stream, "from_external", None)
+    # older CuPy
+    if from_external is None:
+        return cuda.ExternalStream(stream.cuda_stream)
+    return from_external(stream)
 
 
 @cache
-def load(cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool,
-         device: torch.device) -> Callable[..., None]:
-    """A kernel as `launch(grid, arguments)`: addresses and whole numbers, on torch's current stream."""
+def load(
+    cell: Cell,
+    plan: Plan,
+    dtype: torch.dtype,
+    adjoint: bool,
+    masks: bool,
+    even: bool,
+    device: torch.device,
+) -> Callable[..., None]:
+    """A compiled kernel as a function of its grid and arguments (addresses and integers).
+
+    It runs on torch's current stream."""
     import cupy
 
     if device.type != "cuda":
         raise RuntimeError(f'The plan "cuda" is for tensors on a GPU, got {device}')
     properties = torch.cuda.get_device_properties(device)
-    made = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
+    code = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
+    shared = shared_bytes(cell, plan, dtype.itemsize, adjoint)
     with cupy.cuda.Device(device.index):
-        module = cupy.RawModule(path=str(_cubin(made, 10 * properties.major + properties.minor)),
-                                enable_cooperative_groups=plan.scope == "grid")
-        kernel, shared = module.get_function("recurrence"), shared_bytes(cell, plan, dtype.itemsize, adjoint)
+        cubin = _cubin(code, 10 * properties.major + properties.minor)
+        # a cooperative launch keeps the blocks of a grid resident together
+        module = cupy.RawModule(
+            path=str(cubin), enable_cooperative_groups=plan.scope == "grid"
+        )
+        kernel = module.get_function("recurrence")
         kernel.max_dynamic_shared_size_bytes = shared
-        if plan.scope == "cluster" and plan.blocks > 8:
-            cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        if plan.scope == "cluster" and plan.blocks > PORTABLE_CLUSTER:
+            cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE, 1)
 
-    def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
-        if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:  # they wait for each other
+    def run(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
+        # blocks of a grid wait for each other
+        if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:
             raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
         with on_stream(cupy.cuda, device):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
-    return launch
+    return run
 
 
-def sweep(cell: Cell, plan: Plan, rows: Rows, adjoint: bool, tensors: Sequence[Any], s0: Tensor) -> None:
-    """Run the forward or the backward kernel on what `device` gives it."""
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, ...]:
+    """The kernel's first parameters: the tensors of floating-point numbers."""
+    if isinstance(tensors, ForwardTensors):
+        return (
+            tensors.x,
+            tensors.w_hh,
+            tensors.b_hh,
+            tensors.state,
+            tensors.y,
+            tensors.states,
+            tensors.saved,
+        )
+    return (
+        tensors.w_hh,
+        tensors.state,
+        tensors.y,
+        tensors.states,
+        tensors.saved,
+        tensors.dy,
+        tensors.dstates,
+        tensors.ds,
+        tensors.dx,
+        tensors.dr,
+        tensors.h_prev,
+    )
+
+
+def launch(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    tensors: ForwardTensors | BackwardTensors,
+    s0: Tensor,
+) -> None:
+    """Run the forward or the backward kernel over all steps."""
     _, B, H = s0.shape
-    tensors = tensors if adjoint else (tensors[0], tensors[2], *tensors[4:])
+    adjoint = isinstance(tensors, BackwardTensors)
     grid = plan.blocks, -(-B // plan.sequences), len(rows.reverse)
-    words = prod(grid) * plan.units * plan.sequences * (cell.gates if adjoint else 1) * s0.element_size() // 4
-    flags = s0.new_zeros(2 * words, dtype=torch.int64) if plan.scope == "grid" else None
-    masks = None if rows.lengths is None else rows.lengths.to(torch.int64), rows.offsets, rows.resets
-    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *masks, flags)]
-    even = H % 2 == 0 and all(address % (2 * s0.element_size()) == 0 for address in addresses[: len(tensors)])
-    R = len(tensors[2] if adjoint else tensors[0])
+    flags = None
+    if plan.scope == "grid":
+        vectors = cell.gates if adjoint else 1
+        count = prod(grid) * plan.units * plan.sequences * vectors
+        # two buffers of 32-bit words, each with the number of its step
+        words = count * s0.element_size() // 4
+        flags = s0.new_zeros(2 * words, dtype=torch.int64)
+    lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
+    masks = lengths, rows.offsets, rows.resets
+    numbers_at = [_address(t) for t in _numbers(tensors)]
+    pair_bytes = 2 * s0.element_size()
+    even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
+    R = len(tensors.y)
     if B and H:
-        launch = load(cell, plan, s0.dtype, adjoint, any(t is not None for t in masks), even, s0.device)
-        launch(grid, (*addresses, rows.steps, B, R, H, rows.reverses))
+        masked = any(t is not None for t in masks)
+        kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
+        addresses = *numbers_at, *map(_address, masks), _address(flags)
+        kernel(grid, (*addresses, rows.steps, B, R, H, rows.reverses))

@@ -1,6 +1,6 @@
 // A thread of the recurrence on matrix units, for every cell and every scope of the step barrier; forward.cu and
 // backward.cu take it through time. Defined before this text: TYPE, SCOPE, ADJOINT, PRECISE (float32 products in three
-// parts), GATES, STATES, SAVED, SPLIT (dx is not dr), UNITS (of every gate, to a block), BLOCKS (that share one
+// parts), GATES, STATES, SAVED, SEPARATE_RECURRENT_GRAD (dx is not dr), UNITS (of every gate, to a block), BLOCKS (that share one
 // sequence's units), SEQUENCES (to a block), SPLITS (warps that share a sum), MASKS (there are lengths, offsets or
 // resets), EVEN (H is, and pairs of numbers are aligned) and CELL, the statements of cell_forward or cell_backward.
 //
