@@ -49,17 +49,28 @@ def _shapes(
 
 
 @lru_cache
-def _pack(count: int) -> Callable[..., bytes]:
-    return struct.Struct(f"{count}q").pack
+def _pack(struct_type: type, states: int, before: int, after: int) -> Callable[..., bytes]:
+    """For so many numbers before those of StepSizes, and after them."""
+    expected = native.words(struct_type, states) - native.words(native.StepSizes, states)
+    if before != expected:
+        raise RuntimeError(f"{struct_type.__name__} begins with {expected} pointers, got {before}")
+    return struct.Struct(f"{before + len(native.StepSizes._fields) + after}q").pack
 
 
-def _call(function: Any, before: list[int], sizes: Sizes, after: list[int]) -> None:
-    """Calls it with a struct of single_step.cpp, `before` and `after` being what is around memory
-    and sizes."""
-    pack = _pack(len(before) + len(after) + 8)
+def _call(
+    function: Any,
+    struct_type: type,
+    states: int,
+    before: list[int],
+    sizes: Sizes,
+    after: list[int],
+) -> None:
+    """Calls it with that struct of native.py, whose pointers are `before`, but for memory, and with
+    the pointers `after` it."""
+    pack = _pack(struct_type, states, len(before), len(after))
     needed = function(pack(*before, 0, 0, *sizes, *after))
     if needed:
-        memory = working(_FLOAT32, needed)
+        memory = working(_FLOAT32, needed)  # held while it is in use
         function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 
@@ -174,7 +185,8 @@ def _forward(
         *[s.data_ptr() for s in last],
         0 if saved is None else saved.data_ptr(),
     ]
-    _call(native.load(cell).step, addresses[:first] + results, sizes, addresses[first:])
+    before = addresses[:first] + results
+    _call(native.load(cell).step, native.Step, cell.states, before, sizes, addresses[first:])
     return y, last, saved
 
 
@@ -259,7 +271,7 @@ def _backward(
     before += [0 if alike or dy is None else dy.data_ptr(), alike]
     before += [0 if t is None else t.data_ptr() for t in (*dlast, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
-    _call(native.load(cell).step_backward, before, sizes, after)
+    _call(native.load(cell).step_backward, native.StepAdjoint, cell.states, before, sizes, after)
     return grads
 
 

@@ -14,7 +14,7 @@ from small import pair
 from torch import Tensor
 
 import rnn
-from rnn import dispatch
+from rnn import dispatch, single_step
 from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
@@ -203,3 +203,22 @@ def test_rows_of_a_panel(cell: str, H: int, I: int, form: str, window: int, monk
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 10)
     check_recurrence(cell, NATIVE, (7, 3, I, H), (False, True), form, True)
+
+
+def test_example_for_editors() -> None:
+    text = (native.SOURCES / "example_cell.h").read_text()
+    assert text.partition("#pragma once\n")[2] == native.definitions(cells.rnn_tanh)
+
+
+@needs_compiler
+def test_structs_that_differ(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """A library whose structs are not those of Python is not used."""
+    text = native.definitions(cells.rnn_tanh).replace("window[2]", "window[3]")
+    monkeypatch.setattr(native, "definitions", lambda cell: text)
+    with pytest.raises(RuntimeError, match=r"structs have .* bytes"):
+        native.load(cells.rnn_tanh)
+
+
+def test_pointers_that_are_missing() -> None:
+    with pytest.raises(RuntimeError, match="Step begins with 5 pointers, got 4"):
+        single_step._pack(native.Step, 1, 4, 0)

@@ -4,10 +4,10 @@ disk. Threads are those of torch, where the compiler has OpenMP."""
 import ctypes
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,9 +22,126 @@ from .build import load_library
 from .workspace import working
 
 _FLAGS = ["-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-
-
 SOURCES = Path(__file__).parent
+
+
+# The C++ structs' fields, and what Python gives for each: the C type, and the length of an array.
+Required = Annotated[Tensor, "const float*", ""]
+Input = Annotated[Tensor | None, "const float*", ""]
+Output = Annotated[Tensor | None, "float*", ""]
+Integers = Annotated[Tensor | None, "const int64_t*", ""]
+Flags = Annotated[Tensor | None, "const bool*", ""]
+InputStates = Annotated[Sequence[Tensor | None] | None, "const float*", "STATES"]
+OutputStates = Annotated[Sequence[Tensor | None] | None, "float*", "STATES"]
+Size = Annotated[int, "int64_t", ""]
+Pair = Annotated[tuple[int, int], "int64_t", "2"]
+
+
+class Sizes(NamedTuple):
+    """T, B, R, I, H, N; bit n of `reverses` is set if recurrence n goes backward. Windows of time have about as many
+    rows as `window` steps of B, forward and back."""
+
+    steps: Size
+    B: Size
+    R: Size
+    I: Size
+    H: Size
+    N: Size
+    reverses: Size
+    threads: Size
+    window: Pair
+
+
+class Arguments(NamedTuple):
+    """What `forward` and `backward` of recurrence.cpp are given: its fields are those of the C++ struct. s0 and dlast
+    are zero where missing; `last` are the last states, or the gradients of the first ones."""
+
+    x: Required
+    w_ih: Required
+    w_hh: Required
+    b_ih: Input = None
+    b_hh: Input = None
+    dy: Input = None
+    dstates: Input = None
+    y: Output = None
+    states: Output = None
+    saved: Output = None
+    x_grad: Output = None
+    w_ih_grad: Output = None
+    w_hh_grad: Output = None
+    b_ih_grad: Output = None
+    b_hh_grad: Output = None
+    offsets: Integers = None
+    resets: Flags = None
+    s0: InputStates = None
+    dlast: InputStates = None
+    last: OutputStates = None
+    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, (1, 1))
+
+
+class StepSizes(NamedTuple):
+    """`memory` has `size` numbers; a layer has so many `parameters`."""
+
+    memory: Output
+    size: Size
+    B: Size
+    I: Size
+    H: Size
+    layers: Size
+    parameters: Size
+    threads: Size
+
+
+class Step(NamedTuple):
+    """The struct that `step` of single_step.cpp is given. After it come pointers."""
+
+    x: Required
+    s: InputStates
+    y: Output
+    n: OutputStates
+    saved: Output
+    sizes: StepSizes
+
+
+class StepAdjoint(NamedTuple):
+    """Likewise for `step_backward`."""
+
+    x: Required
+    s: InputStates
+    saved: Input
+    dy: Input
+    dy_alike: Input
+    dn: InputStates
+    dx: Output
+    ds: OutputStates
+    sizes: StepSizes
+
+
+STRUCTS = Arguments, Step, StepAdjoint
+
+
+def _fields(struct_type: Any) -> Iterator[tuple[str, str, str]]:
+    """The name, C type and array length of each field; those of a NamedTuple inside it are in its place."""
+    for name, hint in get_type_hints(struct_type, include_extras=True).items():
+        if hasattr(hint, "_fields"):
+            yield from _fields(hint)
+        else:
+            yield name, *hint.__metadata__
+
+
+def _declaration(struct_type: Any) -> str:
+    """The struct in C++."""
+    lines = [f"struct {struct_type.__name__} {{"]
+    for name, kind, length in _fields(struct_type):
+        lines.append(f"  {kind} {name}[{length}];" if length else f"  {kind} {name};")
+    return "\n".join([*lines, "};\n"])
+
+
+@cache
+def words(struct_type: Any, states: int) -> int:
+    """The struct's size in 8 bytes for a cell of so many states."""
+    lengths = {"": 1, "2": 2, "STATES": states}
+    return sum(lengths[length] for _, _, length in _fields(struct_type))
 
 
 @cache
@@ -34,21 +151,41 @@ def _fingerprint() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def definitions(cell: Cell) -> str:
+    """What the C++ expects to be defined before it: the cell, and the structs of its calls."""
+    choices = dict(
+        GATES=cell.gates,
+        STATES=cell.states,
+        SAVED=cell.saved,
+        SPLIT=int(cell.split),
+        FORWARD=statements(cell, False),
+        BACKWARD=statements(cell, True),
+    )
+    defines = "".join(f"#define {name} {value}\n" for name, value in choices.items())
+    return defines + "#include <cstdint>\n" + "".join(map(_declaration, STRUCTS))
+
+
 def program(cell: Cell) -> str:
     """The text of a cell's library, which includes files of the folder SOURCES."""
-    choices = dict(GATES=cell.gates, STATES=cell.states, SAVED=cell.saved, SPLIT=int(cell.split),
-                   FORWARD=statements(cell, False), BACKWARD=statements(cell, True))
-    defines = "".join(f"#define {name} {value}\n" for name, value in choices.items())
-    return f'// {_fingerprint()}\n{defines}#include "single_step.cpp"\n'
+    return f'// {_fingerprint()}\n{definitions(cell)}#include "single_step.cpp"\n'
 
 
 @cache
 def load(cell: Cell) -> Any:
     """A cell's library, compiled if it is not on disk. Raises RuntimeError if that cannot be."""
-    functions = "needed", "forward", "backward", "step", "step_backward"
+    functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
     library: Any = load_library(program(cell), _FLAGS, SOURCES, functions)
-    library.needed.restype = library.step.restype = library.step_backward.restype = ctypes.c_int64
-    library.forward.argtypes = library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    library.struct_size.restype = ctypes.c_int64
+    found = [library.struct_size(i) for i in range(len(STRUCTS))]
+    expected = [8 * words(struct_type, cell.states) for struct_type in STRUCTS]
+    if found != expected:
+        raise RuntimeError(f"The C++ compiler's structs have {found} bytes, expected {expected}")
+    library.needed.restype = ctypes.c_int64
+    library.needed.argtypes = [ctypes.c_char_p]
+    library.step.restype = ctypes.c_int64
+    library.step_backward.restype = ctypes.c_int64
+    library.forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library
 
 
@@ -56,32 +193,55 @@ def threads() -> int:
     return 1 if forked() else torch.get_num_threads()
 
 
-def _call(name: str, cell: Cell, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None],
-          first: States, given: Sequence[Tensor | None], dlast: Sequence[Tensor | None] | None, ends: States,
-          grads: Sequence[Tensor | None]) -> None:
-    """Calls it with struct Given, of which `given` is dy to saved, and memory for itself."""
+_ARRAYS = Arguments._fields.index("s0")
+
+
+def _call(name: str, cell: Cell, arguments: Arguments) -> None:
+    """Calls one of the library's functions, and gives it the memory that it needs."""
+    w_hh = arguments.w_hh
     if w_hh.dtype != torch.float32 or not w_hh.is_cpu:
-        raise RuntimeError(f"The plan \"native\" is for float32 on the CPU, got {w_hh.dtype} on {w_hh.device}")
-    B, I, H, N, library = rows.sequences, x.shape[-1], w_hh.shape[1], len(rows.reverse), load(cell)
-    R = rows.steps * B if rows.offsets is None else x.shape[0]
-    none = [None] * cell.states
-    pointed = [x, w_ih, w_hh, *biases, *given, *grads, rows.offsets, rows.resets, *(first or none), *(dlast or none),
-               *(ends or none)]
-    addresses = [0 if t is None else t.data_ptr() for t in pointed]
-    if 0 in addresses:
-        for t, address in zip(pointed, addresses):
-            if t is not None and not address and t.numel():
-                raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)}")
-    windows = _windows(rows.sizes[0], N * cell.gates * H, cell.split)
-    sizes = rows.steps, B, R, I, H, N, rows.reverses, threads(), *windows
-    call = _pack(len(addresses) + len(sizes))(*addresses, *sizes)
-    memory = working(w_hh, library.needed(call))  # held while it is in use
-    getattr(library, name)(call, memory.data_ptr())
+        raise RuntimeError(f'The plan "native" is for float32 on the CPU, got {w_hh.dtype} on {w_hh.device}')
+    library = load(cell)
+    tensors: list[Any] = [*arguments[:_ARRAYS]]
+    for states in arguments[_ARRAYS:-1]:
+        tensors += states or [None] * cell.states
+    addresses = []
+    for t in tensors:
+        if t is None:
+            addresses.append(0)
+            continue
+        address = t.data_ptr()
+        if not address and t.numel():
+            raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)}")
+        addresses.append(address)
+    sizes = arguments.sizes
+    packed = _pack(len(addresses) + len(sizes) + 1)(*addresses, *sizes[:-1], *sizes.window)
+    needed = _needed(cell, sizes) if arguments.offsets is None else library.needed(packed)
+    memory = working(w_hh, needed)  # held while it is in use
+    getattr(library, name)(packed, memory.data_ptr())
+
+
+@lru_cache(4096)
+def _needed(cell: Cell, sizes: Sizes) -> int:
+    """How many numbers of memory a call needs without offsets, where only its sizes matter."""
+    pointers = words(Arguments, cell.states) - words(Sizes, cell.states)
+    addresses = [0] * pointers
+    needed: int = load(cell).needed(_pack(words(Arguments, cell.states))(*addresses, *sizes[:-1], *sizes.window))
+    return needed
 
 
 @cache
 def _pack(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"{count}q").pack
+
+
+def _sizes(cell: Cell, rows: Rows, x: Tensor, w_hh: Tensor) -> Sizes:
+    B = rows.sequences
+    H = w_hh.shape[1]
+    N = len(rows.reverse)
+    R = rows.steps * B if rows.offsets is None else x.shape[0]
+    windows = _windows(rows.sizes[0], N * cell.gates * H, cell.split)
+    return Sizes(rows.steps, B, R, x.shape[-1], H, N, rows.reverses, threads(), windows)
 
 
 @lru_cache(4096)
@@ -96,13 +256,46 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
             b_hh: Tensor | None, first: States, y: Tensor, states: Tensor | None, saved: Tensor | None,
             ends: list[Tensor]) -> None:
     """As `cpu.forward`."""
-    _call("forward", cell, rows, x, w_ih, w_hh, (b_ih, b_hh), first, (None, None, y, states, saved), None, ends,
-          (None,) * 5)
+    _call("forward", cell, Arguments(
+        x=x,
+        w_ih=w_ih,
+        w_hh=w_hh,
+        b_ih=b_ih,
+        b_hh=b_hh,
+        y=y,
+        states=states,
+        saved=saved,
+        offsets=rows.offsets,
+        resets=rows.resets,
+        s0=first,
+        last=ends,
+        sizes=_sizes(cell, rows, x, w_hh),
+    ))
 
 
 def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: States, y: Tensor,
              states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
              dlast: Sequence[Tensor | None] | None, dfirst: States, grads: Sequence[Tensor | None]) -> None:
     """As `cpu.backward`."""
-    _call("backward", cell, rows, x, w_ih, w_hh, (None, None), first, (dy, dstates, y, states, saved), dlast, dfirst,
-          grads)
+    x_grad, w_ih_grad, w_hh_grad, b_ih_grad, b_hh_grad = grads
+    _call("backward", cell, Arguments(
+        x=x,
+        w_ih=w_ih,
+        w_hh=w_hh,
+        dy=dy,
+        dstates=dstates,
+        y=y,
+        states=states,
+        saved=saved,
+        x_grad=x_grad,
+        w_ih_grad=w_ih_grad,
+        w_hh_grad=w_hh_grad,
+        b_ih_grad=b_ih_grad,
+        b_hh_grad=b_hh_grad,
+        offsets=rows.offsets,
+        resets=rows.resets,
+        s0=first,
+        dlast=dlast,
+        last=dfirst,
+        sizes=_sizes(cell, rows, x, w_hh),
+    ))

@@ -174,13 +174,19 @@ static inline void meet(bool have_to) {
   }
 }
 
+// For a check against what Python packs.
+extern "C" i64 struct_size(int i) {
+  constexpr i64 sizes[] = {sizeof(Arguments), sizeof(Step), sizeof(StepAdjoint)};
+  return sizes[i];
+}
+
 // The same for both directions, so that they share it: what is never touched takes no memory.
-extern "C" i64 needed(const Given& given) {
+extern "C" i64 needed(const Arguments& given) {
   return std::max(Call(given, false, nullptr).used, Call(given, true, nullptr).used);
 }
 
 // All steps, in windows.
-extern "C" void forward(const Given& given, float* memory) {
+extern "C" void forward(const Arguments& given, float* memory) {
   const Call c(given, false, memory);
 #pragma omp parallel num_threads(given.threads)
   {
@@ -224,7 +230,7 @@ extern "C" void forward(const Given& given, float* memory) {
 }
 
 // The adjoint, likewise. With more than one recurrence the gradient of x is added to.
-extern "C" void backward(const Given& given, float* memory) {
+extern "C" void backward(const Arguments& given, float* memory) {
   const Call c(given, true, memory);
 #pragma omp parallel num_threads(given.threads)
   {

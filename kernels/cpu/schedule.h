@@ -7,19 +7,8 @@ constexpr i64 APART = 1 << 10;  // numbers between what two threads write at onc
 constexpr int WIDE = GATES == 1 ? 2 : 1;  // vectors of hidden units of a tile, of each gate, going forward
 constexpr int INPUT_WIDE = GATES % 4 ? 2 : 4, INPUT_TILE = INPUT_WIDE * LANES;  // of all gates, in the product with x
 
-// What native.py gives: s0, dlast (both zero if missing) and `last`, the last states or the gradients of the first ones,
-// [N, B, H] each; y [R, N, H], states [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they are
-// wanted, and read in the adjoint. Windows of time have about as many rows as so many steps of B, forward and back.
-struct Given {
-  const float *x, *w_ih, *w_hh, *b_ih, *b_hh, *dy, *dstates;
-  float *y, *states, *saved;
-  float *x_grad, *w_ih_grad, *w_hh_grad, *b_ih_grad, *b_hh_grad;
-  const i64* offsets;
-  const bool* resets;
-  const float *s0[STATES], *dlast[STATES];
-  float* last[STATES];
-  i64 steps, B, R, I, H, N, reverses, threads, window[2];
-};
+// Of the struct Arguments, which native.py defines: s0, dlast and `last` are [N, B, H] each; y [R, N, H], states
+// [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they are wanted, and read in the adjoint.
 
 // Sequences that are taken through time together, the longest first, and how many steps each has.
 struct Group {
@@ -51,7 +40,7 @@ struct Group {
 // sum up their gradients of W `apart`, if these are small; else all do it together, of windows whose panels x_rows and
 // h_rows have the rows of all groups. Where there are too few sequences, the units of a group are cut in `shares`.
 // Going forward gates is y if there is one gate.
-struct Call : Given {
+struct Call : Arguments {
   static constexpr bool IN_PLACE = GATES == 1 && !SPLIT;
   i64 used = 0, most = 0, windows = 1, tile, groups, shares, turns, padded, inputs, gates_width, buffer_width;
   bool in_turn;  // with one window the panels of W_ih and those of W_hh have the same place, one after the other
@@ -60,7 +49,7 @@ struct Call : Given {
   std::vector<Group> group;
 
   // `memory` has as many numbers as `needed` says.
-  Call(const Given& given, bool adjoint, float* memory) : Given(given) {
+  Call(const Arguments& given, bool adjoint, float* memory) : Arguments(given) {
     auto pad = [](i64 n, i64 tile) { return (n + tile - 1) / tile * tile; };
     auto take = [&](i64 size) {
       const i64 at = std::exchange(used, used + pad(size, 16));

@@ -10,20 +10,9 @@ constexpr i64 FEW_ROWS = 4;  // up to which the gradients of W are made without 
 constexpr int SAVED_ALL = SAVED + STATES;  // what is saved of each unit: the activations, and the states after the step
 
 // Tensors are as rnn/single_step.py has them: states and their gradients [L, B, H], saved [L, SAVED_ALL, B, H]. `memory`
-// has `size` numbers, or none are given at first. After the struct come pointers, `parameters` of each layer: w_ih, w_hh, and with biases b_ih, b_hh.
-struct Step {
-  const float *x, *s[STATES];
-  float *y, *n[STATES], *saved, *memory;
-  i64 size, B, I, H, layers, parameters, threads;
-};
-
-// Likewise, but first w_ih and w_hh of all layers, then the gradients of the parameters of all. What is not wanted is
-// null; if all of dy are the same number, dy_alike has it.
-struct StepAdjoint {
-  const float *x, *s[STATES], *saved, *dy, *dy_alike, *dn[STATES];
-  float *dx, *ds[STATES], *memory;
-  i64 size, B, I, H, layers, parameters, threads;
-};
+// has `size` numbers, or none are given at first. After struct Step come pointers, `parameters` of each layer: w_ih,
+// w_hh, and with biases b_ih, b_hh. After StepAdjoint come w_ih and w_hh of all layers, then the gradients of the
+// parameters of all. What is not wanted is null; if all of dy are the same number, dy_alike has it.
 
 static inline i64 padded_to(i64 n, i64 tile) { return (n + tile - 1) / tile * tile; }
 
