@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cells import Cell, bind
 from .plan import Plan, Rows
+from .types import Gradients, OutputGrads, Outputs, States, Weights
 
 Array = Any
 _TYPES = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.bool: "b1"}
@@ -32,22 +33,11 @@ class Step(NamedTuple):
 
 
 def forward(
-    cell: Cell,
-    plan: Plan,
-    rows: Rows,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    first: Sequence[Tensor] | None,
-    y: Tensor,
-    others: Tensor | None,
-    saved: Tensor | None,
-    last: Sequence[Tensor],
+    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, first: States, outputs: Outputs
 ) -> None:
-    """Writes y [R, N*H], S states `last` [N, B, H], and where they are given the other states
-    `others` [S-1, R, N*H] and the activations `saved` [A, R, N*H]. x to `first` as in `cpu`."""
+    """Writes `outputs`, for x and `first` as in `cpu`."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    y, others, last, saved = outputs
     xp = _library(plan)
     function = _on_arrays(cell.forward, xp)
     G, S, H = cell.gates, cell.states, w_hh.shape[1]
@@ -91,26 +81,23 @@ def backward(
     plan: Plan,
     rows: Rows,
     x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    first: Sequence[Tensor] | None,
-    y: Tensor,
-    others: Tensor | None,
-    saved: Tensor | None,
-    dy: Tensor | None,
-    dothers: Tensor | None,
-    dlast: Sequence[Tensor | None] | None,
-    dfirst: Sequence[Tensor] | None,
-    grads: Sequence[Tensor | None],
+    weights: Weights,
+    first: States,
+    outputs: Outputs,
+    grads: OutputGrads,
+    found: Gradients[Tensor | None],
 ) -> None:
-    """The adjoint of `forward`. Writes `dfirst`, the gradients of the first states, and `grads`,
-    those of x, w_ih, w_hh, b_ih and b_hh, where they are not None; with more than one recurrence it
-    adds to that of x."""
+    """The adjoint of `forward`. Writes those of `found` that are not None; with more than one
+    recurrence it adds to that of x."""
+    w_ih, w_hh, _, _ = weights
+    y, others, _, saved = outputs
+    dy, dothers, dlast = grads
+    *of_rest, dfirst = found
     xp = _library(plan)
     function = _on_arrays(cell.backward, xp)
     G, S, H = cell.gates, cell.states, w_hh.shape[1]
     x, w_ih, w_hh, y, dy = _arrays(xp, x, w_ih, w_hh, y, dy)
-    dx, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *grads)
+    dx, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *of_rest)
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
     d_states = [dy, *_split(xp, dothers)]

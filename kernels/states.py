@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .types import Weights
+
 
 def join_states(states: Sequence[Tensor], N: int) -> Tensor:
     if len(states) == 1:
@@ -21,10 +23,11 @@ def part_states(joined: Tensor, S: int) -> list[Tensor]:
     return [joined[k::S].clone(memory_format=torch.contiguous_format) for k in range(S)]
 
 
-def join_weights(weights: Sequence[Any]) -> Sequence[Any]:
+def join_weights(weights: Sequence[Any]) -> Weights:
     if len(weights) == 4:
-        return weights
-    return [None if weights[k] is None else torch.cat([*weights[k::4]]) for k in range(4)]
+        return Weights(*weights)
+    joined = [None if weights[k] is None else torch.cat([*weights[k::4]]) for k in range(4)]
+    return Weights._make(joined)
 
 
 def part_weights(joined: Sequence[Any], N: int) -> list[Any]:

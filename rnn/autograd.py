@@ -14,6 +14,7 @@ from . import flops, layer_call
 from .boundary import alive
 from .composite import aliases, composite_layer, differentiate
 from .kernels.states import join_weights, part_weights
+from .kernels.types import Gradients, OutputGrads, Outputs, Weights
 from .layer_call import LayerCall
 from .transforms import (
     active_transform,
@@ -31,16 +32,16 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     # A separate setup_context would cost 60 us more
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-        run, keep, count, lengths, batch_sizes, resets, x, *rest = inputs
+        call, save, count, lengths, batch_sizes, resets, x, *rest = inputs
         weights = rest[:count]
         states = rest[count:]
         if count > 4:
             alive(weights)
         joined = join_weights(weights)
-        y, others, saved, last = layer_call.forward(run, (x, *joined), states, keep)
+        y, others, last, saved = layer_call.forward(call, x, joined, states, save)
         # An ordinary backward pass reads no biases: as those of torch.nn's RNN and GRU they may
         # change before it.
-        ctx.run = run
+        ctx.call = call
         ctx.biases = [t for k, t in enumerate(weights) if k % 4 > 1]
         ctx.versions = versions(ctx.biases)
         ctx.count = count
@@ -65,7 +66,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Any, dothers: Any, _: Any, *last_grads: Any) -> tuple[Any, ...]:
         lengths, batch_sizes, resets, y, others, saved, x, *rest = ctx.saved_tensors
-        run: LayerCall = ctx.run
+        call: LayerCall = ctx.call
         count = ctx.count
         needs = ctx.needs_input_grad
         dlast: Sequence[Any] = last_grads
@@ -75,7 +76,7 @@ class _Layer(torch.autograd.Function):
                 dy, dothers, *dlast = came = [*map(to_dense, came)]
                 break
         again = needs_composite(came)
-        recompute = run.cell.saved and saved is None
+        recompute = call.cell.saved and saved is None
         if again or recompute:
             check_versions(ctx.biases, ctx.versions)
         matrices = rest[: count // 2]
@@ -83,7 +84,6 @@ class _Layer(torch.autograd.Function):
         kept = matrices
         if count > 4:
             states, kept = states[:-2], states[-2:]
-        first: Sequence[Tensor | None] | None
         weights: Sequence[Tensor | None] = [*matrices, None, None]
         if again or recompute or count > 4:
             weights = [
@@ -94,36 +94,36 @@ class _Layer(torch.autograd.Function):
         with without_autocast(x.device):
             if again:
                 masks = lengths, batch_sizes, resets
-                found = _by_composite(run, (x, *weights, *states), masks, count, came, needs[6:])
+                found = _by_composite(call, (x, *weights, *states), masks, count, came, needs[6:])
                 return None, None, None, None, None, None, *found
-            wanted: Sequence[bool] = needs[6:11]
+            whole = Weights._make(weights[:4])
+            of_rows = needs[6:11]
             if count > 4:
-                weights = [*kept, *(join_weights(weights)[2:] if recompute else (None, None))]
-                wanted = [needs[6], *(True in needs[7 + k : 7 + count : 4] for k in range(4))]
-            wanted = *wanted, True in needs[7 + count :]
-            tensors = x, *weights
+                biases = join_weights(weights)[2:] if recompute else (None, None)
+                whole = Weights._make([*kept, *biases])
+                of_rows = [needs[6], *(True in needs[7 + k : 7 + count : 4] for k in range(4))]
+            wanted: Gradients[bool] = Gradients._make([*of_rows, True in needs[7 + count :]])
             counted: Any = nullcontext()
             if under_dispatch_mode():
-                s0 = x.new_empty((0, run.rows.sequences, 0))
-                shapes = *tensors, s0, lengths, batch_sizes, resets, y, others, saved
-                counted = flops.of_backward(run.cell, run.reverse, wanted, shapes)
+                s0 = x.new_empty((0, call.rows.sequences, 0))
+                shapes = x, *whole, s0, lengths, batch_sizes, resets, y, others, saved
+                counted = flops.of_backward(call.cell, call.reverse, wanted, shapes)
             with counted:
-                outputs = y, others, saved
-                grads, first = layer_call.backward(
-                    run, tensors, states, outputs, (dy, dothers), dlast, wanted
-                )
+                outputs = Outputs(y, others, None, saved)
+                coming = OutputGrads(dy, dothers, dlast)
+                made = layer_call.backward(call, x, whole, states, outputs, coming, wanted)
+            grads: Sequence[Tensor | None] = made[:5]
             if count > 4:
-                grads = [grads[0], *part_weights(grads[1:], count // 4)]
+                grads = [made.x, *part_weights(made.of_weights(), count // 4)]
                 grads = [grad if need else None for grad, need in zip(grads, needs[6:])]
-            if first is None:
-                first = [None] * len(states)
-            elif not all(needs[7 + count :]):
+            first = [None] * len(states) if made.s0 is None else made.s0
+            if made.s0 is not None and not all(needs[7 + count :]):
                 first = [grad if need else None for grad, need in zip(first, needs[7 + count :])]
         return None, None, None, None, None, None, *grads, *first
 
 
 def _by_composite(
-    run: LayerCall,
+    call: LayerCall,
     inputs: Sequence[Any],
     masks: Sequence[Any],
     count: int,
@@ -135,7 +135,7 @@ def _by_composite(
         alias = aliases(inputs)
         x, weights, states = alias[0], alias[1 : 1 + count], alias[1 + count :] or None
         y, others, last = composite_layer(
-            run.cell, x, weights, states, masks, run.reverse, 1, run.batch_first
+            call.cell, x, weights, states, masks, call.reverse, 1, call.batch_first
         )
     return differentiate((y, others, *last), grads, alias, needs)
 

@@ -14,11 +14,12 @@ from .composite import aliases, composite, differentiate
 from .kernels import cells
 from .kernels.plan import Plan
 from .kernels.states import join_states
+from .kernels.types import Gradients, OutputGrads, Outputs, Weights
 from .layer_call import LayerCall
 from .transforms import needs_composite, traced, under_dispatch_mode, without_autocast
 
 
-def _named_run(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> LayerCall:
+def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> LayerCall:
     """From what the custom operators take, names and JSON."""
     chosen = Plan(*json.loads(plan)) if plan else None
     return LayerCall(getattr(cells, cell), chosen, tensors[0], tensors[2], tensors[6:9], reverse)
@@ -32,19 +33,22 @@ def part_views(s0: Tensor | None, S: int) -> list[Tensor] | None:
 
 
 def _joined_backward(
-    run: LayerCall,
+    call: LayerCall,
     given: Sequence[Any],
     kept: Sequence[Any],
     d: Sequence[Any],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """`layer_call.backward` with joined states."""
-    S = run.cell.states
-    last_grads: Sequence[Tensor | None] = part_views(d[2], S) or [None] * S
-    found, first = layer_call.backward(
-        run, given[:5], part_views(given[5], S), kept, d[:2], last_grads, needs
+    S = call.cell.states
+    x, *weights, s0 = given
+    y, others, saved = kept
+    outputs = Outputs(y, others, None, saved)
+    grads = OutputGrads(d[0], d[1], part_views(d[2], S))
+    *found, first = layer_call.backward(
+        call, x, Weights(*weights), part_views(s0, S), outputs, grads, Gradients(*needs)
     )
-    return [*found, None if first is None else join_states(first, len(run.reverse))]
+    return [*found, None if first is None else join_states(first, len(call.reverse))]
 
 
 def _op_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
@@ -81,7 +85,7 @@ def _op_backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
             found = backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *grads)
         else:
             found = _joined_backward(
-                _named_run(cell, plan, reverse, tensors), given, kept, grads, needs
+                _named_call(cell, plan, reverse, tensors), given, kept, grads, needs
             )
     return (
         None,
@@ -111,9 +115,10 @@ _KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, T
 def forward_op(
     cell: str, plan: str, reverse: list[int], keep: int, *tensors: Any
 ) -> tuple[Tensor, ...]:
-    run = _named_run(cell, plan, reverse, tensors)
-    y, others, saved, last = layer_call.forward(
-        run, tensors[:5], part_views(tensors[5], run.cell.states), keep
+    call = _named_call(cell, plan, reverse, tensors)
+    x, *weights, s0 = tensors[:6]
+    y, others, last, saved = layer_call.forward(
+        call, x, Weights(*weights), part_views(s0, call.cell.states), keep
     )
     out = y, others, join_states(last, len(reverse)), saved
     return tuple(tensors[0].new_empty(0) if t is None else t for t in out)
@@ -133,7 +138,7 @@ def backward_op(
     given = tensors[:6]
     kept = tensors[9:12]
     d = tensors[12:]
-    grads = _joined_backward(_named_run(cell, plan, reverse, tensors), given, kept, d, needs)
+    grads = _joined_backward(_named_call(cell, plan, reverse, tensors), given, kept, d, needs)
     return [given[0].new_empty(0) if g is None else g for g in grads]
 
 

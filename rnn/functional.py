@@ -23,6 +23,7 @@ from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.states import join_states, join_weights, part_states
+from .kernels.types import Save
 from .layer_call import LayerCall
 from .torch_operators import by_torch
 from .transforms import (
@@ -154,7 +155,7 @@ def run_layer(
         return y, others if keep else None, last
     if len(weights) > 4:
         alive(weights)
-    y, others, _, last = layer_call.forward(call, (x, *join_weights(weights)), states, keep)
+    y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
 
 
@@ -262,4 +263,6 @@ def _train(tensors: Sequence[Any]) -> bool:
 def _kept(train: bool, keep: int, recompute: bool) -> int:
     """What a forward pass has to keep: `keep`, or for backward the states, or its activations
     too."""
-    return (1 if recompute else 2) if train else keep
+    if not train:
+        return keep
+    return Save.STATES if recompute else Save.ACTIVATIONS

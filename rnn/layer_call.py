@@ -16,6 +16,7 @@ from .dispatch import choose_plan, module
 from .kernels.cells import Cell
 from .kernels.plan import Plan, Rows
 from .kernels.states import join_states, part_states
+from .kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
 from .resets import requested_steps
 
 # What is around a backend, if not host
@@ -126,13 +127,12 @@ class LayerCall:
             starts = starts.to(device, non_blocking=True)
         return Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
 
-    def kernel(self, name: str, *given: Any) -> Sequence[Any]:
-        """The backend's `forward` or `backward`, whose tensors are `ready`."""
-        backend = self.plan.backend
-        with device_context(backend, given[0]):
-            return getattr(module(_AROUND.get(backend, "host")), name)(
-                self.cell, self.plan, self.rows, *given
-            )
+    def backend(self) -> Any:
+        """The module whose `forward` and `backward` take tensors that are `ready`."""
+        return module(_AROUND.get(self.plan.backend, "host"))
+
+    def context(self, x: Tensor) -> AbstractContextManager[Any]:
+        return device_context(self.plan.backend, x)
 
     def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Any:
         """The states before the first step, which are `ready`, as the backend takes them."""
@@ -199,59 +199,58 @@ class LayerCall:
 
 
 def forward(
-    run: LayerCall, given: Sequence[Any], states: Sequence[Tensor] | None, keep: int
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
-    """y, the other states, with keep = 2 the activations that `backward` needs, and the last
-    states, from `given`, x to b_hh, and the states before the first step, zeros if None."""
-    x, w_ih, w_hh, b_ih, b_hh, *first = ready((run.flat(given[0]), *given[1:], *(states or ())))
-    y, others, last, saved = run.kernel(
-        "forward", x, w_ih, w_hh, b_ih, b_hh, run.first(first, w_hh), keep
-    )
-    return run.unflat(y), run.spread(others), run.spread(saved), run.last(last)
+    call: LayerCall, x: Tensor, weights: Weights, states: Sequence[Tensor] | None, save: int
+) -> Outputs:
+    """What the call gives for x in the caller's layout, and S states [N, B, H] before the first
+    step, zeros if None."""
+    rows, w_ih, w_hh, b_ih, b_hh, *first = ready((call.flat(x), *weights, *(states or ())))
+    s0 = call.first(first, w_hh)
+    whole = Weights(w_ih, w_hh, b_ih, b_hh)
+    with call.context(x):
+        found = call.backend().forward(call.cell, call.plan, call.rows, rows, whole, s0, save)
+    y, others, last, saved = found
+    return Outputs(call.unflat(y), call.spread(others), call.last(last), call.spread(saved))
 
 
 def backward(
-    run: LayerCall,
-    given: Sequence[Any],
+    call: LayerCall,
+    x: Tensor,
+    weights: Weights,
     states: Sequence[Tensor] | None,
-    kept: Sequence[Any],
-    grads: Sequence[Tensor | None],
-    last_grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[list[Tensor | None], list[Tensor] | None]:
-    """The gradients of `given` and of `states`, those that are needed (six bools), from those of y
-    and the other states (`grads`) and of the last states; `kept` is y, the other states and the
-    activations."""
-    y, others, saved = kept
-    if run.cell.saved and saved is None:
-        saved = forward(run, given, states, 2)[2]
-    dy, dothers = grads
-    if dy is not None:
-        dy = run.flat(dy)
-    saved = run.pick(saved)
-    x, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(
-        (
-            run.flat(given[0]),
-            given[1],
-            given[2],
-            run.flat(y),
-            run.pick(others),
-            saved,
-            dy,
-            run.pick(dothers),
-            *last_grads,
-            *(states or ()),
-        ),
-        like=given[0],
+    outputs: Outputs,
+    grads: OutputGrads,
+    needs: Gradients[bool],
+) -> Gradients[Tensor | None]:
+    """The adjoint of `forward`. The last states are not looked at; where the activations are not
+    there, they are computed once more."""
+    saved = outputs.saved
+    if call.cell.saved and saved is None:
+        saved = forward(call, x, weights, states, Save.ACTIVATIONS).saved
+    S = call.cell.states
+    given_last = [None] * S if grads.last is None else grads.last
+    given = (
+        call.flat(x),
+        weights.w_ih,
+        weights.w_hh,
+        call.flat(outputs.y),
+        call.pick(outputs.states),
+        call.pick(saved),
+        grads.y if grads.y is None else call.flat(grads.y),
+        call.pick(grads.states),
+        *given_last,
+        *(states or ()),
     )
-    S = run.cell.states
-    s0 = run.first(ends[S:], w_hh)
-    dlast = run.last_grads(ends[:S])
-    if run.rows.resets is not None:
-        x, s0, y, others, saved = requested_steps(run, x, s0, y, others, saved, dy, dothers, dlast)
-    found, first = run.kernel(
-        "backward", x, w_ih, w_hh, s0, y, others, saved, dy, dothers, dlast, needs
-    )
-    if found[0] is not None:
-        found[0] = run.unflat(found[0])
-    return found, None if first is None else run.last(first)
+    rows, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(given, like=x)
+    s0 = call.first(ends[S:], w_hh)
+    coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
+    kept = Outputs(y, others, None, saved)
+    if call.rows.resets is not None:
+        rows, s0, kept = requested_steps(call, rows, s0, kept, coming)
+    whole = Weights(w_ih, w_hh, None, None)
+    with call.context(x):
+        found: Gradients[Tensor | None] = call.backend().backward(
+            call.cell, call.plan, call.rows, rows, whole, s0, kept, coming, needs
+        )
+    if found.x is not None:
+        found = found._replace(x=call.unflat(found.x))
+    return found if found.s0 is None else found._replace(s0=call.last(found.s0))

@@ -8,30 +8,25 @@ import torch
 from torch import Tensor
 
 from .kernels.plan import Rows
+from .kernels.types import OutputGrads, Outputs
 
 
 def requested_steps(
-    run: Any,
-    x: Tensor,
-    s0: Any,
-    y: Tensor,
-    others: Any,
-    saved: Any,
-    dy: Any,
-    dothers: Any,
-    dlast: Any,
-) -> tuple[Tensor, Any, Tensor, Any, Any]:
-    """x, s0, y, the other states and the activations with 0 in the steps that the loss does not ask
-    for: those from which, up to the next reset, no gradient comes. Their own is 0; but 0 times the
-    NaN that one of them may hold would be NaN."""
-    before = [] if s0 is None else s0 if run.on_host else [s0]
+    call: Any, x: Tensor, s0: Any, outputs: Outputs, grads: OutputGrads
+) -> tuple[Tensor, Any, Outputs]:
+    """x, s0 and what was kept with 0 in the steps that the loss does not ask for: those from which,
+    up to the next reset, no gradient comes. Their own is 0; but 0 times the NaN that one of them
+    may hold would be NaN."""
+    y, others, _, saved = outputs
+    dy, dothers, dlast = grads
+    before = [] if s0 is None else s0 if call.on_host else [s0]
     tensors = [t for t in (x, y, others, saved, *before) if t is not None]
-    # A GPU would have to be waited for
+    # A GPU would have to be waited for.
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):
-        return x, s0, y, others, saved
-    N = len(run.reverse)
-    T, B, R, H = run.rows.steps, run.rows.sequences, sum(run.rows.sizes), y.shape[-1] // N
-    place = _place(run.rows, x.device)
+        return x, s0, outputs
+    N = len(call.reverse)
+    T, B, R, H = call.rows.steps, call.rows.sequences, sum(call.rows.sizes), y.shape[-1] // N
+    place = _place(call.rows, x.device)
     # Which rows a gradient comes into from outside, [R, N].
     given = torch.zeros(R, N, dtype=torch.bool, device=x.device)
     for grad in (dy, *(() if dothers is None else dothers)):
@@ -39,34 +34,34 @@ def requested_steps(
             given |= (grad.view(R, N, H) != 0).any(-1)
     row = ((place.starts[:, None] + place.sequence) * place.runs).clamp(max=max(R - 1, 0))
     asks = given[row] & place.runs[..., None]  # [T, B, N]
-    if dlast is not None and not run.on_host:
+    if dlast is not None and not call.on_host:
         dlast = dlast.view(N, -1, B, H).unbind(1)
     for grad in dlast or ():
         if grad is not None:
             last = (grad != 0).any(-1)  # [N, B]
-            for n, back in enumerate(run.reverse):
+            for n, back in enumerate(call.reverse):
                 end = 0 if back else place.ends
                 asks[..., n] |= (place.time == end) & last[n] & place.runs
-    asked = _reached(asks, run.rows.resets, run.reverse, place.time, T)
+    asked = _reached(asks, call.rows.resets, call.reverse, place.time, T)
     of_row = asked[place.row_time, place.row_sequence]  # [R, N]
     begins = [
         asked[place.ends.clamp(min=0), place.sequence, n] if back else asked[0, :, n]
-        for n, back in enumerate(run.reverse)
+        for n, back in enumerate(call.reverse)
     ]
     first = torch.stack(begins)  # [N, B]
     x = torch.where(of_row.any(1).view(*x.shape[:-1], 1), x, 0)
     y = torch.where(of_row[..., None], y.view(R, N, H), 0).view(y.shape)
-    if run.on_host and s0 is not None:
+    if call.on_host and s0 is not None:
         s0 = [torch.where(first[..., None], s, 0) for s in s0]
     elif s0 is not None:
         s0 = torch.where(first[:, None, :, None], s0.view(N, -1, B, H), 0).view(s0.shape)
     if others is not None:
         others = torch.where(of_row[..., None], others.view(-1, R, N, H), 0).view(others.shape)
-    if saved is not None and run.plan.backend == "native":  # whose order that is
+    if saved is not None and call.plan.backend == "native":  # whose order that is
         saved = torch.where(of_row[..., None, None], saved.view(R, N, -1, H), 0).view(saved.shape)
     elif saved is not None:
         saved = torch.where(of_row[..., None], saved.view(-1, R, N, H), 0).view(saved.shape)
-    return x, s0, y, others, saved
+    return x, s0, Outputs(y, others, None, saved)
 
 
 class _Place(NamedTuple):

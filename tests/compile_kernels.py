@@ -25,6 +25,7 @@ from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.triton_kernels import launch as triton_launch
 from rnn.kernels.plan import Gpu, Rows, make_plan
+from rnn.kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
 
 AMD = 942  # gfx942 in place of a compute capability
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448), AMD: Gpu(90, 304, 65536)}
@@ -86,10 +87,12 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
     recorders: Any = [Recorder(kernel) for kernel in real]
     triton_launch.forward_kernel, triton_launch.backward_kernel = recorders
-    device.forward(cell, plan, rows, x, w_ih, w, b, b, s, 2)
+    device.forward(cell, plan, rows, x, Weights(w_ih, w, b, b), s, Save.ACTIVATIONS)
     states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
-    device.backward(cell, plan, rows, x, w_ih, w, s, y, states, saved, y, states if "states" in options else None, s,
-                    [False] * 6)
+    grads = OutputGrads(y, states if "states" in options else None, s)
+    nothing: Gradients[bool] = Gradients._make([False] * 6)
+    outputs = Outputs(y, states, None, saved)
+    device.backward(cell, plan, rows, x, Weights(w_ih, w, None, None), s, outputs, grads, nothing)
     triton_launch.forward_kernel, triton_launch.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
 

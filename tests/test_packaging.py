@@ -87,7 +87,7 @@ def test_import_is_light() -> None:
         "rnn.transforms", "rnn.kernels",
         "rnn.kernels.build_cache", "rnn.kernels.cells",
         "rnn.kernels.codegen", "rnn.kernels.cpu", "rnn.kernels.cpu.build", "rnn.kernels.cpu.native",
-        "rnn.kernels.cpu.workspace", "rnn.kernels.forks", "rnn.kernels.plan", "rnn.kernels.states"}
+        "rnn.kernels.cpu.workspace", "rnn.kernels.forks", "rnn.kernels.plan", "rnn.kernels.states", "rnn.kernels.types"}
 
 
 def test_without_triton() -> None:

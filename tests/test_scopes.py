@@ -15,6 +15,7 @@ from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Rows
+from rnn.kernels.types import Weights
 
 pytestmark = pytest.mark.interpreted
 
@@ -132,9 +133,10 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     x, w_ih, w, s = torch.randn(5 * 3, 7), torch.randn(18, 7), torch.randn(18, 18) / 5, torch.zeros(1, 3, 18)
     plan, rows = plan_for("launch", 18), Rows(5, [0])
     odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
-    want = device.forward(cells.rnn_tanh, plan, rows, x, w_ih, w, None, None, s, 0)[0]
+    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
     assert len(machine.graphs) == 1 and machine.plain == 0
-    assert torch.equal(device.forward(cells.rnn_tanh, plan, rows, x, w_ih, odd, None, None, s, 0)[0], want)
+    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), s, 0).y
+    assert torch.equal(got, want)
     assert machine.plain == 5
 
 
@@ -215,7 +217,8 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
             reverse: int = 0) -> None:
         x, w_ih, s = (torch.zeros(shape, dtype=dtype) for shape in ((T * B, 7), (18, 7), (1, B, 18)))
         w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
-        device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, w_ih, w, None, None, s, 0)
+        weights = Weights(w_ih, w, None, None)
+        device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, weights, s, 0)
 
     run(5, 3)
     run(1, 1)

@@ -2,7 +2,6 @@
 of one device; step t has the sizes[t] rows that follow those of step t - 1."""
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..plan import Plan, Rows
+from ..types import Gradients, OutputGrads, Outputs, Save, States, Weights
 from .workspace import lasting
-
-States = list[Tensor] | None  # S of [N, B, H]
 
 
 @cache
@@ -21,41 +19,65 @@ def _kernel(backend: str) -> Any:
     return import_module(".native" if backend == "native" else "..reference", __package__)
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, first: States, keep: int) -> tuple[Tensor, Tensor | None, States, Tensor | None]:
-    """x [R, I] (in C++ [T, B, I] will do, and then y is alike), w_ih [N*G*H, I], w_hh [N*G*H, H], b_ih and b_hh
-    [N*G*H], S states [N, B, H], zeros if None. Returns y [R, N*H], with keep >= 1 the other states of every step
-    [S-1, R, N*H], the last states, and with keep >= 2 the activations for the adjoint [A, R, N*H], in an order of the
-    kernel's own; None for what is not."""
-    N, S, A, H = len(rows.reverse), cell.states, cell.saved, w_hh.shape[1]
+def forward(
+    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, s0: States, save: int
+) -> Outputs:
+    """x [R, I] (in C++ [T, B, I] will do, and then y is alike), S states [N, B, H], zeros if
+    None."""
+    N = len(rows.reverse)
+    S = cell.states
+    H = weights.w_hh.shape[1]
     *leading, _ = x.shape
     y = x.new_empty((*leading, N * H))  # the caller's: torch's own memory, which can be resized
     last = [x.new_empty((N, rows.sequences, H)) for _ in range(S)]
-    states = saved = None
-    if keep:
+    states = None
+    saved = None
+    if save:
         R = math.prod(leading)
-        states = x.new_empty((S - 1, R, N * H)) if S > 1 else None
-        saved = lasting(x, A, R, N * H) if A and keep > 1 else None
-    _kernel(plan.backend).forward(cell, plan, rows, x, w_ih, w_hh, b_ih, b_hh, first, y, states, saved, last)
-    return y, states, last, saved
+        if S > 1:
+            states = x.new_empty((S - 1, R, N * H))
+        if cell.saved and save == Save.ACTIVATIONS:
+            saved = lasting(x, cell.saved, R, N * H)
+    outputs = Outputs(y, states, last, saved)
+    _kernel(plan.backend).forward(cell, plan, rows, x, weights, s0, outputs)
+    return outputs
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: States, y: Tensor,
-             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None, dlast: States,
-             needs: Sequence[bool]) -> tuple[list[Tensor | None], States]:
-    """The adjoint of `forward`: the gradients of x, w_ih, w_hh, b_ih and b_hh, and those of the first states, those
-    that are needed, from those of y, states and last, zero where None."""
+def backward(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
+    grads: OutputGrads,
+    needs: Gradients[bool],
+) -> Gradients[Tensor | None]:
+    """The adjoint of `forward`."""
+    w_ih = weights.w_ih
+    w_hh = weights.w_hh
     ds: States = None
-    if needs[5]:
-        ds = [x.new_empty((len(rows.reverse), rows.sequences, w_hh.shape[1])) for _ in range(cell.states)]
+    if needs.s0:
+        ds = [
+            x.new_empty((len(rows.reverse), rows.sequences, w_hh.shape[1]))
+            for _ in range(cell.states)
+        ]
     # One gradient serves both biases where it is the same.
-    wanted = *needs[:3], needs[3] and cell.split, needs[4] or (needs[3] and not cell.split)
-    shapes = x.shape, w_ih.shape, w_hh.shape, w_hh.shape[:1], w_hh.shape[:1]
-    grads: list[Tensor | None] = [x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)]
-    if len(rows.reverse) > 1 and grads[0] is not None:
-        grads[0].zero_()
-    _kernel(plan.backend).backward(cell, plan, rows, x, w_ih, w_hh, first, y, states, saved, dy, dstates, dlast, ds,
-                                   grads)
-    if not cell.split and needs[3]:
-        grads[3:] = [grads[4], grads[4].clone() if needs[4] and grads[4] is not None else None]
-    return grads, ds
+    b_ih = needs.b_ih and cell.split
+    b_hh = needs.b_hh or (needs.b_ih and not cell.split)
+    bias = w_hh.shape[:1]
+    found: Gradients[Tensor | None] = Gradients(
+        x.new_empty(x.shape) if needs.x else None,
+        x.new_empty(w_ih.shape) if needs.w_ih else None,
+        x.new_empty(w_hh.shape) if needs.w_hh else None,
+        x.new_empty(bias) if b_ih else None,
+        x.new_empty(bias) if b_hh else None,
+        ds,
+    )
+    if len(rows.reverse) > 1 and found.x is not None:
+        found.x.zero_()
+    _kernel(plan.backend).backward(cell, plan, rows, x, weights, s0, outputs, grads, found)
+    if cell.split or not needs.b_ih or found.b_hh is None:
+        return found
+    return found._replace(b_ih=found.b_hh, b_hh=found.b_hh.clone() if needs.b_hh else None)

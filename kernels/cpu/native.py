@@ -16,7 +16,7 @@ from ..cells import Cell
 from ..codegen import statements
 from ..forks import forked
 from ..plan import Plan, Rows
-from . import States
+from ..types import Gradients, OutputGrads, Outputs, States, Weights
 from .build import compiler as compiler
 from .build import load_library
 from .workspace import working
@@ -252,50 +252,59 @@ def _windows(sequences: int, width: int, split: bool) -> tuple[int, int]:
     return rows.window(width, 8), rows.window(2 * width, 4) if split else rows.window(width)
 
 
-def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-            b_hh: Tensor | None, first: States, y: Tensor, states: Tensor | None, saved: Tensor | None,
-            ends: list[Tensor]) -> None:
-    """As `cpu.forward`."""
-    _call("forward", cell, Arguments(
+def forward(
+    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, s0: States, outputs: Outputs
+) -> None:
+    """Writes `outputs`."""
+    arguments = Arguments(
         x=x,
-        w_ih=w_ih,
-        w_hh=w_hh,
-        b_ih=b_ih,
-        b_hh=b_hh,
-        y=y,
-        states=states,
-        saved=saved,
+        w_ih=weights.w_ih,
+        w_hh=weights.w_hh,
+        b_ih=weights.b_ih,
+        b_hh=weights.b_hh,
+        y=outputs.y,
+        states=outputs.states,
+        saved=outputs.saved,
         offsets=rows.offsets,
         resets=rows.resets,
-        s0=first,
-        last=ends,
-        sizes=_sizes(cell, rows, x, w_hh),
-    ))
+        s0=s0,
+        last=outputs.last,
+        sizes=_sizes(cell, rows, x, weights.w_hh),
+    )
+    _call("forward", cell, arguments)
 
 
-def backward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: Tensor, first: States, y: Tensor,
-             states: Tensor | None, saved: Tensor | None, dy: Tensor | None, dstates: Tensor | None,
-             dlast: Sequence[Tensor | None] | None, dfirst: States, grads: Sequence[Tensor | None]) -> None:
-    """As `cpu.backward`."""
-    x_grad, w_ih_grad, w_hh_grad, b_ih_grad, b_hh_grad = grads
-    _call("backward", cell, Arguments(
+def backward(
+    cell: Cell,
+    plan: Plan,
+    rows: Rows,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
+    grads: OutputGrads,
+    found: Gradients[Tensor | None],
+) -> None:
+    """Writes those of `found` that are there; with more than one recurrence it adds to that of x."""
+    arguments = Arguments(
         x=x,
-        w_ih=w_ih,
-        w_hh=w_hh,
-        dy=dy,
-        dstates=dstates,
-        y=y,
-        states=states,
-        saved=saved,
-        x_grad=x_grad,
-        w_ih_grad=w_ih_grad,
-        w_hh_grad=w_hh_grad,
-        b_ih_grad=b_ih_grad,
-        b_hh_grad=b_hh_grad,
+        w_ih=weights.w_ih,
+        w_hh=weights.w_hh,
+        dy=grads.y,
+        dstates=grads.states,
+        y=outputs.y,
+        states=outputs.states,
+        saved=outputs.saved,
+        x_grad=found.x,
+        w_ih_grad=found.w_ih,
+        w_hh_grad=found.w_hh,
+        b_ih_grad=found.b_ih,
+        b_hh_grad=found.b_hh,
         offsets=rows.offsets,
         resets=rows.resets,
-        s0=first,
-        dlast=dlast,
-        last=dfirst,
-        sizes=_sizes(cell, rows, x, w_hh),
-    ))
+        s0=s0,
+        dlast=grads.last,
+        last=found.s0,
+        sizes=_sizes(cell, rows, x, weights.w_hh),
+    )
+    _call("backward", cell, arguments)

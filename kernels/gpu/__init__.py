@@ -3,7 +3,6 @@
 Here are the tensors that the kernels write, and the large products before and after them. Each language
 is a module with a function `launch` that runs its kernels."""
 
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..plan import Plan, Rows
+from ..types import Gradients, OutputGrads, Outputs, Save, Weights
 from .tensors import BackwardTensors, ForwardTensors
 
 
@@ -24,18 +24,10 @@ def _sweep(plan: Plan) -> Any:
 
 
 def forward(
-    cell: Cell,
-    plan: Plan,
-    rows: Rows,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    s0: Tensor,
-    keep: int,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """As `host.forward`, with joined states."""
+    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, s0: Tensor, save: int
+) -> Outputs:
+    """x [R, I], joined states [N*S, B, H]."""
+    w_ih, w_hh, b_ih, b_hh = weights
     N = len(rows.reverse)
     S = cell.states
     A = cell.saved
@@ -46,8 +38,8 @@ def forward(
     new = x.new_zeros if padded else x.new_empty
     state = s0.to(torch.float32, copy=True)
     y = new(R, N * H)
-    states = new(S - 1, R, N * H) if S > 1 and keep else None
-    saved = new(A, R, N * H) if A and keep > 1 else None
+    states = new(S - 1, R, N * H) if S > 1 and save else None
+    saved = new(A, R, N * H) if A and save == Save.ACTIVATIONS else None
     tensors = ForwardTensors(
         x=x if plan.fused else F.linear(x, w_ih, b_ih),
         w_ih=w_ih if plan.fused else None,
@@ -64,7 +56,7 @@ def forward(
         resets=rows.resets,
     )
     _sweep(plan)(cell, plan, rows, tensors, s0)
-    return y, states, state.to(x.dtype), saved
+    return Outputs(y, states, state.to(x.dtype), saved)
 
 
 def backward(
@@ -72,18 +64,16 @@ def backward(
     plan: Plan,
     rows: Rows,
     x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
+    weights: Weights,
     s0: Tensor,
-    y: Tensor,
-    states: Tensor | None,
-    saved: Tensor | None,
-    dy: Tensor | None,
-    dstates: Tensor | None,
-    dlast: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """As `host.backward`, with joined states."""
+    outputs: Outputs,
+    grads: OutputGrads,
+    needs: Gradients[bool],
+) -> Gradients[Tensor | None]:
+    """The adjoint of `forward`."""
+    w_ih, w_hh, _, _ = weights
+    y, states, _, saved = outputs
+    dy, dstates, dlast = grads
     N = len(rows.reverse)
     padded = rows.lengths is not None and rows.offsets is None
     new = y.new_zeros if padded else y.new_empty
@@ -117,12 +107,12 @@ def backward(
         # 0 times a NaN in the padding is NaN
         ran = torch.arange(rows.steps, device=x.device)[:, None] < rows.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
-    grads: list[Tensor | None] = [None] * 5
-    if needs[0]:
-        grads[0] = torch.mm(dx, w_ih)
-    if needs[1]:
-        grads[1] = torch.mm(dx.T, x)
-    if needs[2]:
+    found: list[Tensor | None] = [None] * 5
+    if needs.x:
+        found[0] = torch.mm(dx, w_ih)
+    if needs.w_ih:
+        found[1] = torch.mm(dx.T, x)
+    if needs.w_hh:
         drs = dr.chunk(N, 1)
         if h_prev is not None:
             products = [torch.mm(d.T, h) for d, h in zip(drs, h_prev.chunk(N, 1))]
@@ -132,14 +122,14 @@ def backward(
                 _shifted_product(d, h, first, bool(back))
                 for d, h, first, back in zip(drs, y.chunk(N, 1), firsts, rows.reverse)
             ]
-        grads[2] = products[0] if N == 1 else torch.cat(products)
-    if needs[3]:
-        grads[3] = dx.sum(0)
-    if needs[4]:
+        found[2] = products[0] if N == 1 else torch.cat(products)
+    if needs.b_ih:
+        found[3] = dx.sum(0)
+    if needs.b_hh:
         # a tensor of its own, also where both biases have the same gradient
-        shared = None if cell.split else grads[3]
-        grads[4] = dr.sum(0) if shared is None else shared.clone()
-    return grads, ds.to(y.dtype) if needs[5] else None
+        shared = None if cell.split else found[3]
+        found[4] = dr.sum(0) if shared is None else shared.clone()
+    return Gradients._make([*found, ds.to(y.dtype) if needs.s0 else None])
 
 
 def _shifted_product(d: Tensor, h: Tensor, first: Tensor, reverse: bool) -> Tensor:

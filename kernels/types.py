@@ -1,0 +1,66 @@
+"""What is given to a backend and comes back from it, in named types.
+
+Every backend has `forward(cell, plan, rows, x, weights, s0, save) -> Outputs` and `backward(cell,
+plan, rows, x, weights, s0, outputs, grads, needs) -> Gradients`. T, B, I, H, G, S, A, N and R are
+those of the package's docstring."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Value = TypeVar("Value")
+# On the CPU S tensors [N, B, H]; elsewhere joined, [N*S, B, H].
+States = Any
+
+
+class Save(IntEnum):
+    """What a forward pass has to keep of every step."""
+
+    NOTHING = 0
+    STATES = 1
+    ACTIVATIONS = 2  # and the states
+
+
+class Weights(NamedTuple):
+    """Of N recurrences one after the other: w_ih [N*G*H, I], w_hh [N*G*H, H], biases [N*G*H]."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """y [R, N*H], state 0 of every step; the other states [S-1, R, N*H]; the last states; and the
+    activations for the adjoint [A, R, N*H], in an order of the backend's own. None for what there
+    is not, or is not kept."""
+
+    y: Tensor
+    states: Tensor | None
+    last: States
+    saved: Tensor | None
+
+
+class OutputGrads(NamedTuple):
+    """The gradients of y, of the other states and of the last ones; None for zero."""
+
+    y: Tensor | None
+    states: Tensor | None
+    last: States
+
+
+class Gradients(NamedTuple, Generic[Value]):
+    """Of what is differentiated: gradients, None for those that are not needed; or bools, which
+    are needed."""
+
+    x: Value
+    w_ih: Value
+    w_hh: Value
+    b_ih: Value
+    b_hh: Value
+    s0: Any
+
+    def of_weights(self) -> Sequence[Value]:
+        return self[1:5]
