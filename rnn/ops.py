@@ -84,12 +84,13 @@ def _composite(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[A
 
 
 def _differentiate(outputs: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any],
-                   needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of `inputs`, those that are needed, with a graph of their own."""
+                   needs: Sequence[bool], again: bool = True) -> list[Tensor | None]:
+    """Gradients of `inputs`, those that are needed; if they are to be differentiated `again`, with
+    a graph of their own."""
     used = [k for k, grad in enumerate(grads) if grad is not None]
     wanted = [t for t, need in zip(inputs, needs) if need]
-    found: Any = torch.autograd.grad([outputs[k] for k in used], wanted, [grads[k] for k in used], create_graph=True,
-                                     allow_unused=True)
+    found: Any = torch.autograd.grad([outputs[k] for k in used], wanted, [grads[k] for k in used], retain_graph=True,
+                                     create_graph=again, allow_unused=True)
     rest = iter(found)
     return [next(rest) if need else None for need in needs]
 
@@ -181,6 +182,63 @@ class _Layer(torch.autograd.Function):
             elif not all(needs[7 + count :]):
                 first = [grad if need else None for grad, need in zip(first, needs[7 + count :])]
         return None, None, None, None, None, None, *grads, *first
+
+
+class _TorchLSTM(torch.autograd.Function):
+    """torch's own LSTM. Its backward pass in oneDNN has no derivative: the composite's has.
+
+    `run` and `composite` compute the same outputs from the tensors `inputs`."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, composite: Any, *inputs: Any) -> tuple[Any, ...]:
+        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        with torch.enable_grad():
+            outputs = run(*leaves)
+        ctx.composite = composite
+        ctx.leaves = leaves
+        ctx.outputs = outputs
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        grads = tuple(map(_dense, grads))
+        with _as_it_ran(inputs[0].device):
+            if not _again(grads):
+                found = _differentiate(ctx.outputs, grads, ctx.leaves, needs, again=False)
+                return None, None, *found
+            with torch.enable_grad():
+                alias = _aliases(inputs)
+                outputs = ctx.composite(*alias)
+            return None, None, *_differentiate(outputs, grads, alias, needs)
+
+
+def _by_torch(operator: Any, cell: Cell, x: Tensor, weights: Sequence[Any],
+              states: Sequence[Tensor] | None, reverse: Sequence[int],
+              batch_first: bool) -> tuple[Tensor, None, list[Tensor]]:
+    """As `run_layer`, in torch's own operator."""
+    count = len(weights)
+    masks = None, None, None
+
+    def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        y, _, last = compute.by_torch(operator, cell, x, rest[:count], rest[count:], len(reverse),
+                                      batch_first)
+        return y, *last
+
+    def composite(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        y, _, last = _composite(cell, x, rest[:count], rest[count:] or None, masks, reverse, 0,
+                                batch_first)
+        return y, *last
+
+    given = x, *weights, *(states or ())
+    if cell is cells.lstm and x.dtype == torch.float32 and _train(given):
+        y, *last = _TorchLSTM.apply(run, composite, *given)
+    else:
+        y, *last = run(*given)
+    return y, None, last
 
 
 class _OwnGradient(torch.autograd.Function):
@@ -494,7 +552,7 @@ def run_layer(cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Te
         return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
     operator = compute.torch_operator(cell, x, masks, reverse, keep, plan, recompute)
     if operator is not None:
-        return compute.by_torch(operator, cell, x, weights, states, len(reverse), batch_first)
+        return _by_torch(operator, cell, x, weights, states, reverse, batch_first)
     run = compute.Run(cell, plan, x, weights[1], masks, reverse, batch_first)
     if _train((x, *weights, *(states or ()))):
         y, others, _, *last = _apply(run, _kept(True, keep, recompute), len(weights), *masks, x, *weights,
