@@ -45,8 +45,7 @@ def forward(
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
     zeros = xp.zeros((rows.sequences, H), x.dtype)
-    none: list[Tensor | None] = [None] * S
-    s0 = _arrays(xp, *(first or none))
+    s0 = _arrays(xp, *(first or (None,) * S))
     for n in range(len(rows.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
@@ -102,9 +101,8 @@ def backward(
     activations = _split(xp, saved)
     d_states = [dy, *_split(xp, dothers)]
     zeros = xp.zeros((rows.sequences, H), x.dtype)
-    none: list[Tensor | None] = [None] * S
-    s0 = _arrays(xp, *(first or none))
-    ds_last = _arrays(xp, *(dlast or none))
+    s0 = _arrays(xp, *(first or (None,) * S))
+    ds_last = _arrays(xp, *(dlast or (None,) * S))
     for n in range(len(rows.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
@@ -258,7 +256,7 @@ def _array(xp: Any, t: Tensor) -> Array:
     return xp.asarray(_Borrowed(t))
 
 
-def _arrays(xp: Any, *tensors: Tensor | None) -> list[Any]:
+def _arrays(xp: Any, *tensors: Any) -> list[Any]:
     return [None if t is None else _array(xp, t) for t in tensors]
 
 

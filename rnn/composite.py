@@ -112,16 +112,22 @@ def composite_layer(
 
 
 def differentiate(
-    outputs: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any], needs: Sequence[bool]
+    outputs: Sequence[Any],
+    grads: Sequence[Any],
+    inputs: Sequence[Any],
+    needs: Sequence[bool],
+    again: bool = True,
 ) -> list[Tensor | None]:
-    """Gradients of `inputs`, those that are needed, with a graph of their own."""
+    """Gradients of `inputs`, those that are needed; if they are to be differentiated `again`, with
+    a graph of their own."""
     used = [k for k, grad in enumerate(grads) if grad is not None]
     wanted = [t for t, need in zip(inputs, needs) if need]
     found: Any = torch.autograd.grad(
         [outputs[k] for k in used],
         wanted,
         [grads[k] for k in used],
-        create_graph=True,
+        retain_graph=True,
+        create_graph=again,
         allow_unused=True,
     )
     rest = iter(found)

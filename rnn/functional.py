@@ -147,7 +147,7 @@ def run_layer(
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
     operator = dispatch.torch_operator(cell, x, reverse, plan, whole_sequences)
     if operator is not None:
-        return by_torch(operator, cell, x, weights, states, len(reverse), batch_first)
+        return by_torch(operator, cell, x, weights, states, reverse, batch_first)
     call = LayerCall(cell, plan, x, weights[1], masks, reverse, batch_first)
     if _train((x, *weights, *(states or ()))):
         save = _kept(True, keep, recompute)

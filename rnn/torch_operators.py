@@ -6,8 +6,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import to_dense
 from .boundary import ready
-from .kernels.cells import Cell
+from .composite import aliases, composite_layer, differentiate
+from .kernels.cells import Cell, lstm
+from .transforms import needs_composite, without_autocast
+
+
+class _TorchLSTM(torch.autograd.Function):
+    """torch's own LSTM. Its backward pass in oneDNN has no derivative: the composite's has.
+
+    `run` and `composite` compute the same outputs from the tensors `inputs`."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, composite: Any, *inputs: Any) -> tuple[Any, ...]:
+        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        with torch.enable_grad():
+            outputs = run(*leaves)
+        ctx.composite = composite
+        ctx.leaves = leaves
+        ctx.outputs = outputs
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        grads = tuple(map(to_dense, grads))
+        with without_autocast(inputs[0].device):
+            if not needs_composite(grads):
+                found = differentiate(ctx.outputs, grads, ctx.leaves, needs, again=False)
+                return None, None, *found
+            with torch.enable_grad():
+                alias = aliases(inputs)
+                outputs = ctx.composite(*alias)
+            return None, None, *differentiate(outputs, grads, alias, needs)
 
 
 def by_torch(
@@ -16,10 +51,42 @@ def by_torch(
     x: Tensor,
     weights: Sequence[Any],
     states: Sequence[Tensor] | None,
+    reverse: Sequence[int],
+    batch_first: bool,
+) -> tuple[Tensor, None, list[Tensor]]:
+    """As `functional.run_layer`, in torch's own operator."""
+    count = len(weights)
+    masks = None, None, None
+
+    def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        N = len(reverse)
+        y, _, last = _run(operator, cell, x, rest[:count], rest[count:], N, batch_first)
+        return y, *last
+
+    def composite(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        given = x, rest[:count], rest[count:] or None
+        y, _, last = composite_layer(cell, *given, masks, reverse, 0, batch_first)
+        return y, *last
+
+    given = x, *weights, *(states or ())
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if cell is lstm and x.dtype == torch.float32 and train:
+        y, *last = _TorchLSTM.apply(run, composite, *given)
+    else:
+        y, *last = run(*given)
+    return y, None, last
+
+
+def _run(
+    operator: Any,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor] | None,
     N: int,
     batch_first: bool,
 ) -> tuple[Tensor, None, list[Tensor]]:
-    """As `functional.run_layer`, by an operator that has gradients of its own."""
+    """By an operator that has gradients of its own."""
     if len(weights) < 4 * N:
         columns = [[None] * N if t is None else t.chunk(N) for t in weights]
         weights = [part for own in zip(*columns) for part in own]

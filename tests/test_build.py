@@ -202,7 +202,7 @@ def check(name: str = "RNN", plan: str = "native") -> None:
     """A layer is right, forward and back, and is computed so."""
     theirs, layer = pair(name, 4, 24, dtype=torch.float32)
     x = torch.randn(5, 3, 4)
-    words = {"native": "C++, compiled", "numpy": "NumPy"}[plan]
+    words = {"native": "C++, compiled", "torch": "torch's own operator"}[plan]
     torch.testing.assert_close(layer(x)[0], theirs(x)[0])
     found, exact = (torch.autograd.grad(one(x)[0].square().sum(), [*one.parameters()]) for one in (layer, theirs))
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
@@ -210,11 +210,11 @@ def check(name: str = "RNN", plan: str = "native") -> None:
 
 
 def falls_back(*words: str) -> None:
-    """Layers are right and done by NumPy, and one warning says why, which has these words; `plan=` raises."""
+    """Layers are right, by torch's own operators; one warning says why, in these words; `plan=` raises."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for name in ("RNN", "GRU", "RNN"):
-            check(name, "numpy")
+            check(name, "torch")
     texts = [str(w.message) for w in said if "rnn does" in str(w.message)]
     assert len(texts) == 1 and all(word in texts[0] for word in words), texts
     with pytest.raises(RuntimeError):
@@ -476,7 +476,7 @@ class TestCompiler:
         monkeypatch.setenv("PATH", str(place.path))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            check(plan="numpy")
+            check(plan="torch")
 
     @pytest.mark.parametrize("value", ["{place}/missing", "{place}", "'{script}", "{script} 'a", "'' -x", "\\"])
     def test_no_program(self, value: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

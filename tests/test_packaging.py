@@ -21,8 +21,8 @@ FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache", "kernels.gpu
           ["kernels.cpu"],
           ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
           ["kernels.gpu"], ["boundary", "transforms", "resets", "projection"],
-          ["torch_operators"],
           ["checks", "composite", "dispatch"], ["layer_call"], ["onnx_export", "flops"], ["autograd", "custom_ops"],
+          ["torch_operators"],
           ["batch", "functional"], ["interop", "single_step"], ["modules"], ["layers", "convert", "explain"]]
 
 
