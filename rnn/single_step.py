@@ -17,7 +17,7 @@ from torch.overrides import has_torch_function_unary
 from . import compute, ops
 from .kernels.cells import Cell
 from .kernels.cpu import native
-from .kernels.cpu.workspace import working
+from .kernels.cpu.workspace import scratch
 from .kernels.plan import STEP_PRODUCT
 
 _TORCHS: Any = torch._VF
@@ -54,7 +54,7 @@ def _call(function: Any, struct_type: type, states: int, before: list[int], size
     pack = _pack(struct_type, states, len(before), len(after))
     needed = function(pack(*before, 0, 0, *sizes, *after))
     if needed:
-        memory = working(_FLOAT32, needed)  # held while it is in use
+        memory = scratch(_FLOAT32, needed)  # held while it is in use
         function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 

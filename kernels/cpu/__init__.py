@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..plan import Plan, Rows
-from .workspace import lasting
+from .workspace import pooled_empty
 
 Part = TypeVar("Part", Tensor, Tensor | None)
 States = list[Tensor] | None  # S of [N, B, H]
@@ -37,7 +37,7 @@ def forward(cell: Cell, plan: Plan, rows: Rows, x: Tensor, w_ih: Tensor, w_hh: T
     if keep:
         R = math.prod(leading)
         states = x.new_empty((S - 1, R, N * H)) if S > 1 else None
-        saved = lasting(x, A, R, N * H) if A and keep > 1 else None
+        saved = pooled_empty(x, A, R, N * H) if A and keep > 1 else None
     _kernel(plan.backend).forward(cell, plan, rows, x, w_ih, w_hh, b_ih, b_hh, first, y, states, saved, last)
     return y, states, last, saved
 

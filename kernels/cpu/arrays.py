@@ -15,7 +15,7 @@ from ..plan import ONEDNN_STEP, ONEDNN_WINDOW, WINDOW, Plan, Rows
 from ..states import join_states
 from . import States, parts
 from .program import Program, library, program
-from .workspace import working
+from .workspace import scratch
 
 Array = Any
 # oneDNN's x w^T + b, of torch's compiler: half the time of MKL's where that does not know a processor's wide vectors.
@@ -95,7 +95,7 @@ class Steps:
     def working(self, like: Tensor, *shapes: Sequence[int]) -> list[Array]:
         """Working memory of these shapes. It is kept for the next call where the first touch of it takes long."""
         ends = [*accumulate(map(math.prod, shapes), initial=0)]
-        self.memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else working(like, ends[-1])  # held while in use
+        self.memory = like.new_empty(ends[-1]) if ends[-1] < WINDOW else scratch(like, ends[-1])  # held while in use
         (array,) = self.take(self.memory, own=True)
         return [array[lo:hi].reshape(shape) for (lo, hi), shape in zip(pairwise(ends), shapes)]
 
