@@ -21,7 +21,7 @@ from .boundary import ready
 from .composite import aliases, composite, differentiate
 from .kernels.cells import Cell
 from .kernels.cpu import native
-from .kernels.cpu.workspace import working
+from .kernels.cpu.workspace import scratch
 from .kernels.plan import STEP_PRODUCT
 from .transforms import active_transform, any_autocast, needs_composite, traced, without_autocast
 
@@ -70,7 +70,7 @@ def _call(
     pack = _pack(struct_type, states, len(before), len(after))
     needed = function(pack(*before, 0, 0, *sizes, *after))
     if needed:
-        memory = working(_FLOAT32, needed)  # held while it is in use
+        memory = scratch(_FLOAT32, needed)  # held while it is in use
         function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 

@@ -37,7 +37,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         made.append(mmap.mmap(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(memory, "LASTING", 1)
+    monkeypatch.setattr(memory, "POOLED", 1)
     monkeypatch.setattr(memory.torch, "frombuffer", lambda *a, **k: read(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
     memory.release()
@@ -81,9 +81,9 @@ def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
 
 def test_views_keep_it(pieces: list[Any]) -> None:
     like = torch.zeros(1)
-    row = memory.lasting(like, T, B, H)[2, 1:].copy_(torch.randn(B - 1, H))
+    row = memory.pooled_empty(like, T, B, H)[2, 1:].copy_(torch.randn(B - 1, H))
     was = row.clone()
-    memory.lasting(like, T, B, H).zero_()
+    memory.pooled_empty(like, T, B, H).zero_()
     assert len(pieces) == 2 and row.equal(was)
 
 
@@ -130,8 +130,8 @@ def test_the_system_can_have_it() -> None:
     def free() -> int:
         return sum(int(line.split()[1]) for line in lazy.read_text().splitlines() if line.startswith("LazyFree"))
 
-    y = memory.lasting(torch.zeros(1), 2**22).zero_()
-    few = [memory.lasting(torch.zeros(1), 2**20).zero_() for _ in range(memory.FEW + 3)]
+    y = memory.pooled_empty(torch.zeros(1), 2**22).zero_()
+    few = [memory.pooled_empty(torch.zeros(1), 2**20).zero_() for _ in range(memory.FEW + 3)]
     before = free()
     del y
     assert free() - before >= 2**14  # KiB
@@ -186,11 +186,11 @@ def test_a_call_within_a_call(nested: str, monkeypatch: pytest.MonkeyPatch) -> N
     theirs = theirs.double()
     x = torch.randn(T, B, H, requires_grad=True)
     other = torch.randn(2 * T, B, H, requires_grad=True)
-    take = memory.working
+    take = memory.scratch
     lent: list[Tensor] = []
     depth = 0
 
-    def working(like: Tensor, size: int) -> Tensor:
+    def scratch(like: Tensor, size: int) -> Tensor:
         nonlocal depth
         mine = take(like, size).fill_(7)  # whoever else has it finds out
         lent.append(mine)
@@ -207,7 +207,7 @@ def test_a_call_within_a_call(nested: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert (mine == 7).all()
         return mine
 
-    monkeypatch.setattr(native, "working", working)
+    monkeypatch.setattr(native, "scratch", scratch)
     want = theirs(x.double())[0]
     y = ours(x)[0]
     near([y.double()], [want])
@@ -221,8 +221,8 @@ def test_a_call_within_a_call(nested: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_that_an_exception_holds() -> None:
     """A traceback that somebody keeps, with what a call worked in, does not cost every later call."""
     like = torch.zeros(1)
-    held = memory.working(like, 100)
-    after = [memory.working(like, 100).data_ptr() for _ in range(3)]
+    held = memory.scratch(like, 100)
+    after = [memory.scratch(like, 100).data_ptr() for _ in range(3)]
     assert len(set(after)) == 1 and held.data_ptr() not in after
 
 

@@ -174,12 +174,12 @@ def test_memory(bidirectional: bool, H: int, name: str, window: int, monkeypatch
     """It keeps to the memory that it asks for, and reads nothing there that it has not written."""
     pieces: list[Tensor] = []
 
-    def working(like: Tensor, size: int) -> Tensor:
+    def scratch(like: Tensor, size: int) -> Tensor:
         pieces.append(torch.full((size + 4096,), torch.nan))
         pieces.append(pieces[-1][size:])
         return pieces[-2]
 
-    monkeypatch.setattr(native, "working", working)
+    monkeypatch.setattr(native, "scratch", scratch)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 1)
     layer = getattr(rnn, name)(5, H, bidirectional=bidirectional, plan=NATIVE)

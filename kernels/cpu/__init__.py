@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cells import Cell
 from ..plan import Plan, Rows
 from ..types import Gradients, OutputGrads, Outputs, Save, States, Weights
-from .workspace import lasting
+from .workspace import pooled_empty
 
 
 @cache
@@ -37,7 +37,7 @@ def forward(
         if S > 1:
             states = x.new_empty((S - 1, R, N * H))
         if cell.saved and save == Save.ACTIVATIONS:
-            saved = lasting(x, cell.saved, R, N * H)
+            saved = pooled_empty(x, cell.saved, R, N * H)
     outputs = Outputs(y, states, last, saved)
     _kernel(plan.backend).forward(cell, plan, rows, x, weights, s0, outputs)
     return outputs

@@ -1,5 +1,5 @@
-"""The recurrence in C++ for the CPU: recurrence.cpp and its headers, compiled for a cell and this machine, and kept on
-disk. Threads are those of torch, where the compiler has OpenMP."""
+"""The recurrence in C++ for the CPU: recurrence.cpp and its headers, compiled for a cell and this
+machine, and kept on disk. Threads are those of torch, where the compiler has OpenMP."""
 
 import ctypes
 import hashlib
@@ -19,13 +19,20 @@ from ..plan import Plan, Rows
 from ..types import Gradients, OutputGrads, Outputs, States, Weights
 from .build import compiler as compiler
 from .build import load_library
-from .workspace import working
+from .workspace import scratch
 
-_FLAGS = ["-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=gnu++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+]
 SOURCES = Path(__file__).parent
 
-
-# The C++ structs' fields, and what Python gives for each: the C type, and the length of an array.
+# The fields of the C++ structs: what Python gives, the C type, and the length of an array.
 Required = Annotated[Tensor, "const float*", ""]
 Input = Annotated[Tensor | None, "const float*", ""]
 Output = Annotated[Tensor | None, "float*", ""]
@@ -38,7 +45,7 @@ Pair = Annotated[tuple[int, int], "int64_t", "2"]
 
 
 class Sizes(NamedTuple):
-    """T, B, R, I, H, N; bit n of `reverses` is set if recurrence n goes backward. Windows of time have about as many
+    """Bit n of `reverses` is set if recurrence n goes backward. Windows of time have about as many
     rows as `window` steps of B, forward and back."""
 
     steps: Size
@@ -53,8 +60,8 @@ class Sizes(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What `forward` and `backward` of recurrence.cpp are given: its fields are those of the C++ struct. s0 and dlast
-    are zero where missing; `last` are the last states, or the gradients of the first ones."""
+    """What `forward` and `backward` of recurrence.cpp are given. s0 and dlast are zero where
+    missing; `last` are the last states, or the gradients of the first ones."""
 
     x: Required
     w_ih: Required
@@ -121,7 +128,7 @@ STRUCTS = Arguments, Step, StepAdjoint
 
 
 def _fields(struct_type: Any) -> Iterator[tuple[str, str, str]]:
-    """The name, C type and array length of each field; those of a NamedTuple inside it are in its place."""
+    """The name, C type and array length of each field, also of a NamedTuple inside it."""
     for name, hint in get_type_hints(struct_type, include_extras=True).items():
         if hasattr(hint, "_fields"):
             yield from _fields(hint)
@@ -157,7 +164,7 @@ def definitions(cell: Cell) -> str:
         GATES=cell.gates,
         STATES=cell.states,
         SAVED=cell.saved,
-        SPLIT=int(cell.split),
+        SEPARATE_RECURRENT_GRAD=int(cell.split),
         FORWARD=statements(cell, False),
         BACKWARD=statements(cell, True),
     )
@@ -193,6 +200,7 @@ def threads() -> int:
     return 1 if forked() else torch.get_num_threads()
 
 
+# The first field that is an array.
 _ARRAYS = Arguments._fields.index("s0")
 
 
@@ -200,7 +208,8 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
     """Calls one of the library's functions, and gives it the memory that it needs."""
     w_hh = arguments.w_hh
     if w_hh.dtype != torch.float32 or not w_hh.is_cpu:
-        raise RuntimeError(f'The plan "native" is for float32 on the CPU, got {w_hh.dtype} on {w_hh.device}')
+        found = f"{w_hh.dtype} on {w_hh.device}"
+        raise RuntimeError(f'The plan "native" is for float32 on the CPU, got {found}')
     library = load(cell)
     tensors: list[Any] = [*arguments[:_ARRAYS]]
     for states in arguments[_ARRAYS:-1]:
@@ -212,12 +221,14 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
             continue
         address = t.data_ptr()
         if not address and t.numel():
-            raise RuntimeError(f"Expected a tensor whose data is allocated, got one of shape {list(t.shape)}")
+            shape = list(t.shape)
+            raise RuntimeError(
+                f"Expected a tensor whose data is allocated, got one of shape {shape}")
         addresses.append(address)
     sizes = arguments.sizes
     packed = _pack(len(addresses) + len(sizes) + 1)(*addresses, *sizes[:-1], *sizes.window)
     needed = _needed(cell, sizes) if arguments.offsets is None else library.needed(packed)
-    memory = working(w_hh, needed)  # held while it is in use
+    memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
 
 
@@ -225,8 +236,8 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
 def _needed(cell: Cell, sizes: Sizes) -> int:
     """How many numbers of memory a call needs without offsets, where only its sizes matter."""
     pointers = words(Arguments, cell.states) - words(Sizes, cell.states)
-    addresses = [0] * pointers
-    needed: int = load(cell).needed(_pack(words(Arguments, cell.states))(*addresses, *sizes[:-1], *sizes.window))
+    pack = _pack(words(Arguments, cell.states))
+    needed: int = load(cell).needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
     return needed
 
 
@@ -246,10 +257,12 @@ def _sizes(cell: Cell, rows: Rows, x: Tensor, w_hh: Tensor) -> Sizes:
 
 @lru_cache(4096)
 def _windows(sequences: int, width: int, split: bool) -> tuple[int, int]:
-    """Steps of a window, forward and back. Going forward there are no gradients of W to be read once more for a window.
-    With a split cell a row is twice as long in the adjoint: fewer rows then save more memory than they cost time."""
+    """Steps of a window, forward and back. Going forward there are no gradients of W, which every
+    window would read once more. With a split cell a row is twice as long in the adjoint: fewer rows
+    then save more memory than they cost time."""
     rows = Rows(0, (), (sequences,))
-    return rows.window(width, 8), rows.window(2 * width, 4) if split else rows.window(width)
+    backward = rows.window(2 * width, 4) if split else rows.window(width)
+    return rows.window(width, 8), backward
 
 
 def forward(

@@ -1,5 +1,6 @@
-"""Memory of the CPU's kernels that is kept from call to call: the first touch of fresh memory takes as long as the
-arithmetic of the step that writes it, and malloc gives back what is large."""
+"""Memory of the CPU's kernels that is reused from call to call: the first touch of fresh memory
+takes as long as the arithmetic of the step that writes it, and malloc returns large pieces to the
+system."""
 
 import math
 import mmap
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from ..plan import power_of_2
 
-LASTING = 2**20  # bytes from which malloc may not do well: what it keeps depends on what the process happens to free
-# Bytes up to which FEW pieces of a size stay ours, for madvise would take up to a tenth of their call. (It takes less
-# than the first touch of fresh memory.)
-LARGE, FEW = 2**22, 4
+# Bytes from which memory is pooled. What malloc keeps depends on what the process happens to free.
+POOLED = 2**20
+# Bytes up to which FEW pieces of a size stay with the process: for them madvise would take up to a
+# tenth of the call. It takes less than the first touch of fresh memory.
+LARGE = 2**22
+FEW = 4
 HUGE_PAGE = 2**21
-FREE = 2  # references to memory that no call holds: the one that asks, and the argument by which it does
+# References to memory that no call holds: the variable, and the argument of getrefcount.
+FREE = 2
 
 
 class _Kept(threading.local):
@@ -31,14 +35,16 @@ kept = _Kept()
 spare: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # by size
 
 
-def working(like: Tensor, size: int) -> Tensor:
-    """Memory of that size or more, with whatever is in it, for as long as the result is held: this thread's next call
-    gets the same. A call of a signal handler or a finalizer, in the middle of another one, gets memory of its own."""
+def scratch(like: Tensor, size: int) -> Tensor:
+    """Uninitialized memory of that size or more, for as long as the result is held: this thread's
+    next call gets the same. A call of a signal handler or a finalizer, in the middle of another
+    one, gets memory of its own."""
     key = like.dtype, like.device
     memory = kept.memory.pop(key, None)
     if memory is None or memory.shape[0] < size or sys.getrefcount(memory) > FREE:
-        memory = None  # before there is another
-        with torch.inference_mode(False):  # or it would be of no use outside of it
+        memory = None  # freed before more is allocated
+        # Tensors of inference mode could not be used outside of it.
+        with torch.inference_mode(False):
             memory = torch.empty(size, dtype=like.dtype, device=like.device)
     kept.memory[key] = memory
     return memory
@@ -47,23 +53,25 @@ def working(like: Tensor, size: int) -> Tensor:
 def _give_back(memory: mmap.mmap) -> None:
     with suppress(OSError):
         if len(memory) > LARGE or len(spare[len(memory)]) >= FEW:
-            memory.madvise(mmap.MADV_FREE)  # until it is written to again, the system takes it if it needs some
+            # Until it is written to again, the system may take the pages.
+            memory.madvise(mmap.MADV_FREE)
         spare[len(memory)].append(memory)
 
 
-def lasting(like: Tensor, *shape: int) -> Tensor:
-    """As `like.new_empty(shape)`. If it is large, the memory is kept once the tensor is no more."""
+def pooled_empty(like: Tensor, *shape: int) -> Tensor:
+    """As `like.new_empty(shape)`, but large memory goes to a pool when the tensor is freed."""
     numbers = math.prod(shape)
     size = numbers * like.element_size()
-    if size < LASTING or not like.is_cpu or not hasattr(mmap, "MADV_FREE"):
+    if size < POOLED or not like.is_cpu or not hasattr(mmap, "MADV_FREE"):
         return like.new_empty(shape)
-    rounded = power_of_2(size, 1)  # what is never written to is not there
+    # Pages that are never written to take no memory.
+    rounded = power_of_2(size, 1)
     try:
         memory = spare[rounded].pop()
     except IndexError:
         try:
             memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE)
-        except OSError:  # there may not be as much as that
+        except OSError:  # out of memory, or of what may be mapped
             return like.new_empty(shape)
         with suppress(OSError, AttributeError):  # a system without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE, 0, size // HUGE_PAGE * HUGE_PAGE)
@@ -73,6 +81,6 @@ def lasting(like: Tensor, *shape: int) -> Tensor:
 
 
 def release() -> None:
-    """Give all of it back to the system that is not in use, but for what other threads work in."""
+    """Return all memory to the system that is not in use, but for other threads' scratch memory."""
     kept.memory.clear()
     spare.clear()
