@@ -1,5 +1,5 @@
-// The twin of kernels/gpu/cuda/ptx.cuh for the CPU: g++ compiles a kernel after fibers.h and this. Wrong indices, missing
-// barriers and missing waits show; what a weaker memory model would do beyond that does not.
+// The counterpart of kernels/gpu/cuda/ptx.cuh for the CPU: g++ compiles a kernel after fibers.h and
+// this. Wrong indices, missing barriers and missing waits show; effects of a weaker memory model do not.
 #define __global__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
@@ -16,7 +16,7 @@ inline struct { emulate::Index<+[] { return emulate::tiles; }> y; emulate::Index
 DEVICE void __syncthreads() { emulate::block().all.wait(); }
 DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
 DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
-DEVICE void prefetch(const void*) {}
+DEVICE void prefetch_l2(const void*) {}
 DEVICE void keep(u32&) {}
 DEVICE u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 DEVICE float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }

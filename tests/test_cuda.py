@@ -103,7 +103,8 @@ FAULTS = {
     "no barrier after a step": ("block", "#if SCOPE == BLOCK\n    __syncthreads();", "#if SCOPE == BLOCK\n"),
     "one buffer": ("block", "&shared.inbox[c & 1][b][word] = pair;", "&shared.inbox[0][b][word] = pair;"),
     "partial sums read too early": ("block", "group_sync(1 + wm, 32 * WK);", ""),
-    "no wait for the others' h": ("cluster", "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(patience);", ""),
+    "no wait for the others' h": (
+        "cluster", "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);", ""),
     "barrier never set again": ("cluster", "if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);", ""),
     "wrong number of bytes": ("cluster", "4 * NB * WORDS);\n    }", "4 * NB * WORDS + 16);\n    }"),
     "a chunk sent before it is written": ("cluster", "SCOPE == CLUSTER\n    __syncwarp();", "SCOPE == CLUSTER\n"),

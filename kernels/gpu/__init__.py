@@ -1,7 +1,7 @@
 """The forward and the backward pass on a GPU, around the kernels in Triton or in CUDA C++.
 
-Here are the tensors that the kernels write, and the large products before and after them. Each language
-is a module with a function `launch` that runs its kernels."""
+Here are the tensors that the kernels write, and the large products before and after them. Each
+language is a module with a function `launch` that runs its kernels."""
 
 from importlib import import_module
 from typing import Any
@@ -133,7 +133,7 @@ def backward(
 
 
 def _shifted_product(d: Tensor, h: Tensor, first: Tensor, reverse: bool) -> Tensor:
-    """The sum over rows of d_t h_{t-1}^T, with d [R, K], h [R, H] and the initial h `first` [B, H]."""
+    """The sum over rows of d_t h_{t-1}^T: d [R, K], h [R, H], and the initial h `first` [B, H]."""
     B = len(first)
     if len(h) == B:
         return torch.mm(d.T, first)

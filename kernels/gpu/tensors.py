@@ -1,4 +1,4 @@
-"""The tensors of one pass through time, as both languages' kernels take them. None stands for what is absent.
+"""The tensors of one pass through time, as both languages' kernels take them. None: absent.
 
 Shapes: R rows (one step of one sequence), N directions, G gates, S states, A saved activations."""
 
@@ -16,7 +16,7 @@ class ForwardTensors(NamedTuple):
     b_hh: Tensor | None
     # [N, S, B, H], float32: initial states in, final states out
     state: Tensor
-    # [2, N, B, H]: h as an operand, written at even and at odd steps (Triton's scopes grid and launch)
+    # [2, N, B, H]: h that enters even and odd steps (Triton's scopes grid and launch)
     hidden: Tensor | None
     # [R, N, H], [S - 1, R, N, H] and [A, R, N, H]
     y: Tensor
@@ -41,7 +41,7 @@ class BackwardTensors(NamedTuple):
     # [R, N, G, H]; dx is None where it equals dr
     dx: Tensor | None
     dr: Tensor
-    # [R, N, H]: the h that entered each row, where resets or lengths make it differ from the row before in y
+    # [R, N, H]: the h that entered each row, where resets or lengths keep it from being y's
     h_prev: Tensor | None
     lengths: Tensor | None
     offsets: Tensor | None

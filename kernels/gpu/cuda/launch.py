@@ -1,6 +1,6 @@
 """The recurrence in CUDA C++: forward.cu and backward.cu, compiled by NVRTC, launched by CuPy.
 
-Compiled for a cell and a plan; no nvcc is needed. Compiled kernels are kept on disk, beside CuPy's."""
+Compiled for a cell and a plan, without nvcc. Compiled kernels are kept on disk, beside CuPy's."""
 
 import hashlib
 import os

@@ -1,14 +1,29 @@
-// What CUDA C++ has no words for, as inline PTX, without headers. (The tests have a twin of this for the CPU.)
-typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
+// Instructions that CUDA C++ has no functions for, as inline PTX, without headers.
+// (tests/emulate.h is its counterpart for the CPU.)
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void group_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-DEVICE void keep(u32& v) { asm volatile("" : "+r"(v)); }  // the compiler may not look into v here
-DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE void group_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// hides the value of v from the compiler
+DEVICE void keep(u32& v) { asm volatile("" : "+r"(v)); }
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two numbers side by side in memory, and in registers.
 #if TYPE == FLOAT32
@@ -18,11 +33,16 @@ DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
 DEVICE Pair join(T a, T b) { return {a, b}; }
 DEVICE float widen(float v) { return v; }
 DEVICE Pair narrow(float a, float b) { return {a, b}; }
-DEVICE u32 tf32(u32 v) { u32 r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(v))); return r; }
+DEVICE u32 tf32(u32 v) {
+  u32 r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(v)));
+  return r;
+}
 #define MMA_SHAPE "m16n8k8.row.col.f32.tf32.tf32.f32"
 #else
 typedef u16 T;
-struct Pair { u32 both; };  // in one piece: parts would be taken as soon as it is loaded, and wait for it
+// in one piece: two parts would be unpacked right after the load, which would wait for it
+struct Pair { u32 both; };
 DEVICE T part(Pair v, int e) { return (T)(v.both >> 16 * e); }
 DEVICE Pair join(T a, T b) { return {(u32)b << 16 | a}; }
 #if TYPE == FLOAT16
@@ -34,69 +54,91 @@ DEVICE float widen(u16 v) { return __uint_as_float((u32)v << 16); }
 #define NARROW "cvt.rn.bf16x2.f32 %0, %2, %1;"
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
 #endif
-DEVICE Pair narrow(float a, float b) { Pair v; asm(NARROW : "=r"(v.both) : "f"(a), "f"(b)); return v; }
+DEVICE Pair narrow(float a, float b) {
+  Pair v;
+  asm(NARROW : "=r"(v.both) : "f"(a), "f"(b));
+  return v;
+}
 #endif
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_fast(-1.442695041f * x)); }
 DEVICE float tanh(float x) {
 #if TYPE == BFLOAT16
-  float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;  // to 11 bits, where bfloat16 has 8
+  // exact to 11 bits, where bfloat16 has 8
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #else
-  const float far = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x)), square = x * x;
-  const float series = -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
-  return square < 0.06f ? x * (1.f + square * series) : far;  // the difference cancels near 0
+  const float quotient = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x));
+  const float square = x * x;
+  const float series =
+      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
+  // the quotient cancels near 0
+  return square < 0.06f ? x * (1.f + square * series) : quotient;
 #endif
 }
 
-// Rows of 16 bytes, eight to a matrix: lane l gives the address of row l % 8 of matrix l / 8 and gets, of each matrix,
-// word l % 4 of row l / 4.
+// Rows of 16 bytes, eight to a matrix. Lane l gives the address of row l % 8 of matrix l / 8, and
+// gets of each matrix word l % 4 of row l / 4.
 DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// d += a b of 16 x 8 numbers over 8 words. Lane l has in d the rows l / 4 (+ 8) and columns l % 4 * 2 (+ 1), in a the
-// words l % 4 (+ 4) of those rows, in b those words of column l / 4.
+// d += a b, 16 x 8 numbers, over 8 words. Lane l holds of d rows l / 4 (+ 8) and columns
+// l % 4 * 2 (+ 1); of a words l % 4 (+ 4) of those rows; of b those words of column l / 4.
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned." MMA_SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned." MMA_SHAPE
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A word and the number of the step that it is for, in one access: who sees the number has the word.
+// A word and its step's number in one access: a reader that sees the number has the word.
 DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
-  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(p), "l"((u64)flag << 32 | word) : "memory");
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(p), "l"((u64)flag << 32 | word)
+               : "memory");
 }
 DEVICE u64 load_flagged(const u64* p) {
-  u64 v; asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v;
+  u64 v;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
 }
 
-// Between two looks at what is not there yet. A minute of that is an error.
-DEVICE void wait_more(u32& patience) { if (++patience == 1u << 26) asm volatile("trap;"); }
+// Between two polls. About a minute of them is an error.
+DEVICE void wait_more(u32& spin_count) {
+  if (++spin_count == 1u << 26) asm volatile("trap;");
+}
 
 #if SCOPE == CLUSTER
 #define CLUSTER_SIZE __cluster_dims__(BLOCKS, 1, 1)
 DEVICE u32 peer_address(u32 address, u32 rank) {
-  u32 r; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank)); return r;
+  u32 r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
+  return r;
 }
 DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n"
+               "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 DEVICE void barrier_init(u32 barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n"
+               "fence.mbarrier_init.release.cluster;" :: "r"(barrier) : "memory");
 }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE bool barrier_passed(u32 barrier, u32 parity) {
   u32 passed;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+  asm volatile("{\n.reg .pred p;\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
                "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
   return passed;
 }
 DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
+               " [%0], {%1, %2, %3, %4}, [%5];"
                :: "r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier) : "memory");
 }
 #else

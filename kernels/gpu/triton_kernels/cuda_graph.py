@@ -1,7 +1,7 @@
 """One CUDA graph for all calls of a kind.
 
-The graph launches a kernel for a fixed number of steps. Its launches read which step they do and where
-the tensors are from a table in device memory, so that the graph serves any length and any tensors."""
+The graph launches a kernel for a fixed number of steps. Its launches read from a table in device
+memory which step they do and where the tensors are: it serves any length and any tensors."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +21,9 @@ PAST_ANY_END = 2**30
 class StepGraph:
     """`launch(table, k)` launches step k of a block of STEPS_PER_GRAPH steps.
 
-    The table is [4 + tensors], int64. Entries 0 and 1 are slots for the step's number: launch k reads it
-    from slot k % 2 and writes the next one to the other slot. Entries 2 and 3 are two sizes. The rest are
-    pointers, 0 for None. A step past the end must do nothing.
+    The table is [4 + tensors], int64. Entries 0 and 1 are slots for the step's number: launch k
+    reads it from slot k % 2 and writes the next one to the other slot. Entries 2 and 3 are two
+    sizes. The rest are pointers, 0 for None. A step past the end must do nothing.
     A StepGraph belongs to one stream; the lock is for threads that share that stream."""
 
     def __init__(self, *_kind: Any) -> None:
