@@ -1,4 +1,5 @@
-"""The figures of one case: times, memory and errors of several layers with the same weights and the same input."""
+"""The figures of one case: times, memory and errors of several layers with the same weights and the
+same input."""
 
 import ctypes
 import gc
@@ -20,11 +21,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnn
 from rnn.kernels.cpu.workspace import release
 
-BATCH_SECONDS = 0.004  # of calls between two events on a GPU: beside it the events' own time is nothing
+# Of calls between two events on a GPU: beside it the events' own time is nothing
+BATCH_SECONDS = 0.004
 
 
 def set_precision(dtype: str) -> torch.dtype:
-    """Of a case. float32 has the same mode in every layer: torch.nn follows the first of these switches, ours both."""
+    """Of a case. float32 has the same mode in every layer: torch.nn follows the first of these
+    switches, ours both."""
     for backend in (torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
         backend.fp32_precision = "tf32" if dtype == "tf32" else "ieee"  # type: ignore[union-attr]
     found: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
@@ -35,29 +38,41 @@ class Workload:
     """The input of a case and what is done with it, for any layer."""
 
     def __init__(self, case: Case, device: str) -> None:
-        self.case, self.device, self.dtype = case, device, set_precision(case.dtype)
+        self.case = case
+        self.device = device
+        self.dtype = set_precision(case.dtype)
         torch.manual_seed(0)
-        B, T, D = case.B, case.T, 1 + case.bidirectional
+        B = case.B
+        T = case.T
+        D = 1 + case.bidirectional
         self.oracle: Any = of_package(nn, case).double()
         for p in self.oracle.parameters():  # what the other layers get of them
             p.data = p.data.to(self.dtype).double()
         made: Any = torch.randn((B, T, case.inputs) if case.batch_first else (T, B, case.inputs))
         made = made.to(device, self.dtype)
-        self.steps, self.hx = B * T, None
+        self.steps = B * T
+        self.hx = None
         if case.form == "packed":
             lengths = torch.randint(1, T + 1, (B,))
             self.steps = int(lengths.sum())
-            made = pack_padded_sequence(made, lengths, batch_first=case.batch_first, enforce_sorted=False)
+            made = pack_padded_sequence(
+                made, lengths, batch_first=case.batch_first, enforce_sorted=False
+            )
         if case.hx:
-            states = [torch.randn(case.layers * D, B, case.H).to(device, self.dtype)
-                      for _ in range(1 + (case.cell == "lstm"))]
+            states = [
+                torch.randn(case.layers * D, B, case.H).to(device, self.dtype)
+                for _ in range(1 + (case.cell == "lstm"))
+            ]
             self.hx = tuple(states) if case.cell == "lstm" else states[0]
-        self.leaf = (made.data if isinstance(made, PackedSequence) else made).requires_grad_(case.trains)
+        self.leaf = (made.data if isinstance(made, PackedSequence) else made).requires_grad_(
+            case.trains
+        )
         self.rest = made[1:] if isinstance(made, PackedSequence) else None
         self.dy = torch.randn(*self.leaf.shape[:-1], D * case.H).to(device, self.dtype)
 
     def run(self, layer: nn.Module) -> Tensor:
-        x, hx = self.leaf.to(next(layer.parameters()).dtype), self.hx
+        x = self.leaf.to(next(layer.parameters()).dtype)
+        hx = self.hx
         if self.rest is not None:
             return layer(PackedSequence(x, *self.rest))[0].data
         if layer is self.oracle and hx is not None:
@@ -115,7 +130,8 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _batch(function: Callable[[], Any], calls: int, device: str) -> tuple[float, float, float]:
-    """Seconds a call: between events on the GPU, until all is done, until the host has asked for all."""
+    """Seconds a call: between events on the GPU, until all is done, until the host has asked for
+    all."""
     if device == "cpu":
         start = time.perf_counter()
         function()
@@ -130,11 +146,18 @@ def _batch(function: Callable[[], Any], calls: int, device: str) -> tuple[float,
     asked = time.perf_counter()
     synchronize(device)
     done = time.perf_counter()
-    return events[0].elapsed_time(events[1]) / 1000 / calls, (done - start) / calls, (asked - start) / calls
+    return (
+        events[0].elapsed_time(events[1]) / 1000 / calls,
+        (done - start) / calls,
+        (asked - start) / calls,
+    )
 
 
-def timed(functions: Mapping[str, Callable[[], Any]], seconds: float, device: str) -> list[dict[str, float]]:
-    """For each function the medians of what `_batch` measures; the functions take turns for some `seconds`."""
+def timed(
+    functions: Mapping[str, Callable[[], Any]], seconds: float, device: str
+) -> list[dict[str, float]]:
+    """For each function the medians of what `_batch` measures; the functions take turns for some
+    `seconds`."""
     calls = {}
     for name, function in functions.items():
         _batch(function, 1, device)
@@ -145,17 +168,23 @@ def timed(functions: Mapping[str, Callable[[], Any]], seconds: float, device: st
         # Backwards every other time: nobody always comes after the same other.
         order = list(functions)[:: 1 if len(rounds) % 2 else -1]
         rounds.append({name: _batch(functions[name], calls[name], device) for name in order})
-    return [{name: statistics.median(measured[name][k] for measured in rounds) for name in functions} for k in range(3)]
+    return [
+        {name: statistics.median(measured[name][k] for measured in rounds) for name in functions}
+        for k in range(3)
+    ]
 
 
 def _status(key: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return 1024 * int(line.split()[1])
 
 
 def peak(function: Callable[[], Any], device: str) -> int | None:
-    """Bytes that a call needs at its peak beyond what there was before. On the CPU it is the growth of the process,
-    which sees every library's memory, if the system lets its high-water mark be set back; else None."""
+    """Bytes that a call needs at its peak beyond what there was before. On the CPU it is the growth
+    of the process, which sees every library's memory, if the system lets its high-water mark be set
+    back; else None."""
     release()  # so that what is kept counts as well
     gc.collect()
     if device == "cuda":
@@ -180,14 +209,19 @@ def _distance(found: Tensor, want: Tensor) -> float:
     return error if math.isfinite(error) else sys.float_info.max  # JSON has no infinity
 
 
-def measure(case: Case, builders: Mapping[str, Builder], seconds: float, device: str) -> dict[str, Any]:
-    """The row of a case: for each figure, a value of each layer. "forward" and "training" are seconds a call, on a GPU
-    with "wall" and "host" (until all is done, until the host is free); "first" is the first call of all, compilation
-    included; "memory" bytes at the peak of training (of forward, if it does not train); "error" and "gradient_error"
-    relative to float64, of the output and of the input's gradient. On a GPU a layer is also timed as a CUDA graph, as
-    `NAME graph`. "plan" is what ours says of itself; "failed" says why a layer has no figures."""
+def measure(
+    case: Case, builders: Mapping[str, Builder], seconds: float, device: str
+) -> dict[str, Any]:
+    """The row of a case: for each figure, a value of each layer. "forward" and "training" are
+    seconds a call, on a GPU with "wall" and "host" (until all is done, until the host is free);
+    "first" is the first call of all, compilation included; "memory" bytes at the peak of training
+    (of forward, if it does not train); "error" and "gradient_error" relative to float64, of the
+    output and of the input's gradient. On a GPU a layer is also timed as a CUDA graph, as `NAME
+    graph`. "plan" is what ours says of itself; "failed" says why a layer has no figures."""
     work = Workload(case, device)
-    row: dict[str, Any] = dict(case._asdict(), I=case.inputs, steps=work.steps, flop=case.flop(work.steps))
+    row: dict[str, Any] = dict(
+        case._asdict(), I=case.inputs, steps=work.steps, flop=case.flop(work.steps)
+    )
     row |= {key: {} for key in ("first", "memory", "error", "gradient_error", "failed")}
     kinds = [work.forward, work.training][: 1 + case.trains]
     functions: dict[str, dict[str, Callable[[], Any]]] = {kind.__name__: {} for kind in kinds}
@@ -206,7 +240,9 @@ def measure(case: Case, builders: Mapping[str, Builder], seconds: float, device:
             if name == "rnn":
                 row["plan"] = work.explain(layer)
             row["memory"][name] = peak(partial(kinds[-1], layer), device)
-            for key, found, exact in zip(("error", "gradient_error"), work.results(layer), want or ()):
+            for key, found, exact in zip(
+                ("error", "gradient_error"), work.results(layer), want or ()
+            ):
                 row[key][name] = _distance(found, exact)
         except Exception as error:  # one layer's failure leaves the others their figures
             row["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -217,10 +253,13 @@ def measure(case: Case, builders: Mapping[str, Builder], seconds: float, device:
                 try:
                     functions[kind.__name__][f"{name} graph"] = graphed(call)
                 except Exception as error:
-                    row["failed"][f"{name} graph"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    row["failed"][f"{name} graph"] = (
+                        f"{type(error).__name__}: {error}".splitlines()[0]
+                    )
     del want
     for kind_name, calls in functions.items():
         row[kind_name], wall, host = timed(calls, seconds, device)
         if device == "cuda":
-            row.setdefault("wall", {})[kind_name], row.setdefault("host", {})[kind_name] = wall, host
+            row.setdefault("wall", {})[kind_name] = wall
+            row.setdefault("host", {})[kind_name] = host
     return row

@@ -1,4 +1,5 @@
-"""The layers that are timed against each other, each made from a case with the weights of one and the same oracle."""
+"""The layers that are timed against each other, each made from a case with the weights of one and
+the same oracle."""
 
 import importlib
 from collections.abc import Callable
@@ -20,13 +21,22 @@ UNROLLED = 128  # the longest loop that torch.compile gets: beyond, it takes man
 def construct(layer: Any, case: Case) -> nn.Module:
     """A layer with the constructor of torch.nn's."""
     nonlinearity = dict(nonlinearity=case.cell) if case.cell in ("tanh", "relu") else {}
-    made: nn.Module = layer(case.inputs, case.H, num_layers=case.layers, batch_first=case.batch_first,
-                            dropout=case.dropout, bidirectional=case.bidirectional, **nonlinearity)
+    made: nn.Module = layer(
+        case.inputs,
+        case.H,
+        num_layers=case.layers,
+        batch_first=case.batch_first,
+        dropout=case.dropout,
+        bidirectional=case.bidirectional,
+        **nonlinearity,
+    )
     return made
 
 
 def of_package(package: Any, case: Case) -> nn.Module:
-    return construct(getattr(package, "RNN" if case.cell in ("tanh", "relu") else case.cell.upper()), case)
+    return construct(
+        getattr(package, "RNN" if case.cell in ("tanh", "relu") else case.cell.upper()), case
+    )
 
 
 def _only_plain(case: Case, *cells: str) -> None:
@@ -42,11 +52,15 @@ class Loop(nn.Module):
         super().__init__()
         _only_plain(case, "tanh", "relu", "lstm", "gru")
         if case.T > UNROLLED:
-            raise NotImplementedError(f"a loop of more than {UNROLLED} steps takes too long to compile")
+            raise NotImplementedError(
+                f"a loop of more than {UNROLLED} steps takes too long to compile"
+            )
         nonlinearity = dict(nonlinearity=case.cell) if case.cell in ("tanh", "relu") else {}
         cell: Any = getattr(nn, "RNNCell" if nonlinearity else f"{case.cell.upper()}Cell")
         self.cell = cell(case.inputs, case.H, **nonlinearity)
-        self.cell.load_state_dict({k.removesuffix("_l0"): v for k, v in oracle.state_dict().items()})
+        self.cell.load_state_dict(
+            {k.removesuffix("_l0"): v for k, v in oracle.state_dict().items()}
+        )
         self.compile()
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -67,11 +81,16 @@ class FlashRNN(nn.Module):
         self.function = "elman" if case.cell == "tanh" else case.cell
         self.dtype = {"tf32": "float32"}.get(case.dtype, case.dtype)
         w_ih, w_hh, b_ih, b_hh = (p.detach() for p in oracle.parameters())
-        w_hh, b = w_hh.unflatten(0, (-1, 1, case.H)), (b_ih + b_hh).unflatten(0, (-1, 1, case.H))
+        w_hh = w_hh.unflatten(0, (-1, 1, case.H))
+        b = (b_ih + b_hh).unflatten(0, (-1, 1, case.H))
         if case.cell == "gru":  # its recurrent gates are n, r, z, and n has two biases
             w_hh = w_hh[[2, 0, 1]]
-            b = torch.stack([v.view(1, case.H) for v in (b_hh.chunk(3)[2], b[0], b[1], b_ih.chunk(3)[2])])
-        self.w_ih, self.w_hh, self.b = nn.Parameter(w_ih), nn.Parameter(w_hh.contiguous()), nn.Parameter(b)
+            b = torch.stack(
+                [v.view(1, case.H) for v in (b_hh.chunk(3)[2], b[0], b[1], b_ih.chunk(3)[2])]
+            )
+        self.w_ih = nn.Parameter(w_ih)
+        self.w_hh = nn.Parameter(w_hh.contiguous())
+        self.b = nn.Parameter(b)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, Any]:
         gates = F.linear(x.transpose(0, 1), self.w_ih).unflatten(-1, (-1, 1, self.w_hh.shape[-1]))
@@ -86,18 +105,25 @@ def loaded(layer: nn.Module, oracle: nn.RNNBase) -> nn.Module:
 
 def haste(case: Case, oracle: nn.RNNBase) -> nn.Module:
     _only_plain(case, "lstm", "gru")
-    layer: Any = getattr(importlib.import_module("haste_pytorch"), case.cell.upper())(case.inputs, case.H)
+    layer: Any = getattr(importlib.import_module("haste_pytorch"), case.cell.upper())(
+        case.inputs, case.H
+    )
     layer.from_native_weights(*oracle.parameters())
     return layer
 
 
-NAMED: dict[str, Builder] = {"rnn": lambda case, oracle: loaded(of_package(rnn, case), oracle),
-                             "torch.nn": lambda case, oracle: loaded(of_package(nn, case), oracle),
-                             "compile": Loop, "flashrnn": FlashRNN, "haste": haste}
+NAMED: dict[str, Builder] = {
+    "rnn": lambda case, oracle: loaded(of_package(rnn, case), oracle),
+    "torch.nn": lambda case, oracle: loaded(of_package(nn, case), oracle),
+    "compile": Loop,
+    "flashrnn": FlashRNN,
+    "haste": haste,
+}
 
 
 def planned(plan: Plan) -> Builder:
     """Ours, by this plan."""
+
     def build(case: Case, oracle: nn.RNNBase) -> nn.Module:
         layer: Any = NAMED["rnn"](case, oracle)
         layer.plan = plan
@@ -107,7 +133,8 @@ def planned(plan: Plan) -> Builder:
 
 
 def find(name: str) -> Builder:
-    """One of NAMED, or a class MODULE:CLASS with the constructor and the state_dict of torch.nn's."""
+    """One of NAMED, or a class MODULE:CLASS with the constructor and the state_dict of
+    torch.nn's."""
     if name in NAMED:
         return NAMED[name]
     module, _, attribute = name.partition(":")

@@ -1,8 +1,10 @@
-"""Everything that a machine with a GPU has to show, in one command that installs and fetches nothing.
+"""Everything that a machine with a GPU has to show, in one command that installs and fetches
+nothing.
 
-In this order: versions, the constants of the machine, torch.nn's own times, the tests that need a GPU, our times by
-suite, and the sanitizer. Each step is a process of its own, and its log and JSON are there at once: what ends it early
-costs only what comes later. `--device cpu --suite smoke` is the rehearsal."""
+In this order: versions, the constants of the machine, torch.nn's own times, the tests that need a
+GPU, our times by suite, and the sanitizer. Each step is a process of its own, and its log and JSON
+are there at once: what ends it early costs only what comes later. `--device cpu --suite smoke` is
+the rehearsal."""
 
 import argparse
 import json
@@ -17,7 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-SUITES = ("core", "must-not-lose", "cliffs", "cells", "edges", "short", "long", "dtypes", "large", "growth")
+SUITES = (
+    "core",
+    "must-not-lose",
+    "cliffs",
+    "cells",
+    "edges",
+    "short",
+    "long",
+    "dtypes",
+    "large",
+    "growth",
+)
 SPARE = 0.5  # minutes: what a benchmark takes beyond the time after which it begins no further case
 
 
@@ -35,12 +48,24 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
     def bench(suite: str, *options: object) -> list[str]:
         return python("bench/run.py", "--device", device, "--suite", suite, "--out", out, *options)
 
-    tell = f"import sys; sys.path.insert(0, 'bench'); import run; print(run.environment({device!r}))"
+    tell = (
+        f"import sys; sys.path.insert(0, 'bench'); import run; print(run.environment({device!r}))"
+    )
     constants = ["--out", out] if device == "cuda" else ["--compile", "sm_90"]
-    script = next((path for path in (ROOT / "tests/sanitize.py", ROOT / "tests/sanitize.sh") if path.exists()), None)
+    script = next(
+        (
+            path
+            for path in (ROOT / "tests/sanitize.py", ROOT / "tests/sanitize.sh")
+            if path.exists()
+        ),
+        None,
+    )
     sanitize = ["sh", str(script)] if script and script.suffix == ".sh" else python(script)
     no = {name: "" if find_spec(name) else f"there is no {name}" for name in ("cupy", "pytest")}
-    no |= {name: "" if shutil.which(name) else f"there is no {name}" for name in ("nvidia-smi", "compute-sanitizer")}
+    no |= {
+        name: "" if shutil.which(name) else f"there is no {name}"
+        for name in ("nvidia-smi", "compute-sanitizer")
+    }
     return [
         Step("versions", 2, python("-c", tell)),
         Step("driver", 1, ["nvidia-smi"], no["nvidia-smi"]),
@@ -48,7 +73,12 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
         Step("baseline", 4, bench(suites[0], "--baseline", "--seconds", 0.2)),
         Step("tests", 10, python("-m", "pytest", "-q", "-m", "gpu"), no["pytest"]),
         *(Step(suite, 6, bench(suite)) for suite in suites),
-        Step("sanitize", 10, sanitize, no["compute-sanitizer"] if script else "there is no tests/sanitize"),
+        Step(
+            "sanitize",
+            10,
+            sanitize,
+            no["compute-sanitizer"] if script else "there is no tests/sanitize",
+        ),
     ]
 
 
@@ -59,8 +89,14 @@ def do(step: Step, minutes: float, log: Path) -> tuple[int | None, str]:
         command = [*command, "--minutes", f"{max(0.1, minutes - SPARE):.2f}"]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "PYTHONPATH": paths})
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
         try:
             code = process.wait(60 * minutes)
         except subprocess.TimeoutExpired:
@@ -71,32 +107,65 @@ def do(step: Step, minutes: float, log: Path) -> tuple[int | None, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("--device", choices=("cpu", "cuda"), default="cuda")
     option("--suite", action="append", help=f"instead of all: {', '.join(SUITES)}")
     option("--only", nargs="+", metavar="STEP", help="only these steps")
-    option("--minutes", type=float, default=60, help="for all steps together (default: %(default)g)")
-    option("--out", type=Path, default=ROOT / "bench/results", help="folder of logs and JSON files (bench/results)")
+    option(
+        "--minutes", type=float, default=60, help="for all steps together (default: %(default)g)"
+    )
+    option(
+        "--out",
+        type=Path,
+        default=ROOT / "bench/results",
+        help="folder of logs and JSON files (bench/results)",
+    )
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     steps = plan(options.device, options.suite or list(SUITES), out)
     if unknown := {*(options.only or ())} - {step.name for step in steps}:
-        parser.error(f"there is no step {', '.join(sorted(unknown))}: {', '.join(step.name for step in steps)}")
-    end, told = time.monotonic() + 60 * options.minutes, list[dict[str, Any]]()
+        parser.error(
+            f"there is no step {', '.join(sorted(unknown))}: "
+            f"{', '.join(step.name for step in steps)}"
+        )
+    end = time.monotonic() + 60 * options.minutes
+    told = list[dict[str, Any]]()
     for step in steps:
         if options.only and step.name not in options.only:
             continue
-        start, log = time.monotonic(), out / f"prove-{step.name}.log"
-        left, code, said = (end - start) / 60, None, step.missing
+        start = time.monotonic()
+        log = out / f"prove-{step.name}.log"
+        left = (end - start) / 60
+        code = None
+        said = step.missing
         if not said:
-            code, said = do(step, min(step.minutes, left), log) if left > 0.2 else (None, "no time left")
+            code, said = (
+                do(step, min(step.minutes, left), log) if left > 0.2 else (None, "no time left")
+            )
         seconds = time.monotonic() - start
-        told.append(dict(step=step.name, status=code, said=said, seconds=round(seconds, 1), command=step.command))
+        told.append(
+            dict(
+                step=step.name,
+                status=code,
+                said=said,
+                seconds=round(seconds, 1),
+                command=step.command,
+            )
+        )
         (out / "prove.json").write_text(json.dumps(told, indent=1) + "\n")
-        tail = log.read_text(errors="replace").splitlines()[-12:] if log.exists() and not step.missing else []
-        print("\n".join([f"{step.name}: {said}, {seconds:.0f} s", *(f"    {line}" for line in tail)]), flush=True)
+        tail = (
+            log.read_text(errors="replace").splitlines()[-12:]
+            if log.exists() and not step.missing
+            else []
+        )
+        print(
+            "\n".join([f"{step.name}: {said}, {seconds:.0f} s", *(f"    {line}" for line in tail)]),
+            flush=True,
+        )
     return int(any(entry["status"] for entry in told))
 
 

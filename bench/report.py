@@ -14,7 +14,8 @@ from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- These figures are written by bench/report.py. -->", "<!-- Here they end. -->"
+BEGIN = "<!-- These figures are written by bench/report.py. -->"
+END = "<!-- Here they end. -->"
 CELLS = {"tanh": "RNN", "relu": "RNN, relu", "lstm": "LSTM", "gru": "GRU"}
 KINDS = ("forward", "training")
 COLORS = ("#1f77b4", "#e6750a")
@@ -29,15 +30,20 @@ def newest(folder: Path) -> dict[tuple[str, str], Results]:
     for path in folder.glob("*-*.json"):
         results = json.loads(path.read_text())
         key = results["kind"], results["suite"]
-        whole = results.get("rows") and not (results.get("baseline") or results.get("cell") or results.get("dtype")
-                                          or results.get("plan"))
+        whole = results.get("rows") and not (
+            results.get("baseline")
+            or results.get("cell")
+            or results.get("dtype")
+            or results.get("plan")
+        )
         if whole and (key not in found or results["date"] > found[key]["date"]):
             found[key] = results
     return found
 
 
 def ratio(row: Row, figure: str, kind: str = "") -> float | None:
-    """torch.nn's by ours: above 1, ours is the better. `kind` may be that of both as CUDA graphs."""
+    """torch.nn's by ours: above 1, ours is the better. `kind` may be that of both as CUDA
+    graphs."""
     ours, theirs = (row.get(figure, {}).get(f"{name}{kind}") for name in ("rnn", "torch.nn"))
     return theirs / ours if ours and theirs else None
 
@@ -48,7 +54,9 @@ def number(value: float) -> str:
 
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *body)]
+    return [
+        f"| {' | '.join(line)} |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *body)
+    ]
 
 
 def column(row: Row, rows: list[Row]) -> str:
@@ -58,19 +66,31 @@ def column(row: Row, rows: list[Row]) -> str:
 
 
 def figures(rows: list[Row]) -> list[str]:
-    """A line for each size and form; for each cell or dtype our microseconds a step, and the ratios."""
+    """A line for each size and form; for each cell or dtype our microseconds a step, and the
+    ratios."""
     columns = list(dict.fromkeys(column(row, rows) for row in rows))
     body: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         line = body.setdefault((row["form"], *(row[size] for size in "BTHI")), {})
         for kind in KINDS:
             times = ratio(row, kind)
-            line[f"{column(row, rows)} {kind}"] = "" if times is None else (
-                f"{number(1e6 * row[kind]['rnn'] / row['T'])} ({number(times)})")
+            line[f"{column(row, rows)} {kind}"] = (
+                ""
+                if times is None
+                else (f"{number(1e6 * row[kind]['rnn'] / row['T'])} ({number(times)})")
+            )
     heads = [f"{name} {kind}" for name in columns for kind in KINDS]
-    return table(["", "B", "T", "H", "I", *heads],
-                 [["" if form == "padded" else form, *map(str, sizes), *(line.get(head, "") for head in heads)]
-                  for (form, *sizes), line in body.items()])
+    return table(
+        ["", "B", "T", "H", "I", *heads],
+        [
+            [
+                "" if form == "padded" else form,
+                *map(str, sizes),
+                *(line.get(head, "") for head in heads),
+            ]
+            for (form, *sizes), line in body.items()
+        ],
+    )
 
 
 def summary(suites: dict[str, list[Row]]) -> list[str]:
@@ -88,29 +108,61 @@ def summary(suites: dict[str, list[Row]]) -> list[str]:
         for (form, name), group in groups.items():
             line = [f"{suite}, {name}{'' if form == 'padded' else f', {form}'}", str(len(group))]
             for kind in KINDS:
-                line += [show(function, [ratio(row, kind) for row in group]) for function in (geometric_mean, min)]
-            large = [row for row in group if (row["memory"].get("torch.nn") or 0) >= MIB]  # less is below its noise
+                line += [
+                    show(function, [ratio(row, kind) for row in group])
+                    for function in (geometric_mean, min)
+                ]
+            # Less is below its noise
+            large = [row for row in group if (row["memory"].get("torch.nn") or 0) >= MIB]
             for figure, of in (("memory", large), ("error", group)):
                 line.append(show(max, [1 / value for row in of if (value := ratio(row, figure))]))
             body.append(line)
-    return table(["suite", "cases", "forward: mean", "least", "training: mean", "least", "memory: most", "error: most"],
-                 body)
+    return table(
+        [
+            "suite",
+            "cases",
+            "forward: mean",
+            "least",
+            "training: mean",
+            "least",
+            "memory: most",
+            "error: most",
+        ],
+        body,
+    )
 
 
 def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
     name = {"cpu": "CPU", "cuda": "GPU"}[kind]
     core = found.get((kind, "core"))
     if core is None:
-        return [f"**{name}: not measured yet.** `python bench/run.py --device {kind} --suite core` measures yours."]
+        return [
+            f"**{name}: not measured yet.** `python bench/run.py --device {kind} --suite core` "
+            "measures yours."
+        ]
     versions = ", ".join(f"{k} {v}" for k, v in core["versions"].items() if v)
     commit = f"{core['commit']}{' with changes' if core['modified'] else ''}"
-    return [f"**{name}: {core['device']}**, {versions}; {core['date'][:10]}, at {commit}. Microseconds a step "
-            "of ours, and in brackets torch.nn's time divided by ours.", "",
-            *figures(core["rows"]), "",
-            "Geometric means and the least of those ratios; and the most that our peak memory (with all that is kept "
-            "between calls, where torch.nn's is 1 MiB or more) and our error against float64 come to, divided by "
-            "torch.nn's.", "",
-            *summary({suite: results["rows"] for (device, suite), results in sorted(found.items()) if device == kind})]
+    return [
+        f"**{name}: {core['device']}**, {versions}; {core['date'][:10]}, at {commit}. "
+        "Microseconds a step "
+        "of ours, and in brackets torch.nn's time divided by ours.",
+        "",
+        *figures(core["rows"]),
+        "",
+        "Geometric means and the least of those ratios; and the most that our peak memory (with "
+        "all that is kept "
+        "between calls, where torch.nn's is 1 MiB or more) and our error against float64 come to, "
+        "divided by "
+        "torch.nn's.",
+        "",
+        *summary(
+            {
+                suite: results["rows"]
+                for (device, suite), results in sorted(found.items())
+                if device == kind
+            }
+        ),
+    ]
 
 
 def bars(rows: list[Row]) -> list[tuple[str, list[list[float]]]]:
@@ -161,7 +213,7 @@ def picture(results: Results) -> str:
                 f'fill="{color}"/>',
                 f'<path d="{reach}" stroke="#333"/>',
                 f'<text x="{place(1) - 4:.1f}" y="{center + 3:.0f}" text-anchor="end">'
-                f'{number(mean)}</text>',
+                f"{number(mean)}</text>",
             ]
             y += height
         y += 8
@@ -170,18 +222,33 @@ def picture(results: Results) -> str:
     while value <= high:
         style = 'stroke="#333"' if value == 1 else 'stroke="#ddd"'
         x = f"{place(value):.1f}"
-        ticks += [f'<path d="M{x} {top - 6}V{y}" {style}/>',
-                  f'<text x="{x}" y="{y + 14}" text-anchor="middle">{value:g}</text>']
+        ticks += [
+            f'<path d="M{x} {top - 6}V{y}" {style}/>',
+            f'<text x="{x}" y="{y + 14}" text-anchor="middle">{value:g}</text>',
+        ]
         value *= 2
-    legend = [f'<rect x="{left + 150 * k}" y="30" width="10" height="10" fill="{color}"/>'
-              f'<text x="{left + 15 + 150 * k}" y="39">{kind}</text>'
-              for k, (color, kind) in enumerate(zip(COLORS, KINDS))]
+    legend = [
+        f'<rect x="{left + 150 * k}" y="30" width="10" height="10" fill="{color}"/>'
+        f'<text x="{left + 15 + 150 * k}" y="39">{kind}</text>'
+        for k, (color, kind) in enumerate(zip(COLORS, KINDS))
+    ]
     title = f"torch.nn's time divided by ours ({results['device']}; suite core)"
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 24}" '
-            f'font-family="sans-serif" font-size="11">')
-    return "\n".join([head, f'<rect width="{width}" height="{y + 24}" fill="#fff"/>',
-                      f'<text x="{left}" y="18" font-size="13">{title}</text>',
-                      *legend, *ticks, *shapes, "</svg>", ""])
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 24}" '
+        f'font-family="sans-serif" font-size="11">'
+    )
+    return "\n".join(
+        [
+            head,
+            f'<rect width="{width}" height="{y + 24}" fill="#fff"/>',
+            f'<text x="{left}" y="18" font-size="13">{title}</text>',
+            *legend,
+            *ticks,
+            *shapes,
+            "</svg>",
+            "",
+        ]
+    )
 
 
 def caption(found: dict[tuple[str, str], Results]) -> list[str]:
@@ -190,9 +257,12 @@ def caption(found: dict[tuple[str, str], Results]) -> list[str]:
     if core is None:
         return ["Nothing has been measured yet."]
     what = core["device"], "float32", f"torch {core['versions']['torch']}", core["date"][:10]
-    lines = ["![Geometric means of torch.nn's time divided by ours](docs/speed.svg)", "",
-             f"{', '.join(what)}, commit {core['commit']};",
-             "bars are geometric means, lines go from the least favourable shape to the most."]
+    lines = [
+        "![Geometric means of torch.nn's time divided by ours](docs/speed.svg)",
+        "",
+        f"{', '.join(what)}, commit {core['commit']};",
+        "bars are geometric means, lines go from the least favourable shape to the most.",
+    ]
     if ("cuda", "core") not in found:
         lines.append("**No GPU has been measured yet.**")
     return lines
@@ -214,9 +284,12 @@ def outputs() -> dict[Path, str]:
     """All that this script writes."""
     folder = ROOT / "bench/results"
     found = newest(folder)
-    readme, performance = ROOT / "README.md", ROOT / "docs/performance.md"
-    texts = {readme: between_marks(readme.read_text(), caption(found)),
-             performance: render(performance.read_text(), folder)}
+    readme = ROOT / "README.md"
+    performance = ROOT / "docs/performance.md"
+    texts = {
+        readme: between_marks(readme.read_text(), caption(found)),
+        performance: render(performance.read_text(), folder),
+    }
     core = found.get(("cpu", "core"))
     if core is not None:
         texts[ROOT / "docs/speed.svg"] = picture(core)

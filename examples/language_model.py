@@ -1,10 +1,11 @@
 """Trains a character language model with `rnn.RNN`, beside the same model with `torch.nn.RNN`.
 
-Truncated backpropagation through time: the text is cut into parallel streams, each step reads the next characters of
-every stream, and the hidden state is carried over from step to step, without its gradient.
+Truncated backpropagation through time: the text is cut into parallel streams, each step reads the
+next characters of every stream, and the hidden state is carried over from step to step, without its
+gradient.
 
-Under torchrun every process takes its share of the streams, and the gradients are averaged over all.
-"""
+Under torchrun every process takes its share of the streams, and the gradients are averaged over
+all."""
 
 import argparse
 import builtins
@@ -26,9 +27,12 @@ import rnn
 
 
 class LanguageModel(nn.Module):
-    """h_t = tanh(W_xh x_t + W_hh h_{t-1} + b), y_t = W_hy h_t + b_y, where y_t scores the next character."""
+    """h_t = tanh(W_xh x_t + W_hh h_{t-1} + b), y_t = W_hy h_t + b_y, where y_t scores the next
+    character."""
 
-    def __init__(self, layer: Callable[[int, int], nn.Module], characters: int, hidden: int) -> None:
+    def __init__(
+        self, layer: Callable[[int, int], nn.Module], characters: int, hidden: int
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, hidden)
         self.rnn = layer(hidden, hidden)
@@ -44,7 +48,9 @@ class Run:
     """One model in training: its losses and the seconds that it took."""
 
     def __init__(self, model: LanguageModel, rate: float) -> None:
-        self.model: nn.Module = DistributedDataParallel(model) if distributed.is_initialized() else model
+        self.model: nn.Module = (
+            DistributedDataParallel(model) if distributed.is_initialized() else model
+        )
         self.state: Tensor | None = None
         self.optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         self.losses: list[float] = []
@@ -74,7 +80,8 @@ class Run:
 
 
 def chunks(text: Tensor, batch: int, length: int) -> Iterator[tuple[Tensor, bool]]:
-    """Forever: the next length + 1 characters [T + 1, B] of `batch` streams, and whether they are the first."""
+    """Forever: the next length + 1 characters [T + 1, B] of `batch` streams, and whether they are
+    the first."""
     streams = text[: len(text) // batch * batch].view(batch, -1).t().contiguous()
     while True:
         for start in range(0, len(streams) - length, length):
@@ -82,8 +89,11 @@ def chunks(text: Tensor, batch: int, length: int) -> Iterator[tuple[Tensor, bool
 
 
 def bigram_loss(text: Tensor, characters: int) -> float:
-    """Nats per character of the best guess from the character before, with counts from this very text."""
-    counts = torch.bincount(text[:-1] * characters + text[1:], minlength=characters**2).view(characters, characters)
+    """Nats per character of the best guess from the character before, with counts from this very
+    text."""
+    counts = torch.bincount(text[:-1] * characters + text[1:], minlength=characters**2).view(
+        characters, characters
+    )
     probability = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return -(counts * probability.clamp(min=1e-30).log()).sum().item() / (len(text) - 1)
 
@@ -100,7 +110,8 @@ def sample(model: LanguageModel, prompt: Tensor, length: int, temperature: float
 
 
 def read_text(path: str | None) -> str:
-    """The file's text, or English that is on every machine: the help texts of Python's standard library."""
+    """The file's text, or English that is on every machine: the help texts of Python's standard
+    library."""
     if path is None:
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n".join(topics[name] for name in sorted(topics))
@@ -118,19 +129,55 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise ValueError
         return int(text)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
-    option("--text", metavar="FILE", help="UTF-8 text to learn (default: the help texts that come with Python)")
-    option("--hidden", type=positive, default=256, help="hidden units and embedding size (default: %(default)s)")
-    option("--batch", type=positive, default=32, help="streams that the text is cut into (default: %(default)s)")
-    option("--length", type=positive, default=64, help="characters of each stream in a step (default: %(default)s)")
+    option(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to learn (default: the help texts that come with Python)",
+    )
+    option(
+        "--hidden",
+        type=positive,
+        default=256,
+        help="hidden units and embedding size (default: %(default)s)",
+    )
+    option(
+        "--batch",
+        type=positive,
+        default=32,
+        help="streams that the text is cut into (default: %(default)s)",
+    )
+    option(
+        "--length",
+        type=positive,
+        default=64,
+        help="characters of each stream in a step (default: %(default)s)",
+    )
     option("--steps", type=positive, default=800, help="training steps (default: %(default)s)")
     option("--rate", type=float, default=2e-3, help="learning rate of Adam (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     option("--device", default=device, help="cpu or cuda (default: %(default)s)")
-    option("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="(default: %(default)s)")
-    option("--seed", type=int, default=0, help="of the weights and of the sample (default: %(default)s)")
-    option("--plot", metavar="FILE", default="language_model.png", help="the loss curves (default: %(default)s)")
+    option(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        default="float32",
+        help="(default: %(default)s)",
+    )
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the weights and of the sample (default: %(default)s)",
+    )
+    option(
+        "--plot",
+        metavar="FILE",
+        default="language_model.png",
+        help="the loss curves (default: %(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -139,21 +186,29 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         text = read_text(options.text)
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {options.text}: {error.strerror if isinstance(error, OSError) else 'it is not UTF-8 text'}")
+        fail(
+            f"cannot read {options.text}: "
+            f"{error.strerror if isinstance(error, OSError) else 'it is not UTF-8 text'}"
+        )
     needed = options.batch * (options.length + 1)
     if len(text) < needed:
-        fail(f"the text has {len(text)} characters; {needed} are needed, or a smaller --batch or --length")
+        fail(
+            f"the text has {len(text)} characters; {needed} are needed, or a smaller --batch or "
+            "--length"
+        )
     alphabet = sorted(set(text))
     index = {character: i for i, character in enumerate(alphabet)}
     data = torch.tensor([index[character] for character in text])
     dtype = getattr(torch, options.dtype)
 
-    rank, processes = 0, 1
+    rank = 0
+    processes = 1
     if distributed.is_torchelastic_launched():
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
-        rank, processes = distributed.get_rank(), distributed.get_world_size()
+        rank = distributed.get_rank()
+        processes = distributed.get_world_size()
         if options.batch % processes:
             fail(f"--batch {options.batch} cannot be shared by {processes} processes")
 
@@ -167,8 +222,11 @@ def main(arguments: list[str] | None = None) -> None:
     second.load_state_dict(first.state_dict())
     ours, theirs = (Run(model.to(options.device, dtype), options.rate) for model in (first, second))
     parameters = sum(p.numel() for p in first.parameters())
-    print(f"{len(text):,} characters, {len(alphabet)} different; {parameters:,} parameters in {options.dtype} "
-          f"on {options.device}")
+    print(
+        f"{len(text):,} characters, {len(alphabet)} different; {parameters:,} parameters in "
+        f"{options.dtype} "
+        f"on {options.device}"
+    )
     batches = chunks(data.to(options.device), options.batch, options.length)
     with tqdm(range(options.steps), unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
         for step in bar:
@@ -176,19 +234,25 @@ def main(arguments: list[str] | None = None) -> None:
             for run in (ours, theirs) if step % 2 else (theirs, ours):
                 run.step(batch[:, rank::processes], begins)
             speed = options.batch * options.length * (step + 1) / ours.seconds
-            bar.set_postfix_str(f"loss {ours.losses[-1]:.3f}, {speed:,.0f} characters/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {ours.losses[-1]:.3f}, {speed:,.0f} characters/s", refresh=False
+            )
 
     compared = min(50, options.steps)
     difference = max(abs(a - b) for a, b in zip(ours.losses[:compared], theirs.losses[:compared]))
     bigram = bigram_loss(data, len(alphabet))
     print(f"\n{'':34}{'rnn.RNN':>10}{'torch.nn.RNN':>14}")
     print(f"{'loss at the start':34}{ours.losses[0]:10.4f}{theirs.losses[0]:14.4f}")
-    print(f"{f'loss at step {compared}':34}{ours.losses[compared - 1]:10.4f}{theirs.losses[compared - 1]:14.4f}")
+    print(
+        f"{f'loss at step {compared}':34}{ours.losses[compared - 1]:10.4f}{theirs.losses[compared - 1]:14.4f}"
+    )
     print(f"{'final loss (mean of 50 steps)':34}{ours.final:10.4f}{theirs.final:14.4f}")
     print(f"{'seconds':34}{ours.seconds:10.2f}{theirs.seconds:14.2f}")
     print(f"\n{f'largest difference in {compared} steps':34}{difference:10.1e}")
-    print(f"{'loss of the best bigram guess':34}{bigram:10.4f}   "
-          f"{'beaten' if ours.final < bigram else 'not beaten: more --steps are needed'}")
+    print(
+        f"{'loss of the best bigram guess':34}{bigram:10.4f}   "
+        f"{'beaten' if ours.final < bigram else 'not beaten: more --steps are needed'}"
+    )
     print(f"{'torch.nn.RNN seconds / ours':34}{theirs.seconds / ours.seconds:10.2f}")
 
     prompt = data[: options.length].to(options.device)

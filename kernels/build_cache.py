@@ -1,8 +1,9 @@
 """Compiled programs, kept on disk for the processes to come.
 
-The name of a file has the hash of its content, which is checked before the file is used: half a file is deleted and
-made again. The folder and its files have to be this user's own, with nobody else allowed to write to them. Where they
-are not, or where the disk takes no more, programs are kept in a temporary folder of this process."""
+The name of a file has the hash of its content, which is checked before the file is used: half a
+file is deleted and made again. The folder and its files have to be this user's own, with nobody
+else allowed to write to them. Where they are not, or where the disk takes no more, programs are
+kept in a temporary folder of this process."""
 
 import atexit
 import hashlib
@@ -33,13 +34,20 @@ class _Building(threading.local):
 
 
 _building = _Building()
-_private: dict[int, Path] = {}  # the temporary folder of a process, by its number: children of fork have their own
+# The temporary folder of a process, by its number: children of fork have their own
+_private: dict[int, Path] = {}
 
 
-def build_once(name: str, suffix: str, folder: Path | None, make: Callable[[], bytes],
-               use: Callable[[Path], Used]) -> Used:
-    """What `use` returns for the file of that name, in `folder` if that can be; `make` returns its content if it is not
-    there yet. `use` raises OSError for a file that is no good, which is deleted. Raises OSError if a new one is not."""
+def build_once(
+    name: str,
+    suffix: str,
+    folder: Path | None,
+    make: Callable[[], bytes],
+    use: Callable[[Path], Used],
+) -> Used:
+    """What `use` returns for the file of that name, in `folder` if that can be; `make` returns its
+    content if it is not there yet. `use` raises OSError for a file that is no good, which is
+    deleted. Raises OSError if a new one is not."""
     shared = _trusted(folder, name, suffix)
     found = _use_kept(shared, name, suffix, use)
     if found is not None:
@@ -55,7 +63,9 @@ def build_once(name: str, suffix: str, folder: Path | None, make: Callable[[], b
         return _use_new(_private_folder(), name, suffix, content, use)
 
 
-def _use_kept(shared: Path | None, name: str, suffix: str, use: Callable[[Path], Used]) -> Used | None:
+def _use_kept(
+    shared: Path | None, name: str, suffix: str, use: Callable[[Path], Used]
+) -> Used | None:
     for folder in (shared, _private.get(os.getpid())):
         for path in () if folder is None else folder.glob(f"{name}.*{suffix}"):
             try:
@@ -68,14 +78,17 @@ def _use_kept(shared: Path | None, name: str, suffix: str, use: Callable[[Path],
     return None
 
 
-def _use_new(folder: Path, name: str, suffix: str, content: bytes, use: Callable[[Path], Used]) -> Used:
+def _use_new(
+    folder: Path, name: str, suffix: str, content: bytes, use: Callable[[Path], Used]
+) -> Used:
     path = folder / f"{name}.{_hash(content)}{suffix}"
     descriptor, unfinished = tempfile.mkstemp(dir=folder, prefix=".")
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # or a machine that goes down now may leave a file of that name without content
+            # Or a machine that goes down now may leave a file of that name without content
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
         os.unlink(unfinished)
@@ -99,8 +112,11 @@ def _trusted(folder: Path | None, name: str, suffix: str) -> Path | None:
         folder.mkdir(0o700, parents=True, exist_ok=True)
         for path in (folder, *folder.glob(f"{name}.*{suffix}")):
             if trouble := _trouble(path):
-                _say(f"rnn does not use compiled programs in {folder}, as {path} {trouble}; they are compiled for this "
-                     "process alone")
+                _say(
+                    f"rnn does not use compiled programs in {folder}, as {path} {trouble}; they "
+                    "are compiled for this "
+                    "process alone"
+                )
                 return None
     except OSError:
         return None
@@ -137,8 +153,9 @@ def _remove(process: int, folder: Path) -> None:
 
 @contextmanager
 def _alone(shared: Path | None) -> Iterator[None]:
-    """No other thread or process builds there meanwhile, unless it takes too long or the disk has no locks. A call of a
-    signal handler or a finalizer, while its own thread builds, does not wait."""
+    """No other thread or process builds there meanwhile, unless it takes too long or the disk has
+    no locks. A call of a signal handler or a finalizer, while its own thread builds, does not
+    wait."""
     descriptor = None
     if fcntl is not None and not _building.depth:
         with suppress(OSError):
@@ -152,7 +169,8 @@ def _alone(shared: Path | None) -> Iterator[None]:
         _building.depth -= 1
         if descriptor is not None:
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child of fork may have the descriptor still
+                # A child of fork may have the descriptor still
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 

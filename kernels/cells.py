@@ -1,23 +1,30 @@
-"""The algebra of each recurrent cell, written once for every backend. Formulas and gate order are torch.nn's.
+"""The algebra of each recurrent cell, written once for every backend. Formulas and gate order are
+torch.nn's.
 
 forward(x, r, s) -> (s_next, saved)                    one step
 backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
 
-All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh; s: S states, of
-which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what flows back through W_hh: the
-recurrence adds that. A cell in which x and r meet only as x + r returns one and the same object as dx and dr. A factor
-of ds in parentheses depends on nothing that the adjoint of another step gives: array operations do it for all at once.
-(Functions that Triton reads have no annotations.)"""
+All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh;
+s: S states, of which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what
+flows back through W_hh: the recurrence adds that. A cell in which x and r meet only as x + r
+returns one and the same object as dx and dr. A factor of ds in parentheses depends on nothing that
+the adjoint of another step gives: array operations do it for all at once. (Functions that Triton
+reads have no annotations.)"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, cast
 
-# The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives another backend its own.
-sigmoid, tanh, relu = lambda x: x.sigmoid(), lambda x: x.tanh(), lambda x: x.relu()
-# The gradient of relu's argument from that of its value y: where it is 0, an infinite d counts for nothing.
-relu_grad, zeros_like = lambda d, y: d.masked_fill(y <= 0, 0), lambda x: x.new_zeros(x.shape)
+# The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives
+# another backend its own.
+sigmoid = lambda x: x.sigmoid()
+tanh = lambda x: x.tanh()
+relu = lambda x: x.relu()
+# The gradient of relu's argument from that of its value y: where it is 0, an infinite d counts for
+# nothing.
+relu_grad = lambda d, y: d.masked_fill(y <= 0, 0)
+zeros_like = lambda x: x.new_zeros(x.shape)
 
 
 def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
@@ -42,11 +49,15 @@ class Cell:
 
     def __post_init__(self) -> None:
         # Of numbers, and only to count the results.
-        names = dict.fromkeys(("sigmoid", "tanh", "relu", "relu_grad", "zeros_like"), lambda *values: values[0])
-        x, s = (0.5,) * self.gates, (0.5,) * self.states
+        names = dict.fromkeys(
+            ("sigmoid", "tanh", "relu", "relu_grad", "zeros_like"), lambda *values: values[0]
+        )
+        x = (0.5,) * self.gates
+        s = (0.5,) * self.states
         s_next, saved = bind(self.forward, **names)(x, x, s)
         dx, dr, _ = bind(self.backward, **names)(saved, s, s_next, s)
-        self.saved, self.split = len(saved), dx is not dr
+        self.saved = len(saved)
+        self.split = dx is not dr
 
 
 def _rnn_tanh(x, r, s):
@@ -80,7 +91,12 @@ def _lstm_backward(saved, s, s_next, ds):
     i, f, g, o = saved
     tc = tanh(s_next[1])
     dc = ds[1] + ds[0] * (o * (1 - tc * tc))
-    d = (dc * (g * i * (1 - i)), dc * (s[1] * f * (1 - f)), dc * (i * (1 - g * g)), ds[0] * (tc * o * (1 - o)))
+    d = (
+        dc * (g * i * (1 - i)),
+        dc * (s[1] * f * (1 - f)),
+        dc * (i * (1 - g * g)),
+        ds[0] * (tc * o * (1 - o)),
+    )
     return d, d, (zeros_like(dc), dc * f)
 
 

@@ -17,7 +17,8 @@ class Value:
     """A value while it is recorded. The constant 0 adds nothing."""
 
     def __init__(self, lines: list[Line], name: str) -> None:
-        self.lines, self.name = lines, name
+        self.lines = lines
+        self.name = name
 
     def __repr__(self) -> str:
         return self.name
@@ -28,40 +29,68 @@ class Value:
         self.lines.append((operation, arguments, Value(self.lines, f"t{len(self.lines)}")))
         return self.lines[-1][2]
 
-    __add__, __radd__, __mul__, __rmul__ = (_method(name) for name in ("add", "add", "multiply", "multiply"))
-    __sub__, __rsub__, __neg__ = _method("subtract"), _method("subtract", swap=True), lambda self: self * -1
-    __truediv__, __rtruediv__ = _method("divide"), _method("divide", swap=True)
+    __add__, __radd__, __mul__, __rmul__ = (
+        _method(name) for name in ("add", "add", "multiply", "multiply")
+    )
+    __sub__ = _method("subtract")
+    __rsub__ = _method("subtract", swap=True)
+    __neg__ = lambda self: self * -1
+    __truediv__ = _method("divide")
+    __rtruediv__ = _method("divide", swap=True)
 
 
-def trace(function: Callable[..., Any], inputs: Sequence[Sequence[str]],
-          known: Container[str]) -> tuple[list[Line], Any]:
-    """The operations of `function` on inputs of these names, in groups ("": the constant 0), and its results: values or
-    numbers, in groups. Results are named t0, t1... A sigmoid that is not `known` is made of tanh."""
+def trace(
+    function: Callable[..., Any], inputs: Sequence[Sequence[str]], known: Container[str]
+) -> tuple[list[Line], Any]:
+    """The operations of `function` on inputs of these names, in groups ("": the constant 0), and
+    its results: values or numbers, in groups. Results are named t0, t1... A sigmoid that is not
+    `known` is made of tanh."""
     lines: list[Line] = []
-    calls: Any = {name: lambda v, *rest, name=name: v.do(name, v, *rest)
-                  for name in ("tanh", "sigmoid", "relu", "relu_grad")}
+    calls: Any = {
+        name: lambda v, *rest, name=name: v.do(name, v, *rest)
+        for name in ("tanh", "sigmoid", "relu", "relu_grad")
+    }
     if "sigmoid" not in known:
         calls["sigmoid"] = lambda v: calls["tanh"](v * 0.5) * 0.5 + 0.5
     results = bind(function, zeros_like=lambda v: 0, **calls)(
-        *(tuple(Value(lines, name) if name else 0 for name in group) for group in inputs))
+        *(tuple(Value(lines, name) if name else 0 for name in group) for group in inputs)
+    )
     return lines, results
 
 
 def statements(cell: Cell, adjoint: bool) -> str:
-    """The cell's forward or backward as statements in C, on numbers or on vectors, which `number` makes of one."""
-    function, groups, results = cell.forward, "xrs", "na"
+    """The cell's forward or backward as statements in C, on numbers or on vectors, which `number`
+    makes of one."""
+    function = cell.forward
+    groups = "xrs"
+    results = "na"
     if adjoint:
-        function, groups, results = cell.backward, "asnd", "xrp"
-    sizes = dict(x=cell.gates, r=cell.gates, s=cell.states, n=cell.states, a=cell.saved, d=cell.states, p=cell.states)
-    lines, values = trace(function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",))
+        function = cell.backward
+        groups = "asnd"
+        results = "xrp"
+    sizes = dict(
+        x=cell.gates,
+        r=cell.gates,
+        s=cell.states,
+        n=cell.states,
+        a=cell.saved,
+        d=cell.states,
+        p=cell.states,
+    )
+    lines, values = trace(
+        function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",)
+    )
     text = []
 
     def word(value: Any) -> str:
         return str(value) if isinstance(value, Value) else f"number({float(value)!r}f)"
 
     for name, given, result in lines:
-        between, words = _INFIX.get(name, ","), [*map(word, given)]
-        text.append(f"const auto {result} = {'' if name in _INFIX else name}({between.join(words)});")
+        between = _INFIX.get(name, ",")
+        words = [*map(word, given)]
+        text.append(
+            f"const auto {result} = {'' if name in _INFIX else name}({between.join(words)});"
+        )
     for group, column in zip(results, values):
         text += [f"{group}[{k}] = {word(value)};" for k, value in enumerate(column)]
     return " ".join(text)

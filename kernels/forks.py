@@ -1,7 +1,8 @@
 """Whether this process is a child of fork.
 
-There OpenMP would wait for ever for its parent's threads, whoever started them: torch and our libraries share one
-runtime. So this is imported with the package, before any fork that could matter."""
+There OpenMP would wait for ever for its parent's threads, whoever started them: torch and our
+libraries share one runtime. So this is imported with the package, before any fork that could
+matter."""
 
 import os
 

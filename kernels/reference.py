@@ -40,7 +40,9 @@ def forward(
     y, others, last, saved = outputs
     xp = _library(plan)
     function = _on_arrays(cell.forward, xp)
-    G, S, H = cell.gates, cell.states, w_hh.shape[1]
+    G = cell.gates
+    S = cell.states
+    H = w_hh.shape[1]
     x, w_ih, w_hh, b_ih, b_hh, y = _arrays(xp, x, w_ih, w_hh, b_ih, b_hh, y)
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
@@ -94,7 +96,9 @@ def backward(
     *of_rest, dfirst = found
     xp = _library(plan)
     function = _on_arrays(cell.backward, xp)
-    G, S, H = cell.gates, cell.states, w_hh.shape[1]
+    G = cell.gates
+    S = cell.states
+    H = w_hh.shape[1]
     x, w_ih, w_hh, y, dy = _arrays(xp, x, w_ih, w_hh, y, dy)
     dx, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *of_rest)
     states = [y, *_split(xp, others)]
@@ -148,7 +152,8 @@ def backward(
 
 def _steps(xp: Any, rows: Rows, n: int) -> list[Step]:
     """Those of recurrence n, in its order."""
-    T, sizes = rows.steps, rows.sizes
+    T = rows.steps
+    sizes = rows.sizes
     back = bool(rows.reverse[n])
     starts = [*accumulate(sizes, initial=0)]
     some = [] if rows.resets is None else rows.resets.any(1).tolist()

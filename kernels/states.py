@@ -1,6 +1,7 @@
-"""States and weights of N recurrences in two forms: tensors with a storage of their own, as torch.nn has them, S states
-[N, B, H], and w_ih to b_hh of one recurrence after the other; and joined in one, states [N*S, B, H], those of each
-recurrence together, and w_ih [N*G*H, I], w_hh [N*G*H, H] and biases [N*G*H]."""
+"""States and weights of N recurrences in two forms: tensors with a storage of their own, as
+torch.nn has them, S states [N, B, H], and w_ih to b_hh of one recurrence after the other; and
+joined in one, states [N*S, B, H], those of each recurrence together, and w_ih [N*G*H, I], w_hh
+[N*G*H, H] and biases [N*G*H]."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,5 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be chosen before Triton is
+imported."""
 
 import ctypes
 import os
@@ -14,7 +15,11 @@ def _devices() -> int:
     except OSError:
         return 0
     count = ctypes.c_int(0)
-    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    return (
+        count.value
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        else 0
+    )
 
 
 GPU = _devices() > 0
@@ -29,7 +34,8 @@ from rnn import dispatch, layer_call
 from rnn.kernels.cpu import native
 
 RNN_SWITCH: Any = torch.backends.cudnn.rnn
-# torch 2.10 and 2.11 leave the precision of their RNNs as it is when that of cuDNN or of everything is set.
+# torch 2.10 and 2.11 leave the precision of their RNNs as it is when that of cuDNN or of everything
+# is set.
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 INHERITS_PRECISION = TORCH >= (2, 12)
 
@@ -108,7 +114,9 @@ def interpreted_by_name(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         pytest.fail('launches a kernel of Triton\'s on the CPU without the mark "interpreted"')
 
-    if not request.node.get_closest_marker("interpreted") and not request.path.match("test_gpu*.py"):
+    if not request.node.get_closest_marker("interpreted") and not request.path.match(
+        "test_gpu*.py"
+    ):
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", refuse)
 
 
@@ -132,7 +140,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             array = make(*args, **kwargs)
             if isinstance(array, torch.Tensor):
                 if array.is_floating_point() and type(array) is torch.Tensor:
-                    array.detach().fill_(float("nan"))  # a leaf that requires gradients cannot be filled itself
+                    # A leaf that requires gradients cannot be filled itself
+                    array.detach().fill_(float("nan"))
                 return array
             if array.dtype.kind == "f":
                 array.fill(np.nan)
@@ -140,7 +149,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return filled
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty")):
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+        (np, "empty"),
+    ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
@@ -154,8 +168,9 @@ def _tensors(given: Any) -> Iterator[torch.Tensor]:
 
 
 def check_ready(given: Any) -> None:
-    """Tensors as a kernel reads them, by address, are contiguous, in memory as large as their shape says, with no bit
-    that says that their numbers are others; on one device, and of one dtype where they are floating-point numbers."""
+    """Tensors as a kernel reads them, by address, are contiguous, in memory as large as their shape
+    says, with no bit that says that their numbers are others; on one device, and of one dtype where
+    they are floating-point numbers."""
     found = list(_tensors(given))
     numbers = [t for t in found if t.is_floating_point()]
     for t in found:
@@ -163,10 +178,19 @@ def check_ready(given: Any) -> None:
         assert t.is_contiguous(), what
         assert not (t.is_neg() or t.is_conj() or t._is_zerotensor()), what
         bytes_ = (t.storage_offset() + t.numel()) * t.element_size() if t.numel() else 0
-        assert t.untyped_storage().nbytes() >= bytes_, f"{what}, in {t.untyped_storage().nbytes()} bytes"
+        assert t.untyped_storage().nbytes() >= bytes_, (
+            f"{what}, in {t.untyped_storage().nbytes()} bytes"
+        )
         assert t.device == found[0].device or not t.is_floating_point(), f"{what}, on {t.device}"
-        assert t.is_floating_point() or t.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8), what
-        assert not t.is_floating_point() or t.dtype == numbers[0].dtype, f"{what}, with {numbers[0].dtype}"
+        assert t.is_floating_point() or t.dtype in (
+            torch.int64,
+            torch.int32,
+            torch.bool,
+            torch.uint8,
+        ), what
+        assert not t.is_floating_point() or t.dtype == numbers[0].dtype, (
+            f"{what}, with {numbers[0].dtype}"
+        )
 
 
 class Watched:
@@ -192,4 +216,6 @@ def boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `layer_call` gives a backend is ready for it, in every test."""
     find: Callable[[str], Any] = dispatch.module
     backends = ("host", "device", "native")
-    monkeypatch.setattr(layer_call, "module", lambda name: Watched(find(name)) if name in backends else find(name))
+    monkeypatch.setattr(
+        layer_call, "module", lambda name: Watched(find(name)) if name in backends else find(name)
+    )

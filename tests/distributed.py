@@ -1,4 +1,5 @@
-"""Training on two processes against one. Run by torchrun: each process prints what it found wrong, and fails."""
+"""Training on two processes against one. Run by torchrun: each process prints what it found wrong,
+and fails."""
 
 import copy
 import os
@@ -17,7 +18,9 @@ import rnn
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([rnn.RNN(4, 6, 2, bidirectional=True), rnn.LSTM(12, 6, proj_size=4), rnn.GRU(4, 5)])
+        self.layers = nn.ModuleList(
+            [rnn.RNN(4, 6, 2, bidirectional=True), rnn.LSTM(12, 6, proj_size=4), rnn.GRU(4, 5)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -26,8 +29,10 @@ class Model(nn.Module):
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the gradients after a step of the optimizer (which a second forward then sees)."""
-    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.zeros(())
+    """The loss, and the gradients after a step of the optimizer (which a second forward then
+    sees)."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = torch.zeros(())
     for _ in range(2):
         optimizer.zero_grad()
         loss = model(x).pow(2).mean()
@@ -39,11 +44,13 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def main() -> None:
     distributed.init_process_group("gloo")
-    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    rank = distributed.get_rank()
+    processes = distributed.get_world_size()
     torch.manual_seed(0)
     alone = Model().double()
     x = torch.randn(7, 2 * processes, 4, dtype=torch.float64)
-    shared, share = copy.deepcopy(alone), x.chunk(processes, 1)[rank]
+    shared = copy.deepcopy(alone)
+    share = x.chunk(processes, 1)[rank]
     want_loss, want = step(alone, x)
     if sys.argv[1] == "ddp":
         loss, got = step(DistributedDataParallel(shared), share)

@@ -1,10 +1,11 @@
-"""Random layers and operators, all of whose tensors, the incoming gradients too, come in random memory layouts.
+"""Random layers and operators, all of whose tensors, the incoming gradients too, come in random
+memory layouts.
 
 python tests/fuzz_layouts.py --cases N --seed S --jobs J      so many cases in J processes
 python tests/fuzz_layouts.py --seed S --only K                one of them
 
-Values are judged against float64, by torch's own error in the same dtype; the form of what is returned (strides, views,
-storages, versions) against torch.nn's for the same call."""
+Values are judged against float64, by torch's own error in the same dtype; the form of what is
+returned (strides, views, storages, versions) against torch.nn's for the same call."""
 
 import itertools
 import random
@@ -32,8 +33,8 @@ WITHOUT = ("none", "inference")
 
 
 class Layer(NamedTuple):
-    """A call of a layer. `asks` is how gradients are asked for, `frozen` the chance of a tensor to need none, `used`
-    the outputs whose gradients come in."""
+    """A call of a layer. `asks` is how gradients are asked for, `frozen` the chance of a tensor to
+    need none, `used` the outputs whose gradients come in."""
 
     case: Case
     asks: str
@@ -101,17 +102,32 @@ def draw(seed: int, index: int) -> tuple[random.Random, Layer | Call]:
     H = rng.choice((1, 2, 3, 4, 7, 8, 16, 20, 33))
     B = rng.choice((1, 2, 3, 4, 8, 13))
     asks = rng.choice(ASKS)
-    shared: dict[str, Any] = dict(plan=_plan(rng, dtype), recompute=rng.random() < 0.2, asks=asks,
-                                  frozen=rng.choice((0.0, 0.0, 0.4)), used=rng.choice((1.0, 0.6)),
-                                  threads=rng.choice((1, 1, 1, 2)), zeros=rng.random() < 0.3)
+    shared: dict[str, Any] = dict(
+        plan=_plan(rng, dtype),
+        recompute=rng.random() < 0.2,
+        asks=asks,
+        frozen=rng.choice((0.0, 0.0, 0.4)),
+        used=rng.choice((1.0, 0.6)),
+        threads=rng.choice((1, 1, 1, 2)),
+        zeros=rng.random() < 0.3,
+    )
     if rng.random() < 0.35:
         name = rng.choice(("rnn_tanh", "rnn_relu", "lstm", "gru"))
         form = rng.choice(("padded", "lengths", "packed"))
         if form != "packed" and rng.random() < 0.05:
             B = 0
         reverse = tuple(rng.random() < 0.5 for _ in range(rng.choice((1, 1, 2, 3))))
-        return rng, Call(name, (T, B, I, H), reverse, form, rng.random() < 0.3, rng.random() < 0.8, rng.randrange(2),
-                         dtype=dtype, **shared)
+        return rng, Call(
+            name,
+            (T, B, I, H),
+            reverse,
+            form,
+            rng.random() < 0.3,
+            rng.random() < 0.8,
+            rng.randrange(2),
+            dtype=dtype,
+            **shared,
+        )
     mode = rng.choice(("RNN", "LSTM", "GRU"))
     form = rng.choice(FORMS)
     if form == "unbatched":
@@ -122,13 +138,30 @@ def draw(seed: int, index: int) -> tuple[random.Random, Layer | Call]:
         asks = shared["asks"] = rng.choice(WITHOUT)
     proj = rng.randrange(1, H) if mode == "LSTM" and H > 1 and rng.random() < 0.2 else 0
     layers = rng.choice((1, 1, 2, 3))
-    case = Case(T, B, I, H, form=form, layers=layers, bidirectional=form != "stream" and rng.random() < 0.4,
-                nonlinearity=rng.choice(("tanh", "relu")) if mode == "RNN" else "tanh", bias=rng.random() < 0.8,
-                batch_first=rng.random() < 0.4, hx=rng.random() < 0.7, dtype=dtype, mode=mode, proj=proj)
+    case = Case(
+        T,
+        B,
+        I,
+        H,
+        form=form,
+        layers=layers,
+        bidirectional=form != "stream" and rng.random() < 0.4,
+        nonlinearity=rng.choice(("tanh", "relu")) if mode == "RNN" else "tanh",
+        bias=rng.random() < 0.8,
+        batch_first=rng.random() < 0.4,
+        hx=rng.random() < 0.7,
+        dtype=dtype,
+        mode=mode,
+        proj=proj,
+    )
     plain_call = form == "stream"
-    return rng, Layer(case, resets=not plain_call and rng.random() < 0.2,
-                      return_states=not plain_call and rng.random() < 0.15,
-                      dropout=0.5 if layers > 1 and rng.random() < 0.2 else 0.0, **shared)
+    return rng, Layer(
+        case,
+        resets=not plain_call and rng.random() < 0.2,
+        return_states=not plain_call and rng.random() < 0.15,
+        dropout=0.5 if layers > 1 and rng.random() < 0.2 else 0.0,
+        **shared,
+    )
 
 
 def describe(seed: int, index: int) -> str:
@@ -136,8 +169,8 @@ def describe(seed: int, index: int) -> str:
 
 
 class Data:
-    """Random tensors in random layouts; their names and layouts for the report. Layouts are of the case, values of the
-    attempt."""
+    """Random tensors in random layouts; their names and layouts for the report. Layouts are of the
+    case, values of the attempt."""
 
     def __init__(self, rng: random.Random, attempt: int, zeros: bool) -> None:
         self.rng = rng
@@ -145,7 +178,9 @@ class Data:
         self.generator = torch.Generator().manual_seed(attempt)
         self.layouts: dict[str, str] = {}
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    def tensor(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0
+    ) -> Tensor:
         data = (torch.randn(shape, generator=self.generator) * scale).to(dtype)
         return self.put(name, data)
 
@@ -171,8 +206,9 @@ class Found(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def gradients(asks: str, outputs: dict[str, Tensor], seeds: dict[str, Tensor],
-              leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(
+    asks: str, outputs: dict[str, Tensor], seeds: dict[str, Tensor], leaves: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Of the leaves that need any, from the gradients of the outputs."""
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     used = [name for name in seeds if name in outputs and outputs[name].requires_grad]
@@ -188,14 +224,23 @@ def gradients(asks: str, outputs: dict[str, Tensor], seeds: dict[str, Tensor],
         for t in wanted.values():
             t.grad = None
     else:
-        found = torch.autograd.grad(outs, list(wanted.values()), dys, allow_unused=True, create_graph=asks == "graph")
+        found = torch.autograd.grad(
+            outs, list(wanted.values()), dys, allow_unused=True, create_graph=asks == "graph"
+        )
     return {f"d_{name}": g for name, g in zip(wanted, found) if g is not None}
 
 
 def state(t: Tensor) -> tuple[Any, ...]:
     """What a call has to leave as it is in what it is given: the values, version and form."""
     resizable = t._is_zerotensor() or t.untyped_storage().resizable()
-    return plain(t), t._version if not t.is_inference() else 0, t.shape, t.stride(), t.requires_grad, resizable
+    return (
+        plain(t),
+        t._version if not t.is_inference() else 0,
+        t.shape,
+        t.stride(),
+        t.requires_grad,
+        resizable,
+    )
 
 
 def changed(inputs: dict[str, Tensor], before: dict[str, tuple[Any, ...]]) -> list[str]:
@@ -205,7 +250,9 @@ def changed(inputs: dict[str, Tensor], before: dict[str, tuple[Any, ...]]) -> li
         now, *others = state(inputs[name])
         if not torch.equal(now, values):
             wrong.append(f"{name} has been changed")
-        for what, old, new in zip(("version", "shape", "strides", "requires_grad", "resizable storage"), rest, others):
+        for what, old, new in zip(
+            ("version", "shape", "strides", "requires_grad", "resizable storage"), rest, others
+        ):
             if old != new:
                 wrong.append(f"{what} of {name}, which came, has been changed: {old} to {new}")
     return wrong
@@ -220,7 +267,9 @@ def contexts(asks: str) -> Any:
 
 def _strides(t: Tensor) -> tuple[int, ...]:
     """Those that matter."""
-    return tuple(stride for size, stride in zip(t.shape, t.stride()) if size > 1) if t.numel() else ()
+    return (
+        tuple(stride for size, stride in zip(t.shape, t.stride()) if size > 1) if t.numel() else ()
+    )
 
 
 def _natural(t: Tensor) -> tuple[int, ...]:
@@ -233,28 +282,40 @@ def _memory(t: Tensor) -> int:
 
 
 def returns(found: Found, asks: str) -> dict[str, Tensor]:
-    """What has to have a form of its own: of gradients that can be differentiated once more nothing is asked."""
+    """What has to have a form of its own: of gradients that can be differentiated once more nothing
+    is asked."""
     return {**found.outputs, **({} if asks == "graph" else found.gradients)}
 
 
-def forms(found: dict[str, Tensor], theirs: dict[str, Tensor], allowed: dict[str, list[tuple[int, ...]]]) -> list[str]:
-    """What is wrong with the form of tensors. `theirs` are those that torch.nn returns, as far as it does; `allowed`
-    are strides that are right as well."""
+def forms(
+    found: dict[str, Tensor], theirs: dict[str, Tensor], allowed: dict[str, list[tuple[int, ...]]]
+) -> list[str]:
+    """What is wrong with the form of tensors. `theirs` are those that torch.nn returns, as far as
+    it does; `allowed` are strides that are right as well."""
     wrong = []
     for name, t in found.items():
         other = theirs.get(name)
         usual = [_natural(t)]
-        if t.dim() == 3 and (other is not None or name == "d_input"):  # steps first, as [B, T, ...] is computed
-            usual.append(_strides(torch.empty(t.transpose(0, 1).shape, device="meta").transpose(0, 1)))
+        # Steps first, as [B, T, ...] is computed
+        if t.dim() == 3 and (other is not None or name == "d_input"):
+            usual.append(
+                _strides(torch.empty(t.transpose(0, 1).shape, device="meta").transpose(0, 1))
+            )
         own = [] if other is None else [_strides(other)]
         strides = [*own, *allowed.get(name, []), *([] if {*own} & {*usual} else usual)]
         if _strides(t) not in strides:
-            wrong.append(f"strides of {name}: {t.stride()}, torch.nn's {None if other is None else other.stride()}")
+            wrong.append(
+                f"strides of {name}: {t.stride()}, torch.nn's "
+                f"{None if other is None else other.stride()}"
+            )
         if (other is None or not other._is_view()) and (t._base is not None or t._is_view()):
             wrong.append(f"{name} is a view")
         if (other is None or other.storage_offset() == 0) and t.storage_offset() != 0:
             wrong.append(f"{name} has an offset")
-        exact = other is None or other.untyped_storage().nbytes() == other.numel() * other.element_size()
+        exact = (
+            other is None
+            or other.untyped_storage().nbytes() == other.numel() * other.element_size()
+        )
         if exact and t.untyped_storage().nbytes() != t.numel() * t.element_size():
             wrong.append(f"storage of {name} has another size than it")
         if not t.untyped_storage().resizable():
@@ -264,44 +325,65 @@ def forms(found: dict[str, Tensor], theirs: dict[str, Tensor], allowed: dict[str
         if other is not None:
             for what in ("dtype", "device", "requires_grad", "is_leaf", "layout"):
                 if getattr(t, what) != getattr(other, what):
-                    wrong.append(f"{what} of {name}: {getattr(t, what)}, torch.nn's {getattr(other, what)}")
+                    wrong.append(
+                        f"{what} of {name}: {getattr(t, what)}, torch.nn's {getattr(other, what)}"
+                    )
             if t.is_inference() != other.is_inference():
                 wrong.append(f"is_inference of {name}: {t.is_inference()}")
     return wrong
 
 
-def shared(found: dict[str, Tensor], theirs: dict[str, Tensor], inputs: dict[str, Tensor]) -> list[str]:
+def shared(
+    found: dict[str, Tensor], theirs: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> list[str]:
     """Whose memory is another's, and is not so with torch.nn."""
     wrong = []
     everything = {**inputs, **found}
     for one, two in itertools.combinations(everything, 2):
         if one in inputs and two in inputs:
             continue
-        a, b = everything[one], everything[two]
+        a = everything[one]
+        b = everything[two]
         if a._is_zerotensor() or b._is_zerotensor():
             continue
         if a.numel() and b.numel() and _memory(a) == _memory(b):
             pair = [{**inputs, **theirs}.get(name) for name in (one, two)]
-            same = pair[0] is not None and pair[1] is not None and _memory(pair[0]) == _memory(pair[1])
+            same = (
+                pair[0] is not None and pair[1] is not None and _memory(pair[0]) == _memory(pair[1])
+            )
             if not same:
                 wrong.append(f"{one} and {two} share their memory")
     return wrong
 
 
 def edits(found: dict[str, Tensor]) -> list[str]:
-    """What a change in place does that is not told by `forms` and `shared` already: to be called last."""
+    """What a change in place does that is not told by `forms` and `shared` already: to be called
+    last."""
     wrong = []
     for name, t in found.items():
-        own = not any(t.numel() and _memory(t) == _memory(other) for key, other in found.items() if key != name)
-        before = {other: found[other]._version for other in found} if own and not t.is_inference() else {}
+        own = not any(
+            t.numel() and _memory(t) == _memory(other)
+            for key, other in found.items()
+            if key != name
+        )
+        before = (
+            {other: found[other]._version for other in found}
+            if own and not t.is_inference()
+            else {}
+        )
         with torch.inference_mode(t.is_inference()), torch.no_grad():
             t.add_(1)
-        changed = [other for other in before if other != name and found[other]._version != before[other]]
+        changed = [
+            other for other in before if other != name and found[other]._version != before[other]
+        ]
         if changed:
             wrong.append(f"an edit of {name} counts for {', '.join(changed)}")
         if t._is_view() or not t.untyped_storage().resizable():
             continue
-        for what, do in (("detach_()", torch.detach_), ("resize_", lambda t: t.detach().resize_(2 * t.numel()))):
+        for what, do in (
+            ("detach_()", torch.detach_),
+            ("resize_", lambda t: t.detach().resize_(2 * t.numel())),
+        ):
             try:
                 do(t)
             except RuntimeError as error:
@@ -309,7 +391,10 @@ def edits(found: dict[str, Tensor]) -> list[str]:
     return wrong
 
 
-_NAMES = ((r"d_(weight|bias|w|b)_[a-z]+(_l\d)?(_reverse)?", "d_weight"), (r"(hx|end|states)_\d", r"\1"))
+_NAMES = (
+    (r"d_(weight|bias|w|b)_[a-z]+(_l\d)?(_reverse)?", "d_weight"),
+    (r"(hx|end|states)_\d", r"\1"),
+)
 
 
 def kinds(words: Sequence[str], of: str) -> list[Finding]:
@@ -354,11 +439,18 @@ class Given(NamedTuple):
 
     def exactly(self, dtype: torch.dtype) -> "Given":
         """The same, in that dtype and as plain as can be."""
-        states = None if self.states is None else [plain(s, dtype).requires_grad_(s.requires_grad) for s in self.states]
-        return Given(plain(self.x, dtype).requires_grad_(self.x.requires_grad), states,
-                     self.lengths if self.lengths is None else plain(self.lengths),
-                     self.resets if self.resets is None else plain(self.resets),
-                     {name: plain(t, dtype) for name, t in self.seeds.items()})
+        states = (
+            None
+            if self.states is None
+            else [plain(s, dtype).requires_grad_(s.requires_grad) for s in self.states]
+        )
+        return Given(
+            plain(self.x, dtype).requires_grad_(self.x.requires_grad),
+            states,
+            self.lengths if self.lengths is None else plain(self.lengths),
+            self.resets if self.resets is None else plain(self.resets),
+            {name: plain(t, dtype) for name, t in self.seeds.items()},
+        )
 
 
 def call_layer(module: Any, layer: Layer, given: Given, ours: bool) -> Found:
@@ -382,7 +474,9 @@ def call_layer(module: Any, layer: Layer, given: Given, ours: bool) -> Found:
             out = _stream(module, case, given.x, hx)
         elif case.form in ("packed", "unsorted"):
             assert given.lengths is not None
-            packed = pack_padded_sequence(given.x, given.lengths, case.batch_first, case.form == "packed")
+            packed = pack_padded_sequence(
+                given.x, given.lengths, case.batch_first, case.form == "packed"
+            )
             out = module(packed, hx, **keywords)
         else:
             out = module(given.x, hx, **keywords)
@@ -399,7 +493,9 @@ def _stream(module: Any, case: Case, x: Tensor, hx: Any) -> Any:
         y, hx = module(x.narrow(dim, t, 1), hx)
         rows.append(y)
         kept.append(y.clone())
-    assert all(torch.allclose(y, was, 0, 0, equal_nan=True) for y, was in zip(rows, kept)), "a step has changed another"
+    assert all(torch.allclose(y, was, 0, 0, equal_nan=True) for y, was in zip(rows, kept)), (
+        "a step has changed another"
+    )
     return torch.cat(rows, dim), hx
 
 
@@ -408,7 +504,10 @@ def draw_layer(layer: Layer, data: Data) -> tuple[dict[str, Tensor], Given]:
     case = layer.case
     rng = data.rng
     exact = build(nn, case)
-    weights = {name: data.tensor(name, p.shape, case.dtype, case.H**-0.5) for name, p in exact.named_parameters()}
+    weights = {
+        name: data.tensor(name, p.shape, case.dtype, case.H**-0.5)
+        for name, p in exact.named_parameters()
+    }
     batched = case.form != "unbatched"
 
     def shape(*sizes: int) -> list[int]:
@@ -422,13 +521,17 @@ def draw_layer(layer: Layer, data: Data) -> tuple[dict[str, Tensor], Given]:
     x = data.tensor("input", shape(case.T, case.B, case.I), case.dtype)
     widths = [width, *([case.H] if case.mode == "LSTM" else [])]
     ends = [[case.layers * D, *([case.B] if batched else []), K] for K in widths]
-    states = [data.tensor(f"hx_{k}", end, case.dtype) for k, end in enumerate(ends)] if case.hx else None
+    states = (
+        [data.tensor(f"hx_{k}", end, case.dtype) for k, end in enumerate(ends)] if case.hx else None
+    )
     lengths = resets = None
     rows = shape(case.T, case.B, D * width)
     every = [shape(case.layers, case.T, case.B, D * K) for K in widths]
     if case.form in ("packed", "unsorted", "lengths"):
         least = 0 if case.form == "lengths" else 1
-        lengths = torch.tensor([rng.randint(least, case.T) for _ in range(case.B)], dtype=torch.int64)
+        lengths = torch.tensor(
+            [rng.randint(least, case.T) for _ in range(case.B)], dtype=torch.int64
+        )
     if case.form in ("packed", "unsorted"):
         assert lengths is not None
         lengths[0] = case.T
@@ -464,18 +567,30 @@ def check_layer(layer: Layer, rng: random.Random, attempt: int) -> tuple[list[Fi
     frozen = {name for name in weights if rng.random() < layer.frozen}
     options = dict(dropout=layer.dropout)
     other = torch.float32 if case.dtype == torch.float64 else case.dtype
-    built = build(rnn, case, dtype=case.dtype, plan=layer.plan, recompute=layer.recompute, **options)
+    built = build(
+        rnn, case, dtype=case.dtype, plan=layer.plan, recompute=layer.recompute, **options
+    )
     ours = fill(built, weights, frozen)
     theirs = fill(build(nn, case, dtype=case.dtype, **options), weights, frozen)
-    others = fill(build(nn, case, dtype=other, **options), {n: plain(t, other) for n, t in weights.items()}, frozen)
-    exact = fill(build(nn, case, **options), {n: plain(t, torch.float64) for n, t in weights.items()}, frozen)
+    others = fill(
+        build(nn, case, dtype=other, **options),
+        {n: plain(t, other) for n, t in weights.items()},
+        frozen,
+    )
+    exact = fill(
+        build(nn, case, **options), {n: plain(t, torch.float64) for n, t in weights.items()}, frozen
+    )
     for module in (ours, theirs, others, exact):
         module.train(not layer.dropout)
     extended = case.form == "lengths" or layer.resets or layer.return_states
     right: Any = ByCells(exact) if extended else exact
     allowed: Any = ByCells(others) if extended else others
-    inputs = {"input": given.x, **{f"hx_{k}": s for k, s in enumerate(given.states or [])}, **weights,
-              **{f"d_{name}": t for name, t in given.seeds.items()}}
+    inputs = {
+        "input": given.x,
+        **{f"hx_{k}": s for k, s in enumerate(given.states or [])},
+        **weights,
+        **{f"d_{name}": t for name, t in given.seeds.items()},
+    }
     before = {name: state(t) for name, t in inputs.items()}
     found = call_layer(ours, layer, given, ours=True)
     findings = kinds(changed(inputs, before), "layer")
@@ -484,8 +599,14 @@ def check_layer(layer: Layer, rng: random.Random, attempt: int) -> tuple[list[Fi
         reference = call_layer(theirs, layer, given, ours=False)
     except RuntimeError:  # torch.nn refuses some zero tensors
         reference = found
-    findings += kinds(judge(found, call_layer(allowed, layer, given.exactly(other), ours=extended),
-                            call_layer(right, layer, given.exactly(torch.float64), ours=extended)), "layer")
+    findings += kinds(
+        judge(
+            found,
+            call_layer(allowed, layer, given.exactly(other), ours=extended),
+            call_layer(right, layer, given.exactly(torch.float64), ours=extended),
+        ),
+        "layer",
+    )
     parameters = {name: [_strides(inputs[name])] for name in inputs}
     strides = {f"d_{name}": [*value, _natural(inputs[name])] for name, value in parameters.items()}
     returned = returns(found, layer.asks)
@@ -498,7 +619,10 @@ def check_layer(layer: Layer, rng: random.Random, attempt: int) -> tuple[list[Fi
     findings += kinds(shared(returned, by_torch, came), "layer")
     with torch.no_grad():
         ours(torch.ones_like(plain(given.x)))
-    if not all(torch.equal(plain(found.outputs[name]), value) or value.isnan().any() for name, value in was.items()):
+    if not all(
+        torch.equal(plain(found.outputs[name]), value) or value.isnan().any()
+        for name, value in was.items()
+    ):
         findings += kinds(["a later call has changed an output"], "layer")
     if case.form != "stream":
         findings += kinds(edits(returned), "layer")
@@ -508,14 +632,19 @@ def check_layer(layer: Layer, rng: random.Random, attempt: int) -> tuple[list[Fi
 # Operators.
 
 
-def exact_recurrence(call: Call, given: Sequence[Any], lengths: Tensor | None, resets: Tensor | None) -> list[Any]:
-    """As `rnn.functional.recurrence` on padded rows: y [T, B, N*H], the other states [S-1, T, B, N*H], the last."""
+def exact_recurrence(
+    call: Call, given: Sequence[Any], lengths: Tensor | None, resets: Tensor | None
+) -> list[Any]:
+    """As `rnn.functional.recurrence` on padded rows: y [T, B, N*H], the other states [S-1, T, B,
+    N*H], the last."""
     x, *weights, s0 = given
     N = len(call.reverse)
     S = 2 if call.name == "lstm" else 1
     parts = zip(*([None] * N if w is None else w.chunk(N) for w in weights))
-    sweeps = [sweep(call.name, x, part, list(s0[n * S : (n + 1) * S]), lengths, resets, call.reverse[n])
-              for n, part in enumerate(parts)]
+    sweeps = [
+        sweep(call.name, x, part, list(s0[n * S : (n + 1) * S]), lengths, resets, call.reverse[n])
+        for n, part in enumerate(parts)
+    ]
     columns = [torch.cat(column, -1) for column in zip(*(rows for rows, _ in sweeps))]
     others = torch.stack(columns[1:]) if S > 1 and call.keep else None
     return [columns[0], others, torch.stack([s for _, last in sweeps for s in last])]
@@ -524,9 +653,11 @@ def exact_recurrence(call: Call, given: Sequence[Any], lengths: Tensor | None, r
 def check_call(call: Call, rng: random.Random, attempt: int) -> tuple[list[Finding], str]:
     """What is wrong with a call of the operator, and the layouts of its tensors."""
     data = Data(rng, attempt, call.zeros)
-    (T, B, I, H), N = call.sizes, len(call.reverse)
+    (T, B, I, H) = call.sizes
+    N = len(call.reverse)
     cell = getattr(cells, call.name)
-    G, S = cell.gates, cell.states
+    G = cell.gates
+    S = cell.states
     lengths = resets = sizes = rows = None
     x_shape: list[int] = [T, B, I]
     if call.form != "padded":
@@ -546,14 +677,26 @@ def check_call(call: Call, rng: random.Random, attempt: int) -> tuple[list[Findi
         lengths = data.put("lengths", lengths.to(rng.choice((torch.int64, torch.int32))))
     if call.resets:
         resets = data.put("resets", torch.rand(T, B, generator=data.generator) < 0.3)
-    shapes = {"x": x_shape, "w_ih": [N * G * H, I], "w_hh": [N * G * H, H], "b_ih": [N * G * H], "b_hh": [N * G * H],
-              "s0": [N * S, B, H]}
-    given = {name: data.tensor(name, shape, call.dtype, 1.0 if name in ("x", "s0") else H**-0.5)
-             for name, shape in shapes.items() if call.bias or name[:2] != "b_"}
+    shapes = {
+        "x": x_shape,
+        "w_ih": [N * G * H, I],
+        "w_hh": [N * G * H, H],
+        "b_ih": [N * G * H],
+        "b_hh": [N * G * H],
+        "s0": [N * S, B, H],
+    }
+    given = {
+        name: data.tensor(name, shape, call.dtype, 1.0 if name in ("x", "s0") else H**-0.5)
+        for name, shape in shapes.items()
+        if call.bias or name[:2] != "b_"
+    }
     for t in given.values():
         t.requires_grad_(call.asks not in WITHOUT and rng.random() >= call.frozen)
-    ends = {"y": [*x_shape[:-1], N * H], "states": [S - 1, len(rows) if rows is not None else T * B, N * H],
-            "last": [N * S, B, H]}
+    ends = {
+        "y": [*x_shape[:-1], N * H],
+        "states": [S - 1, len(rows) if rows is not None else T * B, N * H],
+        "last": [N * S, B, H],
+    }
     if S == 1 or not call.keep:
         del ends["states"]
     chosen = [name for name in ends if rng.random() < call.used] or ["y"]
@@ -563,20 +706,35 @@ def check_call(call: Call, rng: random.Random, attempt: int) -> tuple[list[Findi
         arguments: Any = [given.get(name) for name in shapes]
         recurrence: Any = rnn.functional.recurrence
         with contexts(call.asks):
-            out: Any = recurrence(cell, *arguments, lengths if sizes is None else None, sizes, resets,
-                                                 call.reverse, call.keep, call.plan, call.recompute)
+            out: Any = recurrence(
+                cell,
+                *arguments,
+                lengths if sizes is None else None,
+                sizes,
+                resets,
+                call.reverse,
+                call.keep,
+                call.plan,
+                call.recompute,
+            )
         outputs = {name: t for name, t in zip(("y", "states", "last"), out) if t is not None}
         return Found(outputs, gradients(call.asks, outputs, seeds, given))
 
     def torchs(dtype: torch.dtype) -> Found:
-        leaves = {name: plain(t, dtype).requires_grad_(t.requires_grad) for name, t in given.items()}
+        leaves = {
+            name: plain(t, dtype).requires_grad_(t.requires_grad) for name, t in given.items()
+        }
         x = leaves["x"]
         if rows is not None:
             x = x.new_zeros(T * B, I).index_copy(0, rows, x).view(T, B, I)
         arguments = [x, *(leaves.get(name) for name in list(shapes)[1:])]
         with contexts(call.asks):
-            out = exact_recurrence(call, arguments, lengths if lengths is None else plain(lengths),
-                                   resets if resets is None else plain(resets))
+            out = exact_recurrence(
+                call,
+                arguments,
+                lengths if lengths is None else plain(lengths),
+                resets if resets is None else plain(resets),
+            )
             if rows is not None:
                 out[0] = out[0].flatten(0, 1)[rows]
             if out[1] is not None:
@@ -595,7 +753,9 @@ def check_call(call: Call, rng: random.Random, attempt: int) -> tuple[list[Findi
     returned = returns(found, call.asks)
     strides = {f"d_{name}": [_strides(t)] for name, t in given.items()}
     findings += kinds(forms(returned, {}, strides), "operator")
-    findings += kinds(shared(returned, {}, {f"{name} that came": t for name, t in inputs.items()}), "operator")
+    findings += kinds(
+        shared(returned, {}, {f"{name} that came": t for name, t in inputs.items()}), "operator"
+    )
     findings += kinds(edits(returned), "operator")
     return findings, str(data.layouts)
 
@@ -612,7 +772,8 @@ def check(seed: int, index: int) -> list[Finding]:
             one = check_layer if isinstance(case, Layer) else check_call
             found, layouts = one(case, rng, 1000 * index + attempt)  # type: ignore[arg-type]
         except Exception as error:
-            found, layouts = [Finding(f"raises {type(error).__name__}: {str(error)[:60]}", str(error)[:400])], ""
+            found = [Finding(f"raises {type(error).__name__}: {str(error)[:60]}", str(error)[:400])]
+            layouts = ""
         finally:
             torch.set_num_threads(threads)
         found = [Finding(kind, f"{text} | {case} | {layouts}") for kind, text in found]

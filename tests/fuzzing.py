@@ -1,5 +1,5 @@
-"""What the fuzzers share: tensors in random memory layouts, an oracle made of torch's cells, and the run of many cases
-in child processes, so that a crash is a finding like any other."""
+"""What the fuzzers share: tensors in random memory layouts, an oracle made of torch's cells, and
+the run of many cases in child processes, so that a crash is a finding like any other."""
 
 import argparse
 import json
@@ -33,8 +33,9 @@ class Finding(NamedTuple):
 Check = Callable[[int, int], list[Finding]]
 
 
-# Memory layouts. Each function takes contiguous data and gives a tensor of the same shape and dtype; where a layout
-# cannot hold any values (a stride of 0), it has values of its own. What lies between the elements is NaN.
+# Memory layouts. Each function takes contiguous data and gives a tensor of the same shape and
+# dtype; where a layout cannot hold any values (a stride of 0), it has values of its own. What lies
+# between the elements is NaN.
 
 
 def _blank(size: int, dtype: torch.dtype) -> Tensor:
@@ -92,7 +93,10 @@ def _overlapping(rng: random.Random, data: Tensor) -> Tensor:
 
 def _odd_strides(rng: random.Random, data: Tensor) -> Tensor:
     """Contiguous, as a dimension of size 1 can have any stride."""
-    strides = [rng.randrange(99) if size == 1 else stride for size, stride in zip(data.shape, data.stride())]
+    strides = [
+        rng.randrange(99) if size == 1 else stride
+        for size, stride in zip(data.shape, data.stride())
+    ]
     return data.as_strided(data.shape, strides)
 
 
@@ -128,9 +132,16 @@ def _last_first(rng: random.Random, data: Tensor) -> Tensor:
 
 
 Layout = Callable[[random.Random, Tensor], Tensor]
-PLAIN: dict[str, Layout] = {"permuted": _permuted, "last first": _last_first, "expanded": _expanded,
-                            "sliced": _sliced, "offset": _offset, "flipped": _flipped, "overlapping": _overlapping,
-                            "odd strides": _odd_strides}
+PLAIN: dict[str, Layout] = {
+    "permuted": _permuted,
+    "last first": _last_first,
+    "expanded": _expanded,
+    "sliced": _sliced,
+    "offset": _offset,
+    "flipped": _flipped,
+    "overlapping": _overlapping,
+    "odd strides": _odd_strides,
+}
 
 
 def layouts(dtype: torch.dtype, zeros: bool) -> dict[str, Layout]:
@@ -176,15 +187,27 @@ def _cell(name: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]
         i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(states[0], w_hh, b_hh)).chunk(4, -1)
         c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
         return [F.linear(o.sigmoid() * c.tanh(), projection[0]), c]
-    cells: dict[str, Any] = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell,
-                             "rnn_relu": torch.rnn_relu_cell}
+    cells: dict[str, Any] = {
+        "lstm": torch.lstm_cell,
+        "gru": torch.gru_cell,
+        "rnn_tanh": torch.rnn_tanh_cell,
+        "rnn_relu": torch.rnn_relu_cell,
+    }
     found = cells[name](x, tuple(states) if name == "lstm" else states[0], w_ih, w_hh, b_ih, b_hh)
     return list(found) if name == "lstm" else [found]
 
 
-def sweep(name: str, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], lengths: Tensor | None,
-          resets: Tensor | None, backwards: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """One recurrence over x [T, B, I] from states [B, H] each: its states [T, B, H], 0 past an end, and the last."""
+def sweep(
+    name: str,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    backwards: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One recurrence over x [T, B, I] from states [B, H] each: its states [T, B, H], 0 past an end,
+    and the last."""
     T, B = x.shape[:2]
     ends = torch.full((B,), T) if lengths is None else lengths
     now = list(states)
@@ -210,8 +233,15 @@ class ByCells:
     def parameters(self) -> Any:
         return self.module.parameters()
 
-    def __call__(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
-                 return_states: bool = False) -> Any:
+    def __call__(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
         module = self.module
         pair = module.mode == "LSTM"
         packed = isinstance(input, PackedSequence)
@@ -228,9 +258,13 @@ class ByCells:
             resets = resets.unsqueeze(1) if one else resets
             resets = resets.T if module.batch_first and not one else resets
         states = self._start(x, hx, one)
-        every, last = [], []
+        every = []
+        last = []
         for layer in range(module.num_layers):
-            sweeps = [self._sweep(x, states, layer, n, lengths, resets) for n in range(1 + module.bidirectional)]
+            sweeps = [
+                self._sweep(x, states, layer, n, lengths, resets)
+                for n in range(1 + module.bidirectional)
+            ]
             every.append([torch.cat(parts, -1) for parts in zip(*(rows for rows, _ in sweeps))])
             last += [ends for _, ends in sweeps]
             x = every[-1][0]
@@ -239,7 +273,9 @@ class ByCells:
             """[T, B, K] as the input is."""
             if packed:
                 assert lengths is not None
-                return pack_padded_sequence(t, lengths, enforce_sorted=input.sorted_indices is None).data
+                return pack_padded_sequence(
+                    t, lengths, enforce_sorted=input.sorted_indices is None
+                ).data
             if one:
                 return t.squeeze(1)
             return t.transpose(0, 1) if first else t
@@ -256,20 +292,37 @@ class ByCells:
     def _start(self, x: Tensor, hx: Any, one: bool) -> list[Tensor]:
         module = self.module
         count = module.num_layers * (1 + module.bidirectional)
-        widths = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
+        widths = [module.proj_size or module.hidden_size, module.hidden_size][
+            : 2 if module.mode == "LSTM" else 1
+        ]
         if hx is None:
             return [x.new_zeros(count, x.shape[1], width) for width in widths]
         states = list(hx) if module.mode == "LSTM" else [hx]
         return [s.unsqueeze(1) for s in states] if one else states
 
-    def _sweep(self, x: Tensor, states: Sequence[Tensor], layer: int, n: int, lengths: Tensor | None,
-               resets: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    def _sweep(
+        self,
+        x: Tensor,
+        states: Sequence[Tensor],
+        layer: int,
+        n: int,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
         module = self.module
         row = layer * (1 + module.bidirectional) + n
         suffix = f"_l{layer}" + "_reverse" * n
-        kinds = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", *(["weight_hr"] if module.proj_size else [])]
+        kinds = [
+            "weight_ih",
+            "weight_hh",
+            "bias_ih",
+            "bias_hh",
+            *(["weight_hr"] if module.proj_size else []),
+        ]
         weights = [getattr(module, kind + suffix, None) for kind in kinds]
-        return sweep(module.mode.lower(), x, weights, [s[row] for s in states], lengths, resets, bool(n))
+        return sweep(
+            module.mode.lower(), x, weights, [s[row] for s in states], lengths, resets, bool(n)
+        )
 
 
 # Many cases.
@@ -302,10 +355,20 @@ class _Watch:
             self._one_child()
 
     def _one_child(self) -> None:
-        command = [sys.executable, self.script, "--seed", str(self.seed), "--cases", str(self.cases), "--child",
-                   f"{self.next},{self.step}"]
+        command = [
+            sys.executable,
+            self.script,
+            "--seed",
+            str(self.seed),
+            "--cases",
+            str(self.cases),
+            "--child",
+            f"{self.next},{self.step}",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         said: queue.Queue[str] = queue.Queue()
         errors: list[str] = []
 
@@ -314,8 +377,10 @@ class _Watch:
                 take(line)
             take("")
 
-        readers = [threading.Thread(target=read, args=(child.stdout, said.put)),
-                   threading.Thread(target=read, args=(child.stderr, errors.append))]
+        readers = [
+            threading.Thread(target=read, args=(child.stdout, said.put)),
+            threading.Thread(target=read, args=(child.stderr, errors.append)),
+        ]
         for reader in readers:
             reader.start()
         at = None
@@ -348,9 +413,15 @@ class _Watch:
             raise RuntimeError(f"{' '.join(command)}: {''.join(errors[-20:])}")
         words = [line for line in errors if line.startswith("WHERE")]
         why = f"the process ends with {f'signal {-status}' if status < 0 else f'status {status}'}"
-        side, what, *_more = [*words[-1].strip().split(" | ", 1)[:2]] if words else ["", "".join(errors[-3:]).strip()]
+        side, what, *_more = (
+            [*words[-1].strip().split(" | ", 1)[:2]]
+            if words
+            else ["", "".join(errors[-3:]).strip()]
+        )
         if side != "WHERE torch":  # whose fault it is
-            self.findings.append((at, Finding(f"{why}: {what.split(' || ')[0]}" if side else why, what)))
+            self.findings.append(
+                (at, Finding(f"{why}: {what.split(' || ')[0]}" if side else why, what))
+            )
         self.next = at + self.step
 
 
@@ -405,5 +476,8 @@ def main(check: Check, describe: Callable[[int, int], str], script: str) -> int:
     found = run(script, options.seed, options.cases, options.jobs)
     print(report(found, os.path.relpath(script), options.seed))
     wrong = len({index for index, _ in found})
-    print(f"{options.cases} cases of seed {options.seed} in {time.monotonic() - start:.0f} s: {wrong} with findings")
+    print(
+        f"{options.cases} cases of seed {options.seed} in {time.monotonic() - start:.0f} s: "
+        f"{wrong} with findings"
+    )
     return int(bool(found))

@@ -1,10 +1,12 @@
-"""Tensors whose memory is not there, in every place that takes one: a freed storage (as FSDP and the offloading of
-activations leave it), one that is too small, and torch's zero tensors, which have none.
+"""Tensors whose memory is not there, in every place that takes one: a freed storage (as FSDP and
+the offloading of activations leave it), one that is too small, and torch's zero tensors, which have
+none.
 
 python tests/gone.py --cases N --jobs J      N as large as `len(CASES)`
 python tests/gone.py --only K                one of them
 
-What was freed is refused with RuntimeError, as torch's own operations do; a zero tensor is as good as zeros."""
+What was freed is refused with RuntimeError, as torch's own operations do; a zero tensor is as good
+as zeros."""
 
 import sys
 import warnings
@@ -19,13 +21,17 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnn
 from rnn.kernels.plan import Plan
 
-T, B, I, H = 3, 2, 4, 5
+T = 3
+B = 2
+I = 4
+H = 5
 PLANS = (None, Plan("numpy"), Plan("native"))
 
 
 class Case(NamedTuple):
-    """`how` is "freed", "shrunk" or "zero"; `place` is of a call: a weight, "input", "h_0", "c_0", or after it "saved",
-    which are all that is kept for backward, and "d_output", "d_h_n", "d_c_n"."""
+    """`how` is "freed", "shrunk" or "zero"; `place` is of a call: a weight, "input", "h_0", "c_0",
+    or after it "saved", which are all that is kept for backward, and "d_output", "d_h_n",
+    "d_c_n"."""
 
     name: str
     plan: Plan | None
@@ -42,7 +48,9 @@ class Case(NamedTuple):
 
 def _places(name: str, form: str, bidirectional: bool) -> Iterator[str]:
     yield from ("input", "h_0", *(["c_0"] if name == "LSTM" else []))
-    yield from (key for key, _ in getattr(nn, name)(1, 1, bidirectional=bidirectional).named_parameters())
+    yield from (
+        key for key, _ in getattr(nn, name)(1, 1, bidirectional=bidirectional).named_parameters()
+    )
     if form not in ("step", "no gradients"):
         yield from ("saved", "d_output", "d_h_n", *(["d_c_n"] if name == "LSTM" else []))
 
@@ -94,11 +102,17 @@ def call(module: Any, case: Case, zeros: bool) -> list[Tensor]:
     states = [data(place, D, B, H) for place in ("h_0", "c_0")][: 2 if case.name == "LSTM" else 1]
     for key, p in list(module.named_parameters()):
         if key == case.place:
-            setattr(module, key, nn.Parameter(torch.zeros_like(p) if zeros else without(p, case.how)))
+            setattr(
+                module, key, nn.Parameter(torch.zeros_like(p) if zeros else without(p, case.how))
+            )
     trains = case.form not in ("step", "no gradients")
     places = zip(("input", "h_0", "c_0"), (x, *states))
     # A zero tensor cannot be a leaf, and what stands in its place is none either.
-    leaves = [t.requires_grad_() for place, t in places if trains and (case.how, case.place) != ("zero", place)]
+    leaves = [
+        t.requires_grad_()
+        for place, t in places
+        if trains and (case.how, case.place) != ("zero", place)
+    ]
     kept: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -125,7 +139,11 @@ def call(module: Any, case: Case, zeros: bool) -> list[Tensor]:
     if not trains:
         return [y, *ends]
     grads = [data(place, *t.shape) for place, t in zip(("d_output", "d_h_n", "d_c_n"), (y, *ends))]
-    return [y, *ends, *torch.autograd.grad([y, *ends], [*leaves, *module.parameters()], grads, allow_unused=True)]
+    return [
+        y,
+        *ends,
+        *torch.autograd.grad([y, *ends], [*leaves, *module.parameters()], grads, allow_unused=True),
+    ]
 
 
 def _gone(t: Tensor) -> bool:
@@ -154,13 +172,18 @@ def check(seed: int, index: int) -> list[Finding]:
         except RuntimeError:
             return []
         except Exception as error:
-            return [Finding(f"{case.how} {case.place}: {type(error).__name__}", f"{error} | {case}")]
+            return [
+                Finding(f"{case.how} {case.place}: {type(error).__name__}", f"{error} | {case}")
+            ]
         return [Finding(f"{case.how} {case.place} is read", str(case))]
     try:
         found = run()
     except Exception as error:
-        return [Finding(f"zero tensor as {case.place}: {type(error).__name__}", f"{error} | {case}")]
-    if case.place == "saved":  # of ours others are saved than of torch.nn: it has to do without a crash
+        return [
+            Finding(f"zero tensor as {case.place}: {type(error).__name__}", f"{error} | {case}")
+        ]
+    # Of ours others are saved than of torch.nn: it has to do without a crash
+    if case.place == "saved":
         return []
     for got, want in zip(found, call(theirs, case, zeros=True)):
         if got is None or got.shape != want.shape:

@@ -78,7 +78,10 @@ def run(name: str) -> str:
 def main(names: list[str]) -> int:
     unknown = {*names} - {*ENVIRONMENTS}
     if unknown:
-        print(f"There is no {', '.join(sorted(unknown))}: {', '.join(ENVIRONMENTS)} are the environments.")
+        print(
+            f"There is no {', '.join(sorted(unknown))}: {', '.join(ENVIRONMENTS)} are the "
+            "environments."
+        )
         return 2
     results = {name: run(name) for name in names or ENVIRONMENTS}
     for name, trouble in results.items():

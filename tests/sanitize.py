@@ -1,11 +1,13 @@
 """Runs a small case list, every cell in every kind of plan, under NVIDIA's compute-sanitizer.
 
-python tests/sanitize.py [tool ...]      with memcheck, racecheck, synccheck and initcheck, or those named
-python tests/sanitize.py cases [every]   the cases alone, or one in so many; without a GPU in Triton's interpreter
+python tests/sanitize.py [tool ...]      with memcheck, racecheck, synccheck and initcheck, or those
+named python tests/sanitize.py cases [every]   the cases alone, or one in so many; without a GPU in
+Triton's interpreter
 
-Exits with 0 if nothing was found, with 1 if a tool or a case found something, with 2 if that cannot be said: there is
-no compute-sanitizer, no CUDA device, or the tool does not work with it. (racecheck sees shared memory alone: what
-programs pass on through global memory is for the tests, which repeat it bit by bit.)"""
+Exits with 0 if nothing was found, with 1 if a tool or a case found something, with 2 if that cannot
+be said: there is no compute-sanitizer, no CUDA device, or the tool does not work with it.
+(racecheck sees shared memory alone: what programs pass on through global memory is for the tests,
+which repeat it bit by bit.)"""
 
 import itertools
 import os
@@ -33,19 +35,32 @@ def cases(every: int = 1) -> int:
     chosen = [*itertools.product(NAMES, SCOPES, (FORMS[0], *FORMS[2:]))][::every]
     for name, scope, (form, resets) in chosen:
         print(name, scope, form, *["resets"] * resets, flush=True)
-        compare: Any = partial(check_recurrence, name, plan_for(scope, SIZES[3]), SIZES, (False, True), form, resets)
+        compare: Any = partial(
+            check_recurrence, name, plan_for(scope, SIZES[3]), SIZES, (False, True), form, resets
+        )
         thrice(partial(compare, True, torch.float32, DEVICE))
     print(DONE, flush=True)
     return len(chosen)
 
 
 def run(command: list[str], what: str) -> int:
-    """What the command, the cases under some tool, says of them: on the screen, and as an exit status."""
+    """What the command, the cases under some tool, says of them: on the screen, and as an exit
+    status."""
     print(f"== {what}", flush=True)
     # Memory as CUDA gives it, so that what lies past the end of a tensor is no other's.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    status = 2 if "Device not supported" in done.stdout else int(done.returncode != 0 or DONE not in done.stdout)
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    done = subprocess.run(
+        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    status = (
+        2
+        if "Device not supported" in done.stdout
+        else int(done.returncode != 0 or DONE not in done.stdout)
+    )
     print(*done.stdout.splitlines()[-60 if status else -1 :], sep="\n")
     print(f"== {what}: {['nothing found', 'FAILED', 'does not work here'][status]}", flush=True)
     return status
@@ -54,15 +69,19 @@ def run(command: list[str], what: str) -> int:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["cases"]:
         return 0 if cases(*map(int, arguments[1:])) else 1
-    sanitizer, tools = shutil.which("compute-sanitizer"), arguments or TOOLS
-    for trouble, text in ((not {*tools} <= {*TOOLS}, f"The tools are {', '.join(TOOLS)}."),
-                          (not GPU, "There is no CUDA device. (The cases run without one: `sanitize.py cases`.)"),
-                          (sanitizer is None, "There is no compute-sanitizer on the PATH; the CUDA toolkit has it.")):
+    sanitizer = shutil.which("compute-sanitizer")
+    tools = arguments or TOOLS
+    for trouble, text in (
+        (not {*tools} <= {*TOOLS}, f"The tools are {', '.join(TOOLS)}."),
+        (not GPU, "There is no CUDA device. (The cases run without one: `sanitize.py cases`.)"),
+        (sanitizer is None, "There is no compute-sanitizer on the PATH; the CUDA toolkit has it."),
+    ):
         if trouble:
             print(text)
             return 2
     script = [sys.executable, __file__, "cases"]
-    # First without: what is wrong then is no matter for a sanitizer; and the kernels are compiled from here on.
+    # First without: what is wrong then is no matter for a sanitizer; and the kernels are compiled
+    # from here on.
     if run(script, "the cases alone"):
         return 1
     command = [str(sanitizer), "--target-processes", "all", "--error-exitcode", "1", "--tool"]

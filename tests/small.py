@@ -9,7 +9,10 @@ from torch import Tensor, nn
 import rnn
 from rnn.kernels import cells
 
-T, B, I, H = 5, 4, 3, 6
+T = 5
+B = 4
+I = 3
+H = 6
 NAMES = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 LAYERS = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 
@@ -25,7 +28,9 @@ def outputs(*found: Any) -> tuple[Tensor, ...]:
     return tuple(t for t in found if t is not None)
 
 
-def pair(name: str, *sizes: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
+def pair(
+    name: str, *sizes: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[Any, Any]:
     """Torch's layer and ours, with the same parameters."""
     theirs = getattr(nn, name)(*(sizes or (I, H)), **options).to(dtype)
     ours = getattr(rnn, name)(*(sizes or (I, H)), **options).to(dtype)
@@ -41,7 +46,8 @@ def gradients(layer: Any, x: Tensor) -> list[Tensor]:
 
 def check_scaled_step(layer: Any, x: Tensor, kind: str, dtype: torch.dtype) -> None:
     """A step under autocast, with its scaled loss, moves the weights and leaves them finite."""
-    scaler, optimizer = torch.amp.GradScaler(kind), torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(kind)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     before = layer.weight_hh_l0.detach().clone()
     with torch.autocast(kind, dtype):
         loss = layer(x)[0].float().pow(2).mean()

@@ -1,4 +1,5 @@
-"""The cells' algebra: adjoints against autograd, and that a cell of one's own needs nothing else."""
+"""The cells' algebra: adjoints against autograd, and that a cell of one's own needs nothing
+else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,9 @@ def randn(count: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_adjoint(cell: Cell) -> None:
-    x, r, s = randn(cell.gates), randn(cell.gates), randn(cell.states)
+    x = randn(cell.gates)
+    r = randn(cell.gates)
+    s = randn(cell.states)
     s_next, saved = cell.forward(x, r, s)
     ds = randn(cell.states)
     given = torch.autograd.grad(s_next, (*x, *r, *s), ds, allow_unused=True)
@@ -31,18 +34,32 @@ def test_adjoint(cell: Cell) -> None:
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("cell", "kernel"), [*zip(CELLS, ["rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"])],
-                         ids=lambda cell: getattr(cell, "name", ""))
+@pytest.mark.parametrize(
+    ("cell", "kernel"),
+    [*zip(CELLS, ["rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"])],
+    ids=lambda cell: getattr(cell, "name", ""),
+)
 def test_formula(cell: Cell, kernel: str) -> None:
-    G, S = cell.gates, cell.states
-    x, r, s = randn(G), randn(G), randn(S)
+    G = cell.gates
+    S = cell.states
+    x = randn(G)
+    r = randn(G)
+    s = randn(S)
     eye = torch.eye(200 * G, dtype=torch.float64)
-    # Pre-activations come through unchanged where the input is one-hot: x alone has a weight, r is all bias.
-    want = getattr(torch, kernel)(torch.cat(x)[None], tuple(v[None] for v in s) if S > 1 else s[0][None], eye,
-                                  torch.zeros(200 * G, 200, dtype=torch.float64), torch.zeros_like(eye[0]),
-                                  torch.cat(r))
+    # Pre-activations come through unchanged where the input is one-hot: x alone has a weight, r is
+    # all bias.
+    want = getattr(torch, kernel)(
+        torch.cat(x)[None],
+        tuple(v[None] for v in s) if S > 1 else s[0][None],
+        eye,
+        torch.zeros(200 * G, 200, dtype=torch.float64),
+        torch.zeros_like(eye[0]),
+        torch.cat(r),
+    )
     got = cell.forward(x, r, s)[0]
-    torch.testing.assert_close([v[None] for v in got], list(want) if S > 1 else [want], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        [v[None] for v in got], list(want) if S > 1 else [want], rtol=1e-14, atol=1e-14
+    )
 
 
 def _squares(x, r, s):
@@ -58,21 +75,33 @@ def _squares_backward(saved, s, s_next, ds):
     return d, d, (zeros_like(a), 0.5 * ds[1])
 
 
-@pytest.mark.parametrize("plan", [
-    Plan("numpy"), pytest.param(Plan("native"), marks=pytest.mark.slow)],  # the compiler takes its time
-    ids=lambda plan: plan.backend)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        # The compiler takes its time
+        Plan("numpy"),
+        pytest.param(Plan("native"), marks=pytest.mark.slow),
+    ],
+    ids=lambda plan: plan.backend,
+)
 def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
     cell = Cell("squares", _squares, _squares_backward, gates=1, states=2)
     if plan.backend == "native" and not rnn.dispatch.native_available(cell):
         pytest.skip("there is no C++ compiler that works")
     dtype = torch.float32 if plan.backend == "native" else torch.float64
-    given: Any = [(torch.randn(n, dtype=dtype) / 2).requires_grad_()
-                  for n in ((5, 2, 3), (4, 3), (4, 4), (4,), (4,), (2, 2, 4))]
+    given: Any = [
+        (torch.randn(n, dtype=dtype) / 2).requires_grad_()
+        for n in ((5, 2, 3), (4, 3), (4, 4), (4,), (4,), (2, 2, 4))
+    ]
     recurrence: Any = rnn.functional.recurrence
-    found: Any = [recurrence(cell, *given, keep=1, plan=plan),
-                  rnn.composite.composite(cell, given, (None, None, None), (False,), 1)]
+    found: Any = [
+        recurrence(cell, *given, keep=1, plan=plan),
+        rnn.composite.composite(cell, given, (None, None, None), (False,), 1),
+    ]
     torch.testing.assert_close(*found)
-    torch.testing.assert_close(*(torch.autograd.grad([t.sin().sum() for t in out], given) for out in found))
+    torch.testing.assert_close(
+        *(torch.autograd.grad([t.sin().sum() for t in out], given) for out in found)
+    )
 
 
 def mgu(x, r, s):
@@ -89,27 +118,44 @@ def mgu_backward(saved, s, s_next, ds):
     return (df, dn), (df, dn * f), (ds[0] * (1 - f),)
 
 
-def mgu_by_hand(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, s0: Tensor) -> list[Tensor]:
-    h, out = s0[0], []
+def mgu_by_hand(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, s0: Tensor
+) -> list[Tensor]:
+    h = s0[0]
+    out = []
     for x_t in x:
-        (xf, xn), (rf, rn) = (x_t @ w_ih.T + b_ih).chunk(2, -1), (h @ w_hh.T + b_hh).chunk(2, -1)
+        (xf, xn) = (x_t @ w_ih.T + b_ih).chunk(2, -1)
+        (rf, rn) = (h @ w_hh.T + b_hh).chunk(2, -1)
         f = torch.sigmoid(xf + rf)
         h = (1 - f) * h + f * torch.tanh(xn + f * rn)
         out.append(h)
     return [torch.stack(out), h[None]]
 
 
-@pytest.mark.parametrize("plan", [
-    None, Plan("numpy"), Plan("native"),
-    pytest.param(Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"), marks=pytest.mark.interpreted),
-    pytest.param(Plan("triton", "launch", 16, 16, 16, 1, False, "tf32x3"), marks=pytest.mark.interpreted)],
-    ids=lambda plan: f"{plan.backend}-{plan.scope}" if plan else "chosen")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None,
+        Plan("numpy"),
+        Plan("native"),
+        pytest.param(
+            Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"), marks=pytest.mark.interpreted
+        ),
+        pytest.param(
+            Plan("triton", "launch", 16, 16, 16, 1, False, "tf32x3"), marks=pytest.mark.interpreted
+        ),
+    ],
+    ids=lambda plan: f"{plan.backend}-{plan.scope}" if plan else "chosen",
+)
 def test_own_cell(plan: Plan | None) -> None:
     cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)
     if plan == Plan("native") and not rnn.dispatch.native_available(cell):
         pytest.skip("there is no C++ compiler that works")
     assert (cell.saved, cell.split) == (3, True)
-    T, B, I, H = 6, 3, 4, 10
+    T = 6
+    B = 3
+    I = 4
+    H = 10
     shapes = (T, B, I), (2 * H, I), (2 * H, H), (2 * H,), (2 * H,), (1, B, H)
     given = [torch.randn(shape, dtype=torch.float64) / 2 for shape in shapes]
     dtype = torch.float64 if plan is None else torch.float32
@@ -119,6 +165,7 @@ def test_own_cell(plan: Plan | None) -> None:
         outputs = [t for t in function(*leaves) if t is not None]
         return [*outputs, *torch.autograd.grad([(t * t).sum() for t in outputs], leaves)]
 
-    exact, limit = run(mgu_by_hand, torch.float64), 1e-12 if plan is None else 1e-5
+    exact = run(mgu_by_hand, torch.float64)
+    limit = 1e-12 if plan is None else 1e-5
     got = run(partial(rnn.functional.recurrence, cell, plan=plan), dtype)
     torch.testing.assert_close([t.double() for t in got], exact, rtol=limit, atol=limit)

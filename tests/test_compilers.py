@@ -21,10 +21,15 @@ def fresh() -> None:
 class TestOperator:
     @pytest.mark.parametrize("name", NAMES)
     def test_operators(self, name: str) -> None:
-        given, masks = data(name), (torch.tensor([5, 0, 3, 1]), None, torch.rand(T, B) < 0.3)
+        given = data(name)
+        masks = (torch.tensor([5, 0, 3, 1]), None, torch.rand(T, B) < 0.3)
         cell = getattr(cells, name)
-        torch.library.opcheck(torch.ops.fused_rnn.forward, (name, "", [False, True], 2, *given, *masks))
-        y, states, last, saved = torch.ops.fused_rnn.forward(name, "", [False, True], 2, *given, *masks)
+        torch.library.opcheck(
+            torch.ops.fused_rnn.forward, (name, "", [False, True], 2, *given, *masks)
+        )
+        y, states, last, saved = torch.ops.fused_rnn.forward(
+            name, "", [False, True], 2, *given, *masks
+        )
         d = [torch.randn_like(t) if t.numel() else None for t in (y, states, last)]
         kept = [t.detach() if t.numel() else None for t in (y, states, saved)]
         assert (kept[1] is not None, kept[2] is not None) == (cell.states > 1, cell.saved > 0)
@@ -38,28 +43,48 @@ class TestOperator:
         layer = rnn.RNN(I, H, 2, bidirectional=True, batch_first=True)
         compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for steps in (6, 9):
-            x, lengths, found = torch.randn(B, steps, I), torch.tensor([5, 1, 3, 2]), []
+            x = torch.randn(B, steps, I)
+            lengths = torch.tensor([5, 1, 3, 2])
+            found = []
             for module in (layer, compiled):
                 leaf = x.clone().requires_grad_()
-                packed = pack_padded_sequence(leaf, lengths, True, enforce_sorted=False) if form == "packed" else None
+                packed = (
+                    pack_padded_sequence(leaf, lengths, True, enforce_sorted=False)
+                    if form == "packed"
+                    else None
+                )
                 kwargs = {"lengths": lengths} if form == "lengths" else {}
                 with torch._dynamo.config.patch(error_on_recompile=dynamic and steps == 9):
                     out, h = module(leaf if packed is None else packed, **kwargs)
                 if packed is not None:
                     assert isinstance(out, PackedSequence)
                     out = out.data
-                found.append([out, h, *torch.autograd.grad((out * out).sum() + h.sum(), [leaf, *layer.parameters()])])
+                found.append(
+                    [
+                        out,
+                        h,
+                        *torch.autograd.grad(
+                            (out * out).sum() + h.sum(), [leaf, *layer.parameters()]
+                        ),
+                    ]
+                )
             torch.testing.assert_close(*found)
 
     def test_compile_in_inference(self) -> None:
         layer = rnn.RNN(I, H)
         with torch.no_grad():
             x = torch.randn(T, B, I)
-            torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+            torch.testing.assert_close(
+                torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+            )
 
     def test_compile_a_cell(self) -> None:
-        cell, x, h = rnn.RNNCell(I, H), torch.randn(B, I), torch.randn(B, H)
-        torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x, h), cell(x, h))
+        cell = rnn.RNNCell(I, H)
+        x = torch.randn(B, I)
+        h = torch.randn(B, H)
+        torch.testing.assert_close(
+            torch.compile(cell, fullgraph=True, backend="aot_eager")(x, h), cell(x, h)
+        )
 
     def test_export(self) -> None:
         layer = rnn.RNN(I, H, 2, bidirectional=True)
@@ -81,13 +106,17 @@ class TestOperator:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast(self, dtype: torch.dtype) -> None:
-        layer, x = rnn.RNN(I, H, 2), torch.randn(T, B, I, requires_grad=True)
+        layer = rnn.RNN(I, H, 2)
+        x = torch.randn(T, B, I, requires_grad=True)
         want = layer(x)
         with torch.autocast("cpu", dtype):
             y, h = layer(x)
         assert y.dtype == dtype
         torch.testing.assert_close((y.float(), h.float()), want, rtol=2e-2, atol=2e-2)
-        grads = [torch.autograd.grad(out.float().sin().sum(), [x, *layer.parameters()]) for out in (y, want[0])]
+        grads = [
+            torch.autograd.grad(out.float().sin().sum(), [x, *layer.parameters()])
+            for out in (y, want[0])
+        ]
         torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-2)
 
 
@@ -96,14 +125,17 @@ class TestLayers:
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_inside_a_model(self, name: str, dynamic: bool) -> None:
         layer = pair(name, I, H, 2, dropout=0.5, bidirectional=True, batch_first=True)[1]
-        model = nn.ModuleDict({"a": nn.Linear(2, I).double(), "rnn": layer, "b": nn.Linear(2 * H, 2).double()})
+        model = nn.ModuleDict(
+            {"a": nn.Linear(2, I).double(), "rnn": layer, "b": nn.Linear(2 * H, 2).double()}
+        )
 
         def run(x: Tensor) -> Tensor:
             return model["b"](model["rnn"](model["a"](x).tanh())[0]).sum(-1)
 
         compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for sizes in ((4, 6), (3, 9)):
-            x, found = torch.randn(*sizes, 2, dtype=torch.float64), []
+            x = torch.randn(*sizes, 2, dtype=torch.float64)
+            found = []
             for function in (run, compiled):
                 torch.manual_seed(1)
                 with torch._dynamo.config.patch(error_on_recompile=dynamic and sizes[1] == 9):
@@ -117,7 +149,9 @@ class TestLayers:
         layer = pair(name, I, H, 2, bidirectional=True)[1]
         dims = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
         path = tmp_path / "layer.pt2"
-        torch.export.save(torch.export.export(layer, (randn(T, B, I),), dynamic_shapes=(dims,)), path)
+        torch.export.save(
+            torch.export.export(layer, (randn(T, B, I),), dynamic_shapes=(dims,)), path
+        )
         loaded = torch.export.load(path).module()
         for sizes in ((T, B), (11, 2)):
             x = randn(*sizes, I)
@@ -137,7 +171,8 @@ class TestLayers:
         def given(T: int, B: int) -> tuple[Tensor, ...]:
             return torch.randn(T, B, I), torch.randn(2, B, proj or H), torch.randn(2, B, H)
 
-        model, dims = Model(), {"T": torch.export.Dim("T", min=2), "B": torch.export.Dim("B", min=2)}
+        model = Model()
+        dims = {"T": torch.export.Dim("T", min=2), "B": torch.export.Dim("B", min=2)}
         if how == "trace":
             other: Any = torch.jit.trace(model, given(T, B))
         else:

@@ -18,8 +18,8 @@ from rnn.kernels.plan import Plan
 PLANS = [Plan("numpy"), Plan("native")]
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 KINDS = [("RNN", "tanh"), ("RNN", "relu"), ("LSTM", ""), ("GRU", "")]
-# Whole tiles and part of one, several tiles of rows, and of sequences as many as threads or fewer, so that these share
-# the units.
+# Whole tiles and part of one, several tiles of rows, and of sequences as many as threads or fewer,
+# so that these share the units.
 SIZES = [(7, 13, 3, 40), (3, 1, 5, 33), (4, 70, 17, 65), (2, 3, 40, 300)]
 # Gradients of W too large for each group of sequences to have its own.
 SHARED = (3, 50, 3, 200)
@@ -51,7 +51,9 @@ def threads() -> Iterator[Callable[[int], None]]:
 @every_plan
 @pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
 @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
-@pytest.mark.parametrize("reverse", [(False,), (True,), (False, True), (True, False, False)], ids=str)
+@pytest.mark.parametrize(
+    "reverse", [(False,), (True,), (False, True), (True, False, False)], ids=str
+)
 @every_cell
 def test_cells(cell: str, plan: Plan, reverse: tuple[bool, ...], form: str, resets: bool) -> None:
     available(cell, plan)
@@ -76,11 +78,16 @@ def test_long(cell: str, plan: Plan) -> None:
 
 
 @every_plan
-@pytest.mark.parametrize(("reverse", "form"), [((True,), "padded"), ((False, True), "lengths"), ((False,), "packed")],
-                         ids=str)
+@pytest.mark.parametrize(
+    ("reverse", "form"),
+    [((True,), "padded"), ((False, True), "lengths"), ((False,), "packed")],
+    ids=str,
+)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @every_cell
-def test_sizes(cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse: tuple[bool, ...], form: str) -> None:
+def test_sizes(
+    cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse: tuple[bool, ...], form: str
+) -> None:
     available(cell, plan)
     check_recurrence(cell, plan, sizes, reverse, form, form != "padded")
 
@@ -93,12 +100,24 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("plan", [Plan("native")], ids=lambda plan: plan.backend)
-@pytest.mark.parametrize(("reverse", "form"), [((True,), "padded"), ((False, True, True), "padded"),
-                                               ((False,), "packed")], ids=str)
-@pytest.mark.parametrize("sizes", [SIZES[0], pytest.param(SIZES[2], marks=pytest.mark.slow), SIZES[3], SHARED], ids=str)
+@pytest.mark.parametrize(
+    ("reverse", "form"),
+    [((True,), "padded"), ((False, True, True), "padded"), ((False,), "packed")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "sizes", [SIZES[0], pytest.param(SIZES[2], marks=pytest.mark.slow), SIZES[3], SHARED], ids=str
+)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_threads(cell: str, plan: Plan, sizes: tuple[int, int, int, int], reverse: tuple[bool, ...], form: str,
-                 threads: Callable[[int], None], few: None) -> None:
+def test_threads(
+    cell: str,
+    plan: Plan,
+    sizes: tuple[int, int, int, int],
+    reverse: tuple[bool, ...],
+    form: str,
+    threads: Callable[[int], None],
+    few: None,
+) -> None:
     """More than there are processors, recurrences or sequences, and fewer."""
     available(cell, plan)
     for count in (1, 2, 3, 5):
@@ -111,7 +130,9 @@ class TestWindows:
     @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
     @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False)], ids=str)
     @every_cell
-    def test_few_steps(self, cell: str, plan: Plan, reverse: tuple[bool, ...], form: str, few: None) -> None:
+    def test_few_steps(
+        self, cell: str, plan: Plan, reverse: tuple[bool, ...], form: str, few: None
+    ) -> None:
         available(cell, plan)
         check_recurrence(cell, plan, (20, 4, 3, 9), reverse, form, True)
 
@@ -128,7 +149,9 @@ class TestWindows:
         """As many as windows are for."""
         mode, nonlinearity = kind
         available({"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[mode], plan)
-        case = Case(6, 400, 2, 170, bidirectional=True, mode=mode, nonlinearity=nonlinearity or "tanh")
+        case = Case(
+            6, 400, 2, 170, bidirectional=True, mode=mode, nonlinearity=nonlinearity or "tanh"
+        )
         thrice(lambda seed: check(case, plan, seed=seed))
 
 
@@ -158,19 +181,25 @@ def test_memory_of_any_layout(cell: str, plan: Plan, where: str) -> None:
 @every_plan
 @pytest.mark.parametrize(("form", "sizes"), [("padded", SIZES[0]), ("packed", SIZES[2])], ids=str)
 @every_cell
-def test_same_bits_twice(cell: str, plan: Plan, form: str, sizes: tuple[int, int, int, int]) -> None:
+def test_same_bits_twice(
+    cell: str, plan: Plan, form: str, sizes: tuple[int, int, int, int]
+) -> None:
     available(cell, plan)
     o = operands(cell, sizes, (False, True), form, True)
-    first, second = evaluate(o, plan), evaluate(o, plan)
+    first = evaluate(o, plan)
+    second = evaluate(o, plan)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @every_plan
 @every_cell
 def test_nothing_runs(cell: str, plan: Plan) -> None:
-    """Every sequence has ended before its first step: the states go through, and so do their gradients."""
+    """Every sequence has ended before its first step: the states go through, and so do their
+    gradients."""
     available(cell, plan)
-    o = operands(cell, (5, 6, 3, 9), (False, True), "lengths")._replace(lengths=torch.zeros(6, dtype=torch.int64))
+    o = operands(cell, (5, 6, 3, 9), (False, True), "lengths")._replace(
+        lengths=torch.zeros(6, dtype=torch.int64)
+    )
     found = evaluate(o, plan)
     assert torch.equal(found["last"], o.given[5]) and torch.equal(found["d_s0"], o.d[-1])
     assert not any(found[name].any() for name in found.keys() - {"last", "d_s0"})
@@ -218,7 +247,8 @@ def test_what_is_not_finite(kind: tuple[str, str], value: float, plan: Plan) -> 
 @every_plan
 @every_cell
 def test_large_arguments(cell: str, plan: Plan) -> None:
-    """Of tanh and sigmoid, up to 1e4: no NaN, and errors that are those of rounding the arguments."""
+    """Of tanh and sigmoid, up to 1e4: no NaN, and errors that are those of rounding the
+    arguments."""
     available(cell, plan)
 
     def compare(seed: int) -> None:
@@ -233,7 +263,8 @@ def test_large_arguments(cell: str, plan: Plan) -> None:
 
 def test_quiet() -> None:
     """What is infinite, or no number, goes its way without a warning, as in torch."""
-    layer, x = rnn.RNN(3, 4, plan=Plan("numpy")), torch.full((3, 2, 3), torch.inf, requires_grad=True)
+    layer = rnn.RNN(3, 4, plan=Plan("numpy"))
+    x = torch.full((3, 2, 3), torch.inf, requires_grad=True)
     for p in layer.parameters():
         torch.nn.init.constant_(p, 0.5)  # so that infinity meets 0 in the adjoint
     with warnings.catch_warnings():

@@ -11,9 +11,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def torchrun(script: str, *arguments: object) -> str:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           ROOT / script, *map(str, arguments)], text=True, capture_output=True, timeout=300,
-                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            ROOT / script,
+            *map(str, arguments),
+        ],
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -25,8 +38,21 @@ def test_two_processes_are_as_one(kind: str) -> None:
 
 @pytest.mark.slow
 def test_language_model(tmp_path: Path) -> None:
-    said = torchrun("examples/language_model.py", "--hidden", 32, "--batch", 8, "--length", 16, "--steps", 60,
-                    "--rate", 0.01, "--plot", tmp_path / "curves.png")
+    said = torchrun(
+        "examples/language_model.py",
+        "--hidden",
+        32,
+        "--batch",
+        8,
+        "--length",
+        16,
+        "--steps",
+        60,
+        "--rate",
+        0.01,
+        "--plot",
+        tmp_path / "curves.png",
+    )
     assert said.count("final loss") == 1
     difference = re.search(r"largest difference in 50 steps +(\S+)", said)
     assert difference and float(difference[1]) < 1e-3

@@ -15,17 +15,37 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], text=True, capture_output=True,
-                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
 
 
 def test_language_model(tmp_path: Path) -> None:
     plot = tmp_path / "curves.png"
-    done = run("examples/language_model.py", "--hidden", 64, "--batch", 16, "--length", 32, "--steps", 60,
-               "--rate", 0.01, "--plot", plot)
+    done = run(
+        "examples/language_model.py",
+        "--hidden",
+        64,
+        "--batch",
+        16,
+        "--length",
+        32,
+        "--steps",
+        60,
+        "--rate",
+        0.01,
+        "--plot",
+        plot,
+    )
     assert done.returncode == 0, done.stderr
     difference = re.search(r"largest difference in 50 steps +(\S+)", done.stdout)
-    first, later = (re.search(rf"loss at {when} +(\S+) +(\S+)", done.stdout) for when in ("the start", "step 50"))
+    first, later = (
+        re.search(rf"loss at {when} +(\S+) +(\S+)", done.stdout)
+        for when in ("the start", "step 50")
+    )
     assert difference
     assert first
     assert later
@@ -36,9 +56,15 @@ def test_language_model(tmp_path: Path) -> None:
     assert "characters/s" in done.stderr
 
 
-@pytest.mark.parametrize(("content", "text"), [
-    (None, "cannot read"), (b"", "has 0 characters"), (b"too short", "has 9 characters"), (b"\xff\xfe" * 9999, "UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "cannot read"),
+        (b"", "has 0 characters"),
+        (b"too short", "has 9 characters"),
+        (b"\xff\xfe" * 9999, "UTF-8"),
+    ],
+)
 def test_bad_text(content: bytes | None, text: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
     if content is not None:
@@ -55,17 +81,23 @@ def test_cell_of_the_documentation() -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/kernels.md").read_text(), re.S)[0]
     scope: dict[str, Any] = {}
     exec(code, scope)
-    given: Any = [torch.randn(n, dtype=torch.float64, requires_grad=True)
-             for n in ((5, 2, 3), (8, 3), (8, 4), (8,), (8,), (1, 2, 4))]
-    found = [rnn.functional.recurrence(scope["mgu"], *given)[0],
-             rnn.composite.composite(scope["mgu"], given, (None, None, None), (False,), 0)[0]]
+    given: Any = [
+        torch.randn(n, dtype=torch.float64, requires_grad=True)
+        for n in ((5, 2, 3), (8, 3), (8, 4), (8,), (8,), (1, 2, 4))
+    ]
+    found = [
+        rnn.functional.recurrence(scope["mgu"], *given)[0],
+        rnn.composite.composite(scope["mgu"], given, (None, None, None), (False,), 0)[0],
+    ]
     torch.testing.assert_close(*found)
     torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), given) for y in found))
 
 
 def test_help() -> None:
-    for script, words in (("examples/language_model.py", "--text --hidden --steps --device --dtype --seed"),
-                          ("bench/run.py", "--device --suite --cell --dtype")):
+    for script, words in (
+        ("examples/language_model.py", "--text --hidden --steps --device --dtype --seed"),
+        ("bench/run.py", "--device --suite --cell --dtype"),
+    ):
         done = run(script, "--help")
         assert done.returncode == 0
         assert all(word in done.stdout for word in words.split())

@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 
-@pytest.mark.parametrize("which", [fuzz_layouts, fuzz_arguments], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "which", [fuzz_layouts, fuzz_arguments], ids=lambda module: module.__name__
+)
 def test_cases(which: Any, request: pytest.FixtureRequest) -> None:
     """In a process of their own, which they may end."""
     count = request.config.getoption("--cases")
@@ -40,8 +42,20 @@ def test_the_oracle(mode: str, nonlinearity: str, form: str, proj: int) -> None:
     """It is as torch.nn, also where that has no `lengths`."""
     if proj and mode != "LSTM":
         pytest.skip("torch.nn has projections for LSTM alone")
-    case = cases.Case(5, 1 if form == "unbatched" else 4, 3, 6, form, 2, True, nonlinearity or "tanh", batch_first=True,
-                      dtype=torch.float64, mode=mode, proj=proj)
+    case = cases.Case(
+        5,
+        1 if form == "unbatched" else 4,
+        3,
+        6,
+        form,
+        2,
+        True,
+        nonlinearity or "tanh",
+        batch_first=True,
+        dtype=torch.float64,
+        mode=mode,
+        proj=proj,
+    )
     module = cases.build(nn, case, dtype=torch.float64)
     x = torch.randn(case.B, case.T, case.I, dtype=torch.float64)
     widths = (proj or 6, 6) if mode == "LSTM" else (6,)
@@ -58,14 +72,18 @@ def test_the_oracle(mode: str, nonlinearity: str, form: str, proj: int) -> None:
             hx = tuple(s[:, 0] for s in hx) if mode == "LSTM" else hx[:, 0]
         elif form != "padded":
             given = pack_padded_sequence(x, lengths_of(case), True, form == "packed")
-        got, want = ByCells(module)(given, hx), module(given, hx)
+        got = ByCells(module)(given, hx)
+        want = module(given, hx)
     torch.testing.assert_close(fuzz_layouts.flat(got), fuzz_layouts.flat(want))
 
 
-@pytest.mark.parametrize("dtype", [
-    torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool],
+)
 def test_layouts_are_what_they_say(dtype: torch.dtype) -> None:
-    """Every layout is drawn, holds the values of the data where it can, and some are what kernels cannot read."""
+    """Every layout is drawn, holds the values of the data where it can, and some are what kernels
+    cannot read."""
     drawn: dict[str, set[bool]] = {}
     for seed in range(300):
         rng = random.Random(seed)

@@ -1,4 +1,5 @@
-"""What the host does around the kernels: how long it takes, what it decides and says, and faults."""
+"""What the host does around the kernels: how long it takes, what it decides and says, and
+faults."""
 
 import ast
 import inspect
@@ -34,18 +35,29 @@ BLOCK = Plan("triton", "block", 16, 8, 16, 1, False, "tf32x3")
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of ours but the kernels, at sizes at which arithmetic is nothing: 0.9 of torch.nn's time at most, with
-    backward all of it."""
-    T, B, I, H = 4, 1, 8, 8
-    ours, theirs = getattr(rnn, name)(I, H, plan=BLOCK), getattr(nn, name)(I, H)
-    x, dy, cell, ready = torch.randn(T, B, I), torch.randn(T, B, H), rnn.modules._CELLS[ours.mode], list[Any]()
-    S, A = cell.states, cell.saved
+    """All of ours but the kernels, at sizes at which arithmetic is nothing: 0.9 of torch.nn's time
+    at most, with backward all of it."""
+    T = 4
+    B = 1
+    I = 8
+    H = 8
+    ours = getattr(rnn, name)(I, H, plan=BLOCK)
+    theirs = getattr(nn, name)(I, H)
+    x = torch.randn(T, B, I)
+    dy = torch.randn(T, B, H)
+    cell = rnn.modules._CELLS[ours.mode]
+    ready = list[Any]()
+    S = cell.states
+    A = cell.saved
 
     def results() -> tuple[Any, ...]:
-        states, saved = torch.zeros(S - 1, T * B, H) if S > 1 else None, torch.zeros(A, T * B, H) if A else None
+        states = torch.zeros(S - 1, T * B, H) if S > 1 else None
+        saved = torch.zeros(A, T * B, H) if A else None
         return torch.zeros(T * B, H), states, torch.zeros(S, B, H), saved
 
-    def forward(cell: Any, plan: Any, rows: Any, x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Tensor, *_: Any) -> Any:
+    def forward(
+        cell: Any, plan: Any, rows: Any, x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Tensor, *_: Any
+    ) -> Any:
         nn.functional.linear(x, w_ih, b_ih)
         return ready.pop()
 
@@ -75,10 +87,13 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         training = min(ratio(train) for _ in range(3))
     finally:
         torch.set_num_threads(threads)
-    # An RNN call is so short that looking at the memory of each tensor before a kernel reads it, 2 us, is seen.
+    # An RNN call is so short that looking at the memory of each tensor before a kernel reads it, 2
+    # us, is seen.
     forward_limit, training_limit = (1.0, 1.05) if name == "RNN" else (0.9, 1.0)
-    if TORCH != (2, 13) or sys.version_info >= (3, 12):  # whose own part takes up to a sixth less time
-        forward_limit, training_limit = forward_limit * 1.2, training_limit * 1.05
+    # Whose own part takes up to a sixth less time
+    if TORCH != (2, 13) or sys.version_info >= (3, 12):
+        forward_limit = forward_limit * 1.2
+        training_limit = training_limit * 1.05
     within = inference <= forward_limit and training <= training_limit
     assert within, f"{inference:.2f} and {training:.2f} of torch.nn's time"
 
@@ -87,8 +102,13 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """As if there were a GPU, for decisions: tensors on it hold nothing."""
     has = SimpleNamespace(capability=(9, 0), triton=True, cupy=True)
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block=49152,
-                                 shared_memory_per_block_optin=232448)
+    properties = SimpleNamespace(
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=232448,
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
@@ -99,47 +119,109 @@ def gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
-    return rnn.explain(rnn.GRU(8, H, dtype=dtype, device="cuda"), torch.empty(5, 3, 8, dtype=dtype, device="cuda"))
+    return rnn.explain(
+        rnn.GRU(8, H, dtype=dtype, device="cuda"), torch.empty(5, 3, 8, dtype=dtype, device="cuda")
+    )
 
 
-@pytest.mark.parametrize(("H", "dtype", "has", "texts"), [
-    (64, torch.bfloat16, {}, ["cuda, scope block", "64 units of 3 gates by 8 sequences", "the fastest that fits"]),
-    (512, torch.bfloat16, {}, ["cuda, scope cluster", "32 units", "16 blocks to a sequence", "96 registers"]),
-    (64, torch.bfloat16, {"cupy": False}, ["triton, scope block", "64 units of 3 gates by 8 sequences", "in ieee"]),
-    (512, torch.float32, {"cupy": False}, ["triton, scope launch", "cudnn.rnn.fp32_precision is 'tf32')"]),
-    (64, torch.float64, {}, ["the formula", "no kernel for torch.float64"]),
-    (64, torch.float32, {"capability": (7, 5)}, ["the formula", "8.0, this one has 7.5"]),
-    (2048, torch.float32, {"triton": False}, ["float32 on cuda:0: CuPy", "Triton is missing"]),
-    (64, torch.bfloat16, {"triton": False}, ["float32 on cuda:0: cuda", "bfloat16 is cast", "Triton is missing"]),
-    (64, torch.float32, {"triton": False, "cupy": False}, ["the formula", "neither Triton nor CuPy"]),
-])
-def test_explain_on_a_gpu(H: int, dtype: torch.dtype, has: dict[str, Any], texts: list[str], gpu: Any) -> None:
+@pytest.mark.parametrize(
+    ("H", "dtype", "has", "texts"),
+    [
+        (
+            64,
+            torch.bfloat16,
+            {},
+            ["cuda, scope block", "64 units of 3 gates by 8 sequences", "the fastest that fits"],
+        ),
+        (
+            512,
+            torch.bfloat16,
+            {},
+            ["cuda, scope cluster", "32 units", "16 blocks to a sequence", "96 registers"],
+        ),
+        (
+            64,
+            torch.bfloat16,
+            {"cupy": False},
+            ["triton, scope block", "64 units of 3 gates by 8 sequences", "in ieee"],
+        ),
+        (
+            512,
+            torch.float32,
+            {"cupy": False},
+            ["triton, scope launch", "cudnn.rnn.fp32_precision is 'tf32')"],
+        ),
+        (64, torch.float64, {}, ["the formula", "no kernel for torch.float64"]),
+        (64, torch.float32, {"capability": (7, 5)}, ["the formula", "8.0, this one has 7.5"]),
+        (2048, torch.float32, {"triton": False}, ["float32 on cuda:0: CuPy", "Triton is missing"]),
+        (
+            64,
+            torch.bfloat16,
+            {"triton": False},
+            ["float32 on cuda:0: cuda", "bfloat16 is cast", "Triton is missing"],
+        ),
+        (
+            64,
+            torch.float32,
+            {"triton": False, "cupy": False},
+            ["the formula", "neither Triton nor CuPy"],
+        ),
+    ],
+)
+def test_explain_on_a_gpu(
+    H: int, dtype: torch.dtype, has: dict[str, Any], texts: list[str], gpu: Any
+) -> None:
     vars(gpu).update(has)
     said = on_gpu(H, dtype)
     assert all(text in said for text in texts), said
 
 
-@pytest.mark.parametrize(("layer", "B", "texts"), [
-    pytest.param(rnn.RNN(3, 8, plan=BLOCK), 2, ["triton, scope block", "(plan=)"],
-                 marks=pytest.mark.interpreted),
-    (rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True), 2, ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"]),
-    (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "torch's own operator, gru"]),
-    (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own operator, lstm"]),
-    (rnn.GRU(3, 8, recompute=True), 2, ["NumPy, step by step", "whole sequences alone"]),
-    (rnn.GRU(3, 9, dtype=torch.bfloat16), 2, ["float32 on cpu: torch's own", "torch.bfloat16 is cast"]),
-    (rnn.RNN(3, 9, dtype=torch.complex64), 2, ["the formula"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "B", "texts"),
+    [
+        pytest.param(
+            rnn.RNN(3, 8, plan=BLOCK),
+            2,
+            ["triton, scope block", "(plan=)"],
+            marks=pytest.mark.interpreted,
+        ),
+        (
+            rnn.LSTM(3, 8, 2, dropout=0.5, bidirectional=True),
+            2,
+            ["lstm B=2 I=3 H=8 N=2", "layer 1: lstm B=2 I=16"],
+        ),
+        (rnn.GRU(3, 8, batch_first=True), 2, ["I=3 H=8", "torch's own operator, gru"]),
+        (rnn.LSTM(3, 8, proj_size=2), 2, ["I=3 H=8", "torch's own operator, lstm"]),
+        (rnn.GRU(3, 8, recompute=True), 2, ["NumPy, step by step", "whole sequences alone"]),
+        (
+            rnn.GRU(3, 9, dtype=torch.bfloat16),
+            2,
+            ["float32 on cpu: torch's own", "torch.bfloat16 is cast"],
+        ),
+        (rnn.RNN(3, 9, dtype=torch.complex64), 2, ["the formula"]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("compiler", [False, True], ids=["no compiler", "compiler"])
-def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool, fresh: None,
-                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_on_the_cpu(
+    layer: Any,
+    B: int,
+    texts: list[str],
+    compiler: bool,
+    fresh: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And what then happens is that."""
     if compiler and not dispatch.native_available(cells.rnn_tanh):
         pytest.skip("there is no C++ compiler that works")
     monkeypatch.setattr(dispatch, "native_available", lambda cell: compiler)
     if compiler:
         others = "NumPy", "torch's own", "whole sequences"
-        texts = ["C++, compiled" if any(word in text for word in others) else text for text in texts]
-    x, ran = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype), list[str]()
+        texts = [
+            "C++, compiled" if any(word in text for word in others) else text for text in texts
+        ]
+    x = torch.randn(5, B, 3, dtype=layer.weight_ih_l0.dtype)
+    ran = list[str]()
     state = torch.get_rng_state()
     said = rnn.explain(layer, x)
     assert torch.equal(torch.get_rng_state(), state)
@@ -164,8 +246,13 @@ def test_explain_on_the_cpu(layer: Any, B: int, texts: list[str], compiler: bool
     note("composite")
     note("by_torch")
     layer(x)
-    words = {"native": "C++, compiled", "by_torch": "torch's own operator", "numpy": "NumPy, step",
-             "triton": "triton", "composite": "the formula"}
+    words = {
+        "native": "C++, compiled",
+        "by_torch": "torch's own operator",
+        "numpy": "NumPy, step",
+        "triton": "triton",
+        "composite": "the formula",
+    }
     assert len(ran) == len(said.splitlines()) == layer.num_layers
     assert all(words[backend] in line for backend, line in zip(ran, said.splitlines()))
 
@@ -179,27 +266,36 @@ def test_explain_refuses_what_the_call_does() -> None:
         rnn.explain(nn.RNN(3, 8), torch.randn(5, 2, 3))
     with torch.autocast("cpu"):
         said = rnn.explain(rnn.RNN(3, 8), torch.randn(5, 2, 3))
-    assert any(f"float32 on cpu: {word}" in said for word in ("torch's own", "C++")) and "autocast" in said, said
+    assert (
+        any(f"float32 on cpu: {word}" in said for word in ("torch's own", "C++"))
+        and "autocast" in said
+    ), said
 
 
 SWITCHES = {  # and whether cuDNN would then compute an RNN in TF32
-    "pass": True, "b.cudnn.allow_tf32 = False": False, "b.cudnn.allow_tf32 = True": True,
-    "b.cudnn.rnn.fp32_precision = 'ieee'": False, "b.cudnn.rnn.fp32_precision = 'tf32'": True,
-    "b.cudnn.rnn.fp32_precision = 'none'": False, "b.cudnn.fp32_precision = 'ieee'": not INHERITS_PRECISION,
-    "b.cudnn.fp32_precision = 'tf32'": True, "b.fp32_precision = 'ieee'": not INHERITS_PRECISION,
+    "pass": True,
+    "b.cudnn.allow_tf32 = False": False,
+    "b.cudnn.allow_tf32 = True": True,
+    "b.cudnn.rnn.fp32_precision = 'ieee'": False,
+    "b.cudnn.rnn.fp32_precision = 'tf32'": True,
+    "b.cudnn.rnn.fp32_precision = 'none'": False,
+    "b.cudnn.fp32_precision = 'ieee'": not INHERITS_PRECISION,
+    "b.cudnn.fp32_precision = 'tf32'": True,
+    "b.fp32_precision = 'ieee'": not INHERITS_PRECISION,
     "b.fp32_precision = 'tf32'": True,
     "b.cudnn.allow_tf32 = False; b.cudnn.rnn.fp32_precision = 'tf32'": True,
     "b.cudnn.rnn.fp32_precision = 'ieee'; b.cudnn.allow_tf32 = True": True,
     "b.cudnn.rnn.fp32_precision = 'none'; b.fp32_precision = 'tf32'": True,
     "flags = b.cudnn.flags(allow_tf32=False); flags.__enter__()": False,
     "torch.set_float32_matmul_precision('highest')": True,
-    "torch.set_float32_matmul_precision('high')": True, "b.cuda.matmul.allow_tf32 = True": True,
+    "torch.set_float32_matmul_precision('high')": True,
+    "b.cuda.matmul.allow_tf32 = True": True,
 }
 
 
 def test_the_switch_for_tf32() -> None:
-    """Each way to set it, in a process of its own: torch does not forget the one that was used before. Reading it never
-    raises, as reading `allow_tf32` does after some."""
+    """Each way to set it, in a process of its own: torch does not forget the one that was used
+    before. Reading it never raises, as reading `allow_tf32` does after some."""
     code = """if True:
         import os, torch
         from types import SimpleNamespace
@@ -221,14 +317,16 @@ def test_the_switch_for_tf32() -> None:
 
 
 def test_compiled_code_reads_the_switch_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, choose = list[Plan](), dispatch.choose_plan
+    chosen = list[Plan]()
+    choose = dispatch.choose_plan
 
     def noted(*args: Any) -> Plan:
         chosen.append(choose(*args))
         return chosen[-1]
 
     monkeypatch.setattr(layer_call, "choose_plan", noted)
-    layer, x = torch.compile(rnn.RNN(3, 8), fullgraph=True, backend="aot_eager"), torch.randn(5, 2, 3)
+    layer = torch.compile(rnn.RNN(3, 8), fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 3)
     with torch.no_grad():
         layer(x)
         first = len(chosen)
@@ -242,8 +340,11 @@ class Arrays(ModuleType):
     def __init__(self) -> None:
         super().__init__("cupy")
         self.used: dict[str, bool] = {}
-        vars(self).update((name, self.noted(name, found)) for name, found in vars(np).items() if name[0] != "_")
-        self.from_dlpack = lambda tensor: torch.from_dlpack(tensor).numpy()  # NumPy's would be read-only
+        vars(self).update(
+            (name, self.noted(name, found)) for name, found in vars(np).items() if name[0] != "_"
+        )
+        # NumPy's would be read-only
+        self.from_dlpack = lambda tensor: torch.from_dlpack(tensor).numpy()
 
     def noted(self, name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -256,21 +357,29 @@ class Arrays(ModuleType):
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # what CuPy would not say
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
 def test_cupy(cell: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CPU's source asks of an array library, CuPy has; and the way there and back is right."""
+    """What the CPU's source asks of an array library, CuPy has; and the way there and back is
+    right."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     arrays = Arrays()
     monkeypatch.setitem(sys.modules, "cupy", arrays)
     for form in ("padded", "lengths", "packed"):
-        check_recurrence(cell, Plan("cupy"), (5, 6, 3, 9), (False, True), form, resets=form != "padded")
+        check_recurrence(
+            cell, Plan("cupy"), (5, 6, 3, 9), (False, True), form, resets=form != "padded"
+        )
     assert {"concatenate", "maximum" if cell == "rnn_relu" else "tanh"} <= arrays.used.keys()
     for name, out in arrays.used.items():
         function = getattr(cupy, name)
-        assert not out or isinstance(function, cupy.ufunc) or "out=" in function.__doc__ or (
-            "out" in inspect.signature(function).parameters), name
+        assert (
+            not out
+            or isinstance(function, cupy.ufunc)
+            or "out=" in function.__doc__
+            or ("out" in inspect.signature(function).parameters)
+        ), name
 
 
 def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy, entered = pytest.importorskip("cupy", reason="CuPy is not installed"), list[Any]()
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    entered = list[Any]()
 
     class Noted:
         def __init__(self, *what: Any) -> None:
@@ -285,7 +394,9 @@ def test_cupy_shares_torchs_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device", lambda index: Noted("device", index))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cupy.cuda.Stream, "from_external", lambda stream: Noted(stream), raising=False)
+    monkeypatch.setattr(
+        cupy.cuda.Stream, "from_external", lambda stream: Noted(stream), raising=False
+    )
     monkeypatch.setattr(cupy.cuda, "using_allocator", lambda allocate: Noted("memory", allocate))
     x: Any = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device="cpu")
     with layer_call.device_context("cupy", x):
@@ -313,10 +424,14 @@ cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
 """
 
 
-@pytest.mark.parametrize("source", ["raise OSError('no libcuda')", NO_COMPILER, OLD_DRIVER],
-                         ids=["no CUDA", "no compiler", "old driver"])
-def test_broken_library(source: str, tmp_path: Path, fresh: None,
-                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "source",
+    ["raise OSError('no libcuda')", NO_COMPILER, OLD_DRIVER],
+    ids=["no CUDA", "no compiler", "old driver"],
+)
+def test_broken_library(
+    source: str, tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cupy.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
@@ -333,10 +448,12 @@ def test_broken_library(source: str, tmp_path: Path, fresh: None,
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_no_memory(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's exception comes through, and afterwards all is as before."""
-    layer, x = rnn.LSTM(3, 8, 2), torch.randn(5, 2, 3)
+    layer = rnn.LSTM(3, 8, 2)
+    x = torch.randn(5, 2, 3)
     before = [p.detach().clone() for p in layer.parameters()]
     want = torch.autograd.grad(layer(x)[0].sum(), [*layer.parameters()])
-    real, left = getattr(host, where), [1]
+    real = getattr(host, where)
+    left = [1]
 
     def short(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1

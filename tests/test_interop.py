@@ -1,4 +1,5 @@
-"""What other tools of PyTorch do with a model of our layers: as with torch.nn's, whose results are the oracle."""
+"""What other tools of PyTorch do with a model of our layers: as with torch.nn's, whose results are
+the oracle."""
 
 import copy
 import io
@@ -23,8 +24,11 @@ import rnn
 from rnn.kernels import cells
 
 CELLS = pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-OPTIONS = pytest.mark.parametrize("options", [
-    {}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}], ids=["plain", "deep", "bare"])
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}],
+    ids=["plain", "deep", "bare"],
+)
 
 
 class Model(nn.Module):
@@ -83,7 +87,8 @@ class TestScript:
     def test_the_model_keeps_its_layer(self, name: str) -> None:
         """torch.jit.script puts what it compiles in the place of the model's layer."""
         _, ours = models(name)
-        x, parameters = randn(T, B, I), list(ours.parameters())
+        x = randn(T, B, I)
+        parameters = list(ours.parameters())
         want = ours(x)
         scripted: Any = torch.jit.script(ours)
         copied = pickle.loads(pickle.dumps(ours))
@@ -99,7 +104,8 @@ class TestScript:
 
     @CELLS
     def test_cells(self, name: str) -> None:
-        theirs, ours = getattr(nn, name)(I, H), getattr(rnn, name)(I, H)
+        theirs = getattr(nn, name)(I, H)
+        ours = getattr(rnn, name)(I, H)
         ours.load_state_dict(theirs.state_dict())
         scripted: Any = torch.jit.script(ours)
         x = torch.randn(B, I)
@@ -130,7 +136,9 @@ def test_jit_trace(name: str, options: dict[str, Any], with_lengths: bool) -> No
             x = self.embedding(tokens)
             return (self.layer(x, lengths=lengths) if with_lengths else self.layer(x))[0]
 
-    model, tokens, lengths = Text(), torch.randint(0, 9, (T, T)), torch.tensor([5, 1, 0, 3, 2])
+    model = Text()
+    tokens = torch.randint(0, 9, (T, T))
+    lengths = torch.tensor([5, 1, 0, 3, 2])
     with warnings.catch_warnings(action="ignore"):
         traced: Any = torch.jit.trace(model, (tokens, lengths))
     torch.testing.assert_close(traced(tokens, lengths), model(tokens, lengths))
@@ -142,7 +150,9 @@ class TestFx:
         theirs, ours = models(name)
         x = randn(T, B, I)
         graphs = [fx.symbolic_trace(model) for model in (theirs, ours, fx.symbolic_trace(ours))]
-        nodes = [[(n.op, n.target, len(n.args), n.kwargs) for n in graph.graph.nodes] for graph in graphs]
+        nodes = [
+            [(n.op, n.target, len(n.args), n.kwargs) for n in graph.graph.nodes] for graph in graphs
+        ]
         assert nodes[0] == nodes[1] == nodes[2]
         torch.testing.assert_close(graphs[1](x), theirs(x))
 
@@ -150,14 +160,16 @@ class TestFx:
         class Step(nn.Module):
             def __init__(self, ns: Any) -> None:
                 super().__init__()
-                self.layer, self.cell = ns.LSTM(I, H), ns.LSTMCell(H, H)
+                self.layer = ns.LSTM(I, H)
+                self.cell = ns.LSTMCell(H, H)
                 self.start = nn.Parameter(torch.ones(T, B, I))
 
             def forward(self, h: Tensor, c: Tensor) -> Any:
                 _, (h, c) = self.layer(self.start, (h, c))
                 return self.cell(h[0], (h[0], c[0]))
 
-        theirs, ours = Step(nn), Step(rnn)
+        theirs = Step(nn)
+        ours = Step(rnn)
         ours.load_state_dict(theirs.state_dict())
         h = torch.randn(2, 1, B, H)
         torch.testing.assert_close(fx.symbolic_trace(ours)(*h), fx.symbolic_trace(theirs)(*h))
@@ -171,9 +183,12 @@ class TestFx:
             def forward(self, x: Tensor, lengths: Tensor, resets: Tensor) -> Any:
                 return self.layer(x, None, lengths=lengths, resets=resets, return_states=True)
 
-        model, x = WithLengths(), torch.randn(T, B, I)
+        model = WithLengths()
+        x = torch.randn(T, B, I)
         masks = torch.tensor([5, 0, 3, 1]), torch.rand(T, B) < 0.3
-        torch.testing.assert_close(fx.symbolic_trace(model)(x, *masks), model(x, *masks), rtol=0, atol=0)
+        torch.testing.assert_close(
+            fx.symbolic_trace(model)(x, *masks), model(x, *masks), rtol=0, atol=0
+        )
 
     def test_hooks_do_not_run_twice(self) -> None:
         _, ours = models("GRU")
@@ -242,7 +257,9 @@ class TestExpandedWeights:
     @LAYERS
     @OPTIONS
     @pytest.mark.parametrize("with_states", [False, True], ids=["", "states"])
-    def test_gradients_of_each_sample(self, name: str, options: dict[str, Any], with_states: bool) -> None:
+    def test_gradients_of_each_sample(
+        self, name: str, options: dict[str, Any], with_states: bool
+    ) -> None:
         _, ours = pair(name, **options)
         first = bool(options.get("batch_first"))
         D = options.get("num_layers", 1) * (1 + bool(options.get("bidirectional")))
@@ -253,7 +270,11 @@ class TestExpandedWeights:
         y.sin().sum().backward()
         got = [p.grad_sample for p in ours.parameters()]
         for b in range(B):
-            one: Any = ((h[:, [b]], 2 * h[:, [b]]) if name == "LSTM" else h[:, [b]]) if with_states else None
+            one: Any = (
+                ((h[:, [b]], 2 * h[:, [b]]) if name == "LSTM" else h[:, [b]])
+                if with_states
+                else None
+            )
             y, _ = ours(x[[b]] if first else x[:, [b]], one)
             want = torch.autograd.grad(y.sin().sum(), list(ours.parameters()))
             torch.testing.assert_close([g[b] for g in got], list(want))
@@ -272,7 +293,8 @@ class TestExpandedWeights:
 
     def test_some_frozen(self) -> None:
         theirs, ours = pair("GRU")
-        x, found = torch.randn(T, B, I, dtype=torch.float64), []
+        x = torch.randn(T, B, I, dtype=torch.float64)
+        found = []
         for layer in (theirs, ours):
             for p in list(layer.parameters())[:3]:
                 p.requires_grad_(False)
@@ -283,7 +305,9 @@ class TestExpandedWeights:
     def test_what_torch_lacks(self) -> None:
         layer = rnn.GRU(I, H)
         with pytest.raises(NotImplementedError, match="lengths"):
-            call_for_per_sample_grads(layer, batch_size=B)(torch.randn(T, B, I), lengths=torch.tensor([5, 0, 3, 1]))
+            call_for_per_sample_grads(layer, batch_size=B)(
+                torch.randn(T, B, I), lengths=torch.tensor([5, 0, 3, 1])
+            )
 
 
 class TestFlops:
@@ -295,14 +319,16 @@ class TestFlops:
         layers = pair(name, **options)
         D = options.get("num_layers", 1) * (1 + bool(options.get("bidirectional")))
         for of_x, of_h in ((False, False), (True, False), (True, True)):
-            x, h = randn(T, B, I), randn(D, B, H)
+            x = randn(T, B, I)
+            h = randn(D, B, H)
             x.requires_grad_(of_x)
             h.requires_grad_(of_h)
             counts: list[tuple[int, int]] = []
             for layer in (*layers, layers[1]):
                 for key, parameter in layer.named_parameters():
                     parameter.requires_grad_(not frozen or frozen not in key)
-                forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+                forward = FlopCounterMode(display=False)
+                backward = FlopCounterMode(display=False)
                 hx = (h, h) if name == "LSTM" else h
                 if len(counts) < 2:
                     with forward:
@@ -317,7 +343,8 @@ class TestFlops:
 
     @LAYERS
     def test_by_hand(self, name: str) -> None:
-        """float32, where torch's own LSTM on the CPU is not counted; packed, and computed once more for backward."""
+        """float32, where torch's own LSTM on the CPU is not counted; packed, and computed once more
+        for backward."""
         gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[name]
         lengths = torch.tensor([5, 4, 2, 1])
         packed = pack_padded_sequence(torch.randn(T, B, I), lengths)
@@ -358,7 +385,8 @@ class TestTorchFunction:
     @pytest.mark.parametrize("steps", [1, T])
     @pytest.mark.parametrize("train", [True, False], ids=["train", "no_grad"])
     def test_a_mode_sees_the_layer(self, name: str, steps: int, train: bool) -> None:
-        layer, x = pair(name, num_layers=2)[1], randn(steps, B, I)
+        layer = pair(name, num_layers=2)[1]
+        x = randn(steps, B, I)
         with torch.set_grad_enabled(train):
             want = layer(x)
             with Seen() as mode:
@@ -369,21 +397,26 @@ class TestTorchFunction:
     def test_subclasses_of_tensor(self, name: str) -> None:
         theirs, ours = pair(name)
         x: Any = randn(T, B, I).detach().as_subclass(Marked)
-        want, got = theirs(x), ours(x)
+        want = theirs(x)
+        got = ours(x)
         assert type(got[0]) is type(want[0]) is Marked
         torch.testing.assert_close(got, want)
 
     def test_what_answers_for_itself(self) -> None:
         class Answer(Tensor):
             @classmethod
-            def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_function__(
+                cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 if func is rnn.functional.recurrence:
                     return 42
                 return super().__torch_function__(func, types, args, kwargs)
 
         x: Any = torch.randn(T, B, I).as_subclass(Answer)
         w = torch.randn(H, I), torch.randn(H, H)
-        assert rnn.functional.recurrence(cells.rnn_tanh, x, *w, None, None, torch.zeros(1, B, H)) == 42
+        assert (
+            rnn.functional.recurrence(cells.rnn_tanh, x, *w, None, None, torch.zeros(1, B, H)) == 42
+        )
 
     @LAYERS
     def test_default_device(self, name: str) -> None:
@@ -404,12 +437,15 @@ class TestQuantization:
     def test_says_that_it_does_nothing(self, name: str) -> None:
         model = nn.Sequential(getattr(rnn, name)(I, H)).eval()
         with pytest.warns(UserWarning, match=r"rnn\.restore\(model\)"):
-            became = torch.ao.quantization.quantize_dynamic(model, {getattr(nn, name)}, dtype=torch.qint8)
+            became = torch.ao.quantization.quantize_dynamic(
+                model, {getattr(nn, name)}, dtype=torch.qint8
+            )
         assert type(became[0]) is getattr(rnn, name)
         assert not hasattr(copy.deepcopy(model)[0], "qconfig")
 
     def test_after_restore(self) -> None:
-        model, x = nn.Sequential(rnn.LSTM(I, H)).eval(), torch.randn(T, B, I)
+        model = nn.Sequential(rnn.LSTM(I, H)).eval()
+        x = torch.randn(T, B, I)
         rnn.restore(model, verbose=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "torch.ao.quantization does not know")
@@ -419,16 +455,23 @@ class TestQuantization:
 
 
 class TestFlatWeights:
-    """`_flat_weights` is what torch.nn's layers compute with, until a parameter becomes another tensor."""
+    """`_flat_weights` is what torch.nn's layers compute with, until a parameter becomes another
+    tensor."""
 
     @LAYERS
-    @pytest.mark.parametrize("kind", ["assigned", "and taken back", "and a parameter changed", "parameters deleted"])
+    @pytest.mark.parametrize(
+        "kind", ["assigned", "and taken back", "and a parameter changed", "parameters deleted"]
+    )
     def test_assigned(self, name: str, kind: str) -> None:
-        x, found = randn(T, B, I), []
+        x = randn(T, B, I)
+        found = []
         for layer in pair(name, num_layers=2, bidirectional=True):
-            flat, old = layer._flat_weights, layer.weight_hh_l0
-            dropped = [w * 0.5 if key.startswith("weight_hh") else w
-                       for w, key in zip(flat, layer._flat_weights_names)]
+            flat = layer._flat_weights
+            old = layer.weight_hh_l0
+            dropped = [
+                w * 0.5 if key.startswith("weight_hh") else w
+                for w, key in zip(flat, layer._flat_weights_names)
+            ]
             if kind == "parameters deleted":
                 for key in layer._flat_weights_names:
                     delattr(layer, key)
@@ -454,15 +497,19 @@ class TestFlatWeights:
 
                 def forward(self, input: Any, hx: Any = None) -> Any:
                     flat = self._flat_weights
-                    self._flat_weights = [nn.functional.dropout(w, 0.5) if "weight_hh" in key else w
-                                          for w, key in zip(flat, self._flat_weights_names)]
+                    self._flat_weights = [
+                        nn.functional.dropout(w, 0.5) if "weight_hh" in key else w
+                        for w, key in zip(flat, self._flat_weights_names)
+                    ]
                     result = super().forward(input, hx)
                     self._flat_weights = flat
                     return result
 
             return Dropping(I, H).double()
 
-        layers, x, found = [dropping(getattr(ns, name)) for ns in (nn, rnn)], randn(T, B, I), []
+        layers = [dropping(getattr(ns, name)) for ns in (nn, rnn)]
+        x = randn(T, B, I)
+        found = []
         layers[1].load_state_dict(layers[0].state_dict())
         for layer in layers:
             torch.manual_seed(3)
@@ -490,15 +537,21 @@ def refused(call: Callable[[], Any]) -> str:
 
 def test_forms_of_an_lstm() -> None:
     theirs, ours = (layer(I, H, 2, proj_size=2) for layer in (nn.LSTM, rnn.LSTM))
-    x, h, c = torch.randn(T, B, I), torch.randn(2, B, 2), torch.randn(2, B, H)
+    x = torch.randn(T, B, I)
+    h = torch.randn(2, B, 2)
+    c = torch.randn(2, B, H)
     order = torch.tensor([2, 0, 3, 1])
     for layer in (theirs, ours):
         layer.check_forward_args(x, (h, c), None)
         assert layer.get_expected_cell_size(x, None) == (2, B, H)
         assert layer.get_expected_hidden_size(x, torch.tensor([3, 1])) == (2, 3, 2)
-    torch.testing.assert_close(ours.permute_hidden((h, c), order), theirs.permute_hidden((h, c), order))
+    torch.testing.assert_close(
+        ours.permute_hidden((h, c), order), theirs.permute_hidden((h, c), order)
+    )
     for wrong in ((c, c), (h, h)):
-        says = [refused(partial(layer.check_forward_args, x, wrong, None)) for layer in (theirs, ours)]
+        says = [
+            refused(partial(layer.check_forward_args, x, wrong, None)) for layer in (theirs, ours)
+        ]
         assert says[0] == says[1]
 
 

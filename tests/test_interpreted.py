@@ -14,7 +14,19 @@ ROOT = Path(__file__).parent.parent
 def test_in_the_interpreter() -> None:
     """Triton chooses between its compiler and its interpreter when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreted and not slow"],
-        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "interpreted and not slow",
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

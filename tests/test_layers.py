@@ -26,7 +26,9 @@ def test_tutorial_model() -> None:
     """The numbers of torch.nn from the same seed, with nothing changed but the module."""
 
     class Model(nn.Module):
-        def __init__(self, library: Any, input_size: int, hidden_size: int, output_size: int) -> None:
+        def __init__(
+            self, library: Any, input_size: int, hidden_size: int, output_size: int
+        ) -> None:
             super().__init__()
             self.hidden_size = hidden_size
             self.rnn = library.RNN(input_size, hidden_size, batch_first=True)
@@ -39,7 +41,9 @@ def test_tutorial_model() -> None:
     losses: list[list[float]] = []
     for library in (nn, rnn):
         torch.manual_seed(0)
-        model, x, target = Model(library, 10, 20, 1), torch.randn(5, 10, 10), torch.randn(5, 1)
+        model = Model(library, 10, 20, 1)
+        x = torch.randn(5, 10, 10)
+        target = torch.randn(5, 1)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         losses.append([])
         for _ in range(50):
@@ -61,8 +65,12 @@ def test_parameters() -> None:
             found.append(library.RNN(4, 8, **options))
         theirs, ours = found
         assert list(ours.state_dict()) == list(theirs.state_dict())
-        torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=0)
-        assert ours.load_state_dict(theirs.state_dict()) == theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(
+            list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=0
+        )
+        assert ours.load_state_dict(theirs.state_dict()) == theirs.load_state_dict(
+            ours.state_dict()
+        )
         assert isinstance(ours, nn.RNNBase)
         assert len(ours.all_weights) == len(theirs.all_weights)
     positional = rnn.RNN(4, 8, 2, "relu", False, True, 0.0, True)
@@ -70,11 +78,16 @@ def test_parameters() -> None:
 
 
 def test_copies_and_files() -> None:
-    layer, x = rnn.RNN(4, 8, 2, bidirectional=True, plan=Plan("numpy")), torch.randn(5, 3, 4)
+    layer = rnn.RNN(4, 8, 2, bidirectional=True, plan=Plan("numpy"))
+    x = torch.randn(5, 3, 4)
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
         assert other.plan == layer.plan
         torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
         with torch.no_grad():
@@ -93,7 +106,9 @@ def test_dtypes() -> None:
 
 def test_complex_numbers_are_right() -> None:
     """No kernel has them: the formula does."""
-    ours, theirs = (library.RNN(4, 8, dtype=torch.float64).to(torch.complex128) for library in (rnn, nn))
+    ours, theirs = (
+        library.RNN(4, 8, dtype=torch.float64).to(torch.complex128) for library in (rnn, nn)
+    )
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(5, 3, 4, dtype=torch.complex128)
     torch.testing.assert_close(ours(x), theirs(x))
@@ -101,9 +116,12 @@ def test_complex_numbers_are_right() -> None:
 
 def test_weights_may_be_replaced() -> None:
     """Functional calls, parametrizations, tied and frozen weights."""
-    layer, x = rnn.RNN(4, 8), torch.randn(5, 3, 4)
+    layer = rnn.RNN(4, 8)
+    x = torch.randn(5, 3, 4)
     other = rnn.RNN(4, 8)
-    torch.testing.assert_close(torch.func.functional_call(layer, dict(other.named_parameters()), x), other(x))
+    torch.testing.assert_close(
+        torch.func.functional_call(layer, dict(other.named_parameters()), x), other(x)
+    )
     layer.weight_hh_l0 = other.weight_hh_l0
     layer(x)[0].sum().backward()
     assert other.weight_hh_l0.grad is not None
@@ -118,10 +136,14 @@ def test_weights_may_be_replaced() -> None:
 
 
 def test_backward_in_eval_mode() -> None:
-    layer, x = rnn.RNN(4, 8, 2, dropout=0.5).eval(), torch.randn(5, 3, 4, requires_grad=True)
+    layer = rnn.RNN(4, 8, 2, dropout=0.5).eval()
+    x = torch.randn(5, 3, 4, requires_grad=True)
     theirs = nn.RNN(4, 8, 2, dropout=0.5).eval()
     theirs.load_state_dict(layer.state_dict())
-    grads = [torch.autograd.grad(module(x)[0].sin().sum(), [x, *module.parameters()]) for module in (layer, theirs)]
+    grads = [
+        torch.autograd.grad(module(x)[0].sin().sum(), [x, *module.parameters()])
+        for module in (layer, theirs)
+    ]
     torch.testing.assert_close(*grads)
 
 
@@ -137,7 +159,9 @@ def test_dropout() -> None:
     assert not torch.equal(ours(torch.ones(6, 3, 4))[0], ours(torch.ones(6, 3, 4))[0])
     dropped = rnn.RNN(4, 8, 2, dropout=1.0)
     with torch.no_grad():
-        dropped.load_state_dict({k: v.abs() if "bias" not in k else v * 0 for k, v in dropped.state_dict().items()})
+        dropped.load_state_dict(
+            {k: v.abs() if "bias" not in k else v * 0 for k, v in dropped.state_dict().items()}
+        )
     assert not dropped(torch.ones(6, 3, 4))[0].any()
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
         rnn.RNN(4, 8, dropout=0.5)
@@ -146,7 +170,8 @@ def test_dropout() -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_are_packing_without_packing(batch_first: bool) -> None:
     layer = rnn.RNN(4, 8, 2, bidirectional=True, batch_first=batch_first)
-    x, lengths = torch.randn(5, 6, 4), torch.tensor([3, 1, 5, 5, 2] if batch_first else [3, 1, 5, 5, 2, 4])
+    x = torch.randn(5, 6, 4)
+    lengths = torch.tensor([3, 1, 5, 5, 2] if batch_first else [3, 1, 5, 5, 2, 4])
     packed, want_h = layer(pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False))
     want, _ = pad_packed_sequence(packed, batch_first, total_length=x.shape[batch_first])
     y, h = layer(x, lengths=lengths)
@@ -155,7 +180,8 @@ def test_lengths_are_packing_without_packing(batch_first: bool) -> None:
 
 
 def test_packed_sequences_keep_their_order() -> None:
-    layer, x = rnn.RNN(4, 8), torch.randn(5, 3, 4)
+    layer = rnn.RNN(4, 8)
+    x = torch.randn(5, 3, 4)
     packed = pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False)
     y, _ = layer(packed)
     assert isinstance(y, PackedSequence)
@@ -165,8 +191,11 @@ def test_packed_sequences_keep_their_order() -> None:
 
 
 def test_state_carried_over() -> None:
-    layer, x = rnn.RNN(4, 8, 2), torch.randn(9, 3, 4)
-    want, h, parts = layer(x), None, []
+    layer = rnn.RNN(4, 8, 2)
+    x = torch.randn(9, 3, 4)
+    want = layer(x)
+    h = None
+    parts = []
     for part in x.split([1, 3, 5]):
         y, h = layer(part, h)
         parts.append(y)
@@ -174,9 +203,14 @@ def test_state_carried_over() -> None:
 
 
 def test_cell_steps_as_the_layer() -> None:
-    layer, cell = rnn.RNN(4, 8), rnn.RNNCell(4, 8)
-    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
-    x, h, outputs = torch.randn(5, 3, 4), None, []
+    layer = rnn.RNN(4, 8)
+    cell = rnn.RNNCell(4, 8)
+    cell.load_state_dict(
+        {name.removesuffix("_l0"): value for name, value in layer.state_dict().items()}
+    )
+    x = torch.randn(5, 3, 4)
+    h = None
+    outputs = []
     for x_t in x:
         h = cell(x_t, h)
         outputs.append(h)
@@ -184,7 +218,8 @@ def test_cell_steps_as_the_layer() -> None:
 
 
 def test_inference_mode() -> None:
-    layer, x = rnn.RNN(4, 8), torch.randn(5, 3, 4)
+    layer = rnn.RNN(4, 8)
+    x = torch.randn(5, 3, 4)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), rnn.RNN.forward(layer, x))
         assert layer(x)[0].is_inference()
@@ -194,7 +229,8 @@ def test_threads() -> None:
     """Calls from several threads at once, each with its own gradients."""
     from concurrent.futures import ThreadPoolExecutor
 
-    layer, inputs = rnn.RNN(4, 8, 2, bidirectional=True), [torch.randn(7, 3, 4) for _ in range(16)]
+    layer = rnn.RNN(4, 8, 2, bidirectional=True)
+    inputs = [torch.randn(7, 3, 4) for _ in range(16)]
 
     def work(x: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(layer(x)[0].sin().sum(), list(layer.parameters()))

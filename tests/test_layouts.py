@@ -25,7 +25,9 @@ from rnn.kernels.plan import Plan
 NAMES = ["RNN", "LSTM", "GRU"]
 LARGE = 2**20  # bytes from which memory may be another's
 every_name = pytest.mark.parametrize("name", NAMES)
-every_plan = pytest.mark.parametrize("plan", [None, *PLANS], ids=lambda plan: plan.backend if plan else "")
+every_plan = pytest.mark.parametrize(
+    "plan", [None, *PLANS], ids=lambda plan: plan.backend if plan else ""
+)
 directions = pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidirectional"])
 orders = pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
 
@@ -42,7 +44,10 @@ def flat(out: Any) -> dict[str, Tensor]:
     """The output and the last states, by name."""
     y, last = out[:2]
     y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
-    return {"output": y, **{f"end_{k}": t for k, t in enumerate(last if isinstance(last, tuple) else [last])}}
+    return {
+        "output": y,
+        **{f"end_{k}": t for k, t in enumerate(last if isinstance(last, tuple) else [last])},
+    }
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,10 +62,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @every_plan
 @directions
-@pytest.mark.parametrize("form", ["lengths", pytest.param("padded", marks=pytest.mark.slow), "packed"])
+@pytest.mark.parametrize(
+    "form", ["lengths", pytest.param("padded", marks=pytest.mark.slow), "packed"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_name
-def test_gradients_in_another_layout(name: str, layout: str, form: str, bidirectional: bool, plan: Plan | None) -> None:
+def test_gradients_in_another_layout(
+    name: str, layout: str, form: str, bidirectional: bool, plan: Plan | None
+) -> None:
     """Those of the output and of the last states, as a loss of `h.permute(...)` gives them."""
     available("lstm", plan or Plan("numpy"))
     ours = getattr(rnn, name)(3, 6, bidirectional=bidirectional, plan=plan)
@@ -75,8 +84,12 @@ def test_gradients_in_another_layout(name: str, layout: str, form: str, bidirect
         keywords = dict(lengths=lengths) if form == "lengths" else {}
         found = flat(module(given, **keywords))
         generator = torch.Generator().manual_seed(1)
-        grads = [place(torch.randn(t.shape, generator=generator).to(t.dtype)) if t.dim() > 2 else
-                 torch.randn(t.shape, generator=generator).to(t.dtype) for t in found.values()]
+        grads = [
+            place(torch.randn(t.shape, generator=generator).to(t.dtype))
+            if t.dim() > 2
+            else torch.randn(t.shape, generator=generator).to(t.dtype)
+            for t in found.values()
+        ]
         return torch.autograd.grad(list(found.values()), [x, *module.parameters()], grads)
 
     want = run(ByCells(exact) if form == "lengths" else exact, x.double(), lambda t: t)
@@ -89,20 +102,29 @@ def test_gradients_in_another_layout(name: str, layout: str, form: str, bidirect
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("H", [1, 4])
 @every_plan
-def test_first_states_in_another_layout(plan: Plan | None, H: int, layout: str, form: str, dtype: torch.dtype) -> None:
+def test_first_states_in_another_layout(
+    plan: Plan | None, H: int, layout: str, form: str, dtype: torch.dtype
+) -> None:
     """What is returned in their place does not take over their layout."""
     if plan and (dtype == torch.bfloat16 or (plan.backend == "native" and dtype == torch.float64)):
         pytest.skip("the plan has another dtype")
     available("gru", plan or Plan("numpy"))
     layer = rnn.GRU(3, H, bidirectional=True, plan=plan, dtype=dtype)
-    x, h = torch.randn(5, 4, 3, dtype=dtype), torch.randn(2, 4, H, dtype=dtype)
-    masks: dict[str, Any] = {"lengths": dict(lengths=torch.tensor([3, 5, 0, 4])),
-                             "resets": dict(resets=torch.rand(5, 4) < 0.3)}.get(form, {})
+    x = torch.randn(5, 4, 3, dtype=dtype)
+    h = torch.randn(2, 4, H, dtype=dtype)
+    masks: dict[str, Any] = {
+        "lengths": dict(lengths=torch.tensor([3, 5, 0, 4])),
+        "resets": dict(resets=torch.rand(5, 4) < 0.3),
+    }.get(form, {})
 
     def run(h: Tensor) -> list[Tensor]:
         h = h.detach().requires_grad_()
         y, last = layer(x, h, **masks)
-        return [y, last, *torch.autograd.grad(y.sin().sum() + last.sin().sum(), [h, *layer.parameters()])]
+        return [
+            y,
+            last,
+            *torch.autograd.grad(y.sin().sum() + last.sin().sum(), [h, *layer.parameters()]),
+        ]
 
     placed = LAYOUTS[layout](h)
     for got, right in zip(run(placed), run(h), strict=True):
@@ -122,7 +144,9 @@ def checked(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 CALLS = ["padded", "unbatched", "packed", "lengths", "step"]
 
 
-def attempt(module: Any, call: str, grad: bool, batch_first: bool, lengths: bool) -> dict[str, Tensor]:
+def attempt(
+    module: Any, call: str, grad: bool, batch_first: bool, lengths: bool
+) -> dict[str, Tensor]:
     T = 1 if call == "step" else 5
     x: Any = torch.ones(4, T, 3) if batch_first else torch.ones(T, 4, 3)
     keywords: dict[str, Any] = {}
@@ -142,13 +166,20 @@ def attempt(module: Any, call: str, grad: bool, batch_first: bool, lengths: bool
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("call", CALLS)
 @every_name
-def test_outputs_are_tensors_of_their_own(name: str, call: str, layers: int, bidirectional: bool, batch_first: bool,
-                                          plan: Plan | None) -> None:
-    """In the layout that torch.nn's have: none is a view of another, or of memory that is more than it."""
+def test_outputs_are_tensors_of_their_own(
+    name: str, call: str, layers: int, bidirectional: bool, batch_first: bool, plan: Plan | None
+) -> None:
+    """In the layout that torch.nn's have: none is a view of another, or of memory that is more than
+    it."""
     available("lstm", plan or Plan("numpy"))
-    ours, theirs = pair(name, 3, 6, layers, plan=plan, bidirectional=bidirectional, batch_first=batch_first)
+    ours, theirs = pair(
+        name, 3, 6, layers, plan=plan, bidirectional=bidirectional, batch_first=batch_first
+    )
     for grad in (True, False):
-        checked(attempt(ours, call, grad, batch_first, True), attempt(theirs, call, grad, batch_first, False))
+        checked(
+            attempt(ours, call, grad, batch_first, True),
+            attempt(theirs, call, grad, batch_first, False),
+        )
 
 
 @every_plan
@@ -156,8 +187,9 @@ def test_outputs_are_tensors_of_their_own(name: str, call: str, layers: int, bid
 @directions
 @pytest.mark.parametrize("large", [False, True], ids=["", "large"])
 @every_name
-def test_gradients_are_tensors_of_their_own(name: str, large: bool, bidirectional: bool, batch_first: bool,
-                                            plan: Plan | None) -> None:
+def test_gradients_are_tensors_of_their_own(
+    name: str, large: bool, bidirectional: bool, batch_first: bool, plan: Plan | None
+) -> None:
     """As they come out of `autograd.grad` and into `.grad`."""
     available("lstm", plan or Plan("numpy"))
     T, B, I, H = (20, 16, 1024, 520) if large else (5, 4, 3, 6)
@@ -166,12 +198,19 @@ def test_gradients_are_tensors_of_their_own(name: str, large: bool, bidirectiona
         found = []
         for module in (ours, theirs):
             x = torch.ones(T, B, I, requires_grad=True)
-            D, sequences = 1 + bidirectional, T if batch_first else B
-            states = [torch.ones(D, sequences, H, requires_grad=True) for _ in range(2 if name == "LSTM" else 1)]
+            D = 1 + bidirectional
+            sequences = T if batch_first else B
+            states = [
+                torch.ones(D, sequences, H, requires_grad=True)
+                for _ in range(2 if name == "LSTM" else 1)
+            ]
             y, last = module(x, tuple(states) if name == "LSTM" else states[0])
             loss = y.square().sum() + sum(t.sum() for t in (last if name == "LSTM" else [last]))
-            leaves = {"d_input": x, **{f"d_hx_{k}": s for k, s in enumerate(states)},
-                      **{f"d_{key}": p for key, p in module.named_parameters()}}
+            leaves = {
+                "d_input": x,
+                **{f"d_hx_{k}": s for k, s in enumerate(states)},
+                **{f"d_{key}": p for key, p in module.named_parameters()},
+            }
             if accumulated:
                 loss.backward()
                 found.append({key: t.grad for key, t in leaves.items()})
@@ -185,13 +224,19 @@ def test_gradients_are_tensors_of_their_own(name: str, large: bool, bidirectiona
 
 
 def _dense(t: Tensor) -> tuple[int, ...]:
-    return tuple(stride for size, stride in zip(t.shape, torch.empty(t.shape, device="meta").stride()) if size > 1)
+    return tuple(
+        stride
+        for size, stride in zip(t.shape, torch.empty(t.shape, device="meta").stride())
+        if size > 1
+    )
 
 
 @orders
 @pytest.mark.parametrize("layers", [1, 2])
 @every_name
-def test_views_of_what_a_bidirectional_layer_returns(name: str, layers: int, batch_first: bool) -> None:
+def test_views_of_what_a_bidirectional_layer_returns(
+    name: str, layers: int, batch_first: bool
+) -> None:
     """As torch.nn's documentation tells them apart by direction."""
     layer = getattr(rnn, name)(3, 6, layers, bidirectional=True, batch_first=batch_first)
     x = torch.randn(4, 5, 3) if batch_first else torch.randn(5, 4, 3)
@@ -214,7 +259,9 @@ def test_truncated_backpropagation(name: str, layers: int, carried: bool) -> Non
         state = None
         for _ in range(3):
             y, state = layer(torch.randn(4, 2, 2), state)
-            (y.sum() + sum(s.sum() for s in (state if name == "LSTM" else [state])) * carried).backward()
+            (
+                y.sum() + sum(s.sum() for s in (state if name == "LSTM" else [state])) * carried
+            ).backward()
             for s in state if name == "LSTM" else [state]:
                 s.detach_()
         found.append([p.grad for p in layer.parameters()])
@@ -239,7 +286,9 @@ def test_a_state_is_saved_alone(form: str, grad: bool) -> None:
     ours, theirs = pair("LSTM", 2, 300)
     sizes = []
     for layer in (ours, theirs):
-        keywords = dict(lengths=torch.tensor([2] * 7)) if form == "lengths" and layer is ours else {}
+        keywords = (
+            dict(lengths=torch.tensor([2] * 7)) if form == "lengths" and layer is ours else {}
+        )
         with torch.set_grad_enabled(grad):
             _, (h, c) = layer(torch.randn(1 if form == "step" else 2, 7, 2), **keywords)
         for t in (h, c):
@@ -268,8 +317,12 @@ def _written(t: Tensor) -> None:
 
 
 DEEDS: dict[str, Callable[[Tensor], Any]] = {
-    "resize_": _resized, "untyped_storage().resize_(0)": _emptied, "out=": _written, "detach_()": torch.detach_,
-    "set_": lambda t: t.detach().set_(), "requires_grad_": lambda t: t.detach().requires_grad_(),  # type: ignore[call-overload]
+    "resize_": _resized,
+    "untyped_storage().resize_(0)": _emptied,
+    "out=": _written,
+    "detach_()": torch.detach_,
+    "set_": lambda t: t.detach().set_(),  # type: ignore[call-overload]
+    "requires_grad_": lambda t: t.detach().requires_grad_(),
 }
 
 
@@ -278,13 +331,16 @@ DEEDS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("size", [4, 300], ids=["small", "large"])
 @every_name
 def test_what_one_may_do_with_a_tensor(name: str, size: int, deed: str, plan: Plan | None) -> None:
-    """With outputs, states and gradients, below and above 1 MiB: all that one may do with torch.nn's."""
+    """With outputs, states and gradients, below and above 1 MiB: all that one may do with
+    torch.nn's."""
     available("lstm", plan or Plan("numpy"))
     T, B = (40, 40) if size > 4 else (3, 2)
     layer = getattr(rnn, name)(size, size, plan=plan)
     x = torch.randn(T, B, size, requires_grad=True)
     out = flat(layer(x))
-    grads = torch.autograd.grad([t.sum() for t in out.values()], [x, *layer.parameters()], retain_graph=True)
+    grads = torch.autograd.grad(
+        [t.sum() for t in out.values()], [x, *layer.parameters()], retain_graph=True
+    )
     assert size == 4 or max(t.nbytes for t in out.values()) > LARGE
     with torch.no_grad():
         plain = flat(layer(x))
@@ -310,7 +366,9 @@ def test_inputs_keep_their_storage(large: bool, plan: Plan | None) -> None:
 @pytest.mark.parametrize("plan", [None, Plan("numpy"), Plan("native")], ids=["", "numpy", "native"])
 @directions
 @pytest.mark.parametrize("form", ["padded", "lengths"])
-def test_a_bias_may_change_before_backward(mode: str, plan: Plan | None, bidirectional: bool, form: str) -> None:
+def test_a_bias_may_change_before_backward(
+    mode: str, plan: Plan | None, bidirectional: bool, form: str
+) -> None:
     """No gradient needs it: torch.nn's RNN and GRU allow it."""
     available("gru", plan or Plan("numpy"))
     found = []
@@ -330,13 +388,20 @@ def test_a_bias_may_change_before_backward(mode: str, plan: Plan | None, bidirec
 
 
 STATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "float16": Tensor.half, "bfloat16": Tensor.bfloat16, "float64": Tensor.double, "int64": Tensor.long,
-    "bool": Tensor.bool, "complex": lambda t: t.to(torch.complex64)}
+    "float16": Tensor.half,
+    "bfloat16": Tensor.bfloat16,
+    "float64": Tensor.double,
+    "int64": Tensor.long,
+    "bool": Tensor.bool,
+    "complex": lambda t: t.to(torch.complex64),
+}
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["h_0", "c_0"])
 @pytest.mark.parametrize("dtype", STATES)
-@pytest.mark.parametrize("call", ["padded", "unbatched", "packed", "lengths", "step", "no gradients"])
+@pytest.mark.parametrize(
+    "call", ["padded", "unbatched", "packed", "lengths", "step", "no gradients"]
+)
 @pytest.mark.parametrize("proj", [0, 3], ids=["", "projection"])
 def test_states_of_two_dtypes_are_refused(proj: int, call: str, dtype: str, which: int) -> None:
     """As torch.nn refuses them; and not promoted."""
@@ -353,7 +418,11 @@ def test_states_of_two_dtypes_are_refused(proj: int, call: str, dtype: str, whic
             with pytest.raises(RuntimeError):
                 theirs(x, tuple(states))
         with pytest.raises(RuntimeError, match=r"hx|hidden|h_0|c_0|state"):
-            ours(x, tuple(states), **(dict(lengths=torch.tensor([3, 2])) if call == "lengths" else {}))
+            ours(
+                x,
+                tuple(states),
+                **(dict(lengths=torch.tensor([3, 2])) if call == "lengths" else {}),
+            )
 
 
 @pytest.mark.parametrize("dtype", STATES)
@@ -383,8 +452,12 @@ def test_memory_that_is_not_there() -> None:
 def test_what_a_backend_is_given_is_looked_at(spoil: str) -> None:
     """The check that every test has finds what a kernel cannot read; and it is called."""
     good = torch.randn(2, 3, 4)
-    bad = {"zero": lambda t: torch._efficientzerotensor(t.shape), "shrunk": lambda t: gone.without(t, "shrunk"),
-           "float64": Tensor.double, **LAYOUTS}[spoil](good)
+    bad = {
+        "zero": lambda t: torch._efficientzerotensor(t.shape),
+        "shrunk": lambda t: gone.without(t, "shrunk"),
+        "float64": Tensor.double,
+        **LAYOUTS,
+    }[spoil](good)
     check_ready((good, [good, None], 3))
     if bad.is_contiguous() and spoil == "offset":
         check_ready([good, bad])
@@ -395,7 +468,9 @@ def test_what_a_backend_is_given_is_looked_at(spoil: str) -> None:
 
 @pytest.mark.parametrize(("mode", "nonlinearity"), KINDS)
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.backend)
-def test_the_boundary_is_watched(mode: str, nonlinearity: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_boundary_is_watched(
+    mode: str, nonlinearity: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     available("lstm", plan)
     seen: list[str] = []
     find = layer_call.module
@@ -406,7 +481,9 @@ def test_the_boundary_is_watched(mode: str, nonlinearity: str, plan: Plan, monke
 
     monkeypatch.setattr(layer_call, "module", watched)
     cell = getattr(cells, {"RNN": f"rnn_{nonlinearity}", "LSTM": "lstm", "GRU": "gru"}[mode])
-    layer = getattr(rnn, mode)(3, 4, plan=plan, **({"nonlinearity": nonlinearity} if mode == "RNN" else {}))
+    layer = getattr(rnn, mode)(
+        3, 4, plan=plan, **({"nonlinearity": nonlinearity} if mode == "RNN" else {})
+    )
     layer(torch.randn(3, 2, 3))[0].sum().backward()
     assert seen and cell.gates * 4 == layer.weight_ih_l0.shape[0]
     assert hasattr(find(seen[0]), "_module"), "the backend is looked at"

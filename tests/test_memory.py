@@ -1,4 +1,5 @@
-"""Memory that is kept from call to call: whose it is, how much there is of it, and that the system can have it back."""
+"""Memory that is kept from call to call: whose it is, how much there is of it, and that the system
+can have it back."""
 
 import copy
 import gc
@@ -23,13 +24,18 @@ from rnn.kernels.cpu import native
 from rnn.kernels.cpu import workspace as memory
 from rnn.kernels.plan import Plan
 
-pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily")
-T, B, H = 6, 3, 5
+pytestmark = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily"
+)
+T = 6
+B = 3
+H = 5
 
 
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """All that lasts is in memory that is kept, which holds NaN when it is had; the pieces that the system gave."""
+    """All that lasts is in memory that is kept, which holds NaN when it is had; the pieces that the
+    system gave."""
     made: list[Any] = []
     read = torch.frombuffer
 
@@ -38,7 +44,9 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return made[-1]
 
     monkeypatch.setattr(memory, "POOLED", 1)
-    monkeypatch.setattr(memory.torch, "frombuffer", lambda *a, **k: read(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(
+        memory.torch, "frombuffer", lambda *a, **k: read(*a, **k).fill_(float("nan"))
+    )
     monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
     memory.release()
     yield made
@@ -47,7 +55,8 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def layers(name: str) -> tuple[Any, Any]:
-    ours, theirs = getattr(rnn, name)(H, H), getattr(nn, name)(H, H)
+    ours = getattr(rnn, name)(H, H)
+    theirs = getattr(nn, name)(H, H)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs.double()
 
@@ -68,7 +77,8 @@ def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
     counts = []
     for _ in range(3):
         xs = [torch.randn(T, B, H, requires_grad=True) for _ in range(3)]
-        ys, exact = [ours(x)[0] for x in xs], [theirs(x.double())[0] for x in xs]
+        ys = [ours(x)[0] for x in xs]
+        exact = [theirs(x.double())[0] for x in xs]
         for k in (1, 2, 0):
             near(gradients(ours, xs[k], ys[k]), gradients(theirs, xs[k], exact[k]))
         near([y.double() for y in ys], exact)
@@ -115,7 +125,8 @@ def test_threads() -> None:
 
 
 def test_lengths_that_vary(pieces: list[Any]) -> None:
-    """A factor of 2 in size at most is between those that have the same memory: few pieces, whatever lengths come."""
+    """A factor of 2 in size at most is between those that have the same memory: few pieces,
+    whatever lengths come."""
     layer = rnn.GRU(H, H)
     for steps in range(1, 200):
         layer(torch.zeros(steps, B, H))
@@ -128,7 +139,11 @@ def test_the_system_can_have_it() -> None:
         pytest.skip("this system does not say how much memory it may take")
 
     def free() -> int:
-        return sum(int(line.split()[1]) for line in lazy.read_text().splitlines() if line.startswith("LazyFree"))
+        return sum(
+            int(line.split()[1])
+            for line in lazy.read_text().splitlines()
+            if line.startswith("LazyFree")
+        )
 
     y = memory.pooled_empty(torch.zeros(1), 2**22).zero_()
     few = [memory.pooled_empty(torch.zeros(1), 2**20).zero_() for _ in range(memory.FEW + 3)]
@@ -150,7 +165,9 @@ def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     there = {k: v for k, v in vars(mmap).items() if fault != "missing" or k[:4] != "MADV"}
     kind = type("Refusing", (mmap.mmap,), {"madvise": refuse})
-    monkeypatch.setattr(memory, "mmap", SimpleNamespace(**there | {"mmap": refuse if fault == "full" else kind}))
+    monkeypatch.setattr(
+        memory, "mmap", SimpleNamespace(**there | {"mmap": refuse if fault == "full" else kind})
+    )
     ours, theirs = layers("LSTM")
     for _ in range(2):
         x = torch.randn(T, B, H, requires_grad=True)
@@ -160,14 +177,18 @@ def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_as_any_tensor(pieces: list[Any]) -> None:
     """What users do with an output: it is in torch's own memory, whatever its size."""
-    layer, x = rnn.RNN(H, H), torch.randn(T, B, H)
+    layer = rnn.RNN(H, H)
+    x = torch.randn(T, B, H)
     y = layer(x)[0].detach()
     assert not pieces and y.untyped_storage().resizable()
-    was, file = y.clone(), io.BytesIO()
+    was = y.clone()
+    file = io.BytesIO()
     assert y.untyped_storage().nbytes() == 4 * T * B * H
     torch.save(y, file)
     file.seek(0)
-    assert torch.load(file).equal(was) and copy.deepcopy(y).equal(was) and y.numpy().shape == (T, B, H)
+    assert (
+        torch.load(file).equal(was) and copy.deepcopy(y).equal(was) and y.numpy().shape == (T, B, H)
+    )
     assert len(file.getvalue()) < 4000
     y.share_memory_()
     layer(x)
@@ -177,7 +198,8 @@ def test_as_any_tensor(pieces: list[Any]) -> None:
 
 @pytest.mark.parametrize("nested", ["forward", "training", "release"])
 def test_a_call_within_a_call(nested: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal handler or a finalizer may run a layer, or give memory back, wherever another call of the thread is."""
+    """A signal handler or a finalizer may run a layer, or give memory back, wherever another call
+    of the thread is."""
     if not dispatch.native_available(cells.lstm):
         pytest.skip("there is no C++ compiler")
     theirs = nn.LSTM(H, H)
@@ -219,7 +241,8 @@ def test_a_call_within_a_call(nested: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_memory_that_an_exception_holds() -> None:
-    """A traceback that somebody keeps, with what a call worked in, does not cost every later call."""
+    """A traceback that somebody keeps, with what a call worked in, does not cost every later
+    call."""
     like = torch.zeros(1)
     held = memory.scratch(like, 100)
     after = [memory.scratch(like, 100).data_ptr() for _ in range(3)]
@@ -227,7 +250,8 @@ def test_memory_that_an_exception_holds() -> None:
 
 
 def test_a_signal_at_any_time() -> None:
-    """Its handler trains a layer and gives memory back, between whatever two operations of a call it comes."""
+    """Its handler trains a layer and gives memory back, between whatever two operations of a call
+    it comes."""
     ours, theirs = layers("GRU")
     x = torch.randn(T, B, H, requires_grad=True)
     other = torch.randn(2 * T, B, H)

@@ -1,4 +1,5 @@
-"""PyTorch's own inputs for its RNN modules, and what they refuse: all must hold for ours, without an exception."""
+"""PyTorch's own inputs for its RNN modules, and what they refuse: all must hold for ours, without
+an exception."""
 
 import copy
 import pickle
@@ -9,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, ModuleInput, module_db
+from torch.testing._internal.common_modules import (
+    ModuleErrorEnum,
+    ModuleInfo,
+    ModuleInput,
+    module_db,
+)
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import rnn
@@ -21,18 +27,24 @@ INFOS = {OURS[info.module_cls]: info for info in module_db if info.module_cls in
 
 def inputs(cls: Any, training: bool = True, **kwargs: Any) -> list[ModuleInput]:
     info: ModuleInfo = INFOS[cls]
-    return info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training, **kwargs)
+    return info.module_inputs_func(
+        info, "cpu", torch.float64, requires_grad=True, training=training, **kwargs
+    )
 
 
 SAMPLES = [(cls, i) for cls in INFOS for i in range(len(inputs(cls, with_packed_sequence=True)))]
-all_samples = pytest.mark.parametrize(("cls", "i"), SAMPLES, ids=lambda v: getattr(v, "__name__", str(v)))
+all_samples = pytest.mark.parametrize(
+    ("cls", "i"), SAMPLES, ids=lambda v: getattr(v, "__name__", str(v))
+)
 
 
 def sample(cls: Any, i: int, training: bool = True) -> tuple[nn.Module, nn.Module, list[Any]]:
     """Torch's module and ours with the same parameters, and the arguments."""
     given = inputs(cls, training, with_packed_sequence=True)[i]
     options = given.constructor_input
-    theirs = INFOS[cls].module_cls(*options.args, **options.kwargs, dtype=torch.float64).train(training)
+    theirs = (
+        INFOS[cls].module_cls(*options.args, **options.kwargs, dtype=torch.float64).train(training)
+    )
     ours = cls(*options.args, **options.kwargs, dtype=torch.float64).train(training)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours, list(given.forward_input.args)
@@ -44,8 +56,10 @@ def flatten(arguments: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     flat, structure = tree_flatten(plain)
 
     def together(flat: list[Any]) -> list[Any]:
-        return [PackedSequence(*new) if isinstance(old, PackedSequence) else new
-                for old, new in zip(arguments, tree_unflatten(flat, structure))]
+        return [
+            PackedSequence(*new) if isinstance(old, PackedSequence) else new
+            for old, new in zip(arguments, tree_unflatten(flat, structure))
+        ]
 
     return flat, together
 
@@ -58,7 +72,10 @@ def with_gradients(module: nn.Module, arguments: list[Any]) -> list[Tensor]:
     out = module(*arguments)
     outputs = leaves(out if isinstance(out, tuple) else [out])
     wanted = [*leaves(arguments), *module.parameters()]
-    return [*outputs, *torch.autograd.grad([o.sin().sum() for o in outputs], wanted, allow_unused=True)]
+    return [
+        *outputs,
+        *torch.autograd.grad([o.sin().sum() for o in outputs], wanted, allow_unused=True),
+    ]
 
 
 @all_samples
@@ -72,7 +89,8 @@ def test_values_and_gradients(cls: Any, i: int, training: bool) -> None:
 @pytest.mark.parametrize("cls", INFOS)
 def test_references(cls: Any) -> None:
     for given in inputs(cls):
-        options, arguments = given.constructor_input, given.forward_input.args
+        options = given.constructor_input
+        arguments = given.forward_input.args
         ours = cls(*options.args, **options.kwargs, dtype=torch.float64)
         torch.testing.assert_close(ours(*arguments), given.reference_fn(ours, *arguments))
 
@@ -80,7 +98,8 @@ def test_references(cls: Any) -> None:
 @all_samples
 def test_second_derivatives(cls: Any, i: int) -> None:
     _, ours, arguments = sample(cls, i)
-    names, weights = [name for name, _ in ours.named_parameters()], list(ours.parameters())
+    names = [name for name, _ in ours.named_parameters()]
+    weights = list(ours.parameters())
     flat, together = flatten(arguments)
     data = [t.detach().requires_grad_() for t in leaves(arguments)]
 
@@ -97,10 +116,21 @@ def test_second_derivatives(cls: Any, i: int) -> None:
 @all_samples
 def test_memory_layouts(cls: Any, i: int) -> None:
     _, ours, arguments = sample(cls, i)
-    strided = [a if isinstance(a, PackedSequence) else tree_map(
-        lambda t: torch.stack([t.detach()] * 3, -1)[..., 1].requires_grad_(), a) for a in arguments]
-    assert not any(t.is_contiguous() for a in strided for t in tree_leaves(a) if not isinstance(a, PackedSequence))
-    torch.testing.assert_close(with_gradients(ours, strided), with_gradients(ours, arguments), rtol=0, atol=0)
+    strided = [
+        a
+        if isinstance(a, PackedSequence)
+        else tree_map(lambda t: torch.stack([t.detach()] * 3, -1)[..., 1].requires_grad_(), a)
+        for a in arguments
+    ]
+    assert not any(
+        t.is_contiguous()
+        for a in strided
+        for t in tree_leaves(a)
+        if not isinstance(a, PackedSequence)
+    )
+    torch.testing.assert_close(
+        with_gradients(ours, strided), with_gradients(ours, arguments), rtol=0, atol=0
+    )
 
 
 @all_samples
@@ -108,16 +138,21 @@ def test_copies(cls: Any, i: int) -> None:
     theirs, ours, arguments = sample(cls, i)
     assert repr(ours) == repr(theirs)
     for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        torch.testing.assert_close(with_gradients(copied, arguments), with_gradients(ours, arguments), rtol=0, atol=0)
+        torch.testing.assert_close(
+            with_gradients(copied, arguments), with_gradients(ours, arguments), rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("cls", INFOS)
 def test_error_inputs(cls: Any) -> None:
     info = INFOS[cls]
-    found = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
+    found = info.module_error_inputs_func(
+        info, device="cpu", dtype=torch.float32, requires_grad=False, training=True
+    )
     assert found
     for error in found:
-        options, given = error.module_error_input.constructor_input, error.module_error_input.forward_input
+        options = error.module_error_input.constructor_input
+        given = error.module_error_input.forward_input
         if error.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(error.error_type, match=error.error_regex):
                 cls(*options.args, **options.kwargs)
@@ -168,7 +203,9 @@ def test_refused(i: int, name: str) -> None:
 
     def with_two_states(module: Any) -> Any:
         """An LSTM takes h_0 and c_0, alike."""
-        return (lambda x, h=None: module(x, h if h is None else (h, h))) if name == "LSTM" else module
+        return (
+            (lambda x, h=None: module(x, h if h is None else (h, h))) if name == "LSTM" else module
+        )
 
     def attempt(cls: Any) -> None:
         module = cls(4, 8, 2, bidirectional=True)
@@ -178,8 +215,8 @@ def test_refused(i: int, name: str) -> None:
         attempt(getattr(nn, name))
     with pytest.raises(theirs.type, match=text or None) as ours:
         attempt(getattr(rnn, name))
-    # torch.nn.LSTM does not look at what goes with a packed sequence, and fails deep inside; and torch 2.10 has other
-    # words for another dtype.
+    # torch.nn.LSTM does not look at what goes with a packed sequence, and fails deep inside; and
+    # torch 2.10 has other words for another dtype.
     others = [12, 13] if name == "LSTM" else []
     others += [9, 10] if torch.__version__.startswith("2.10.") else []
     assert text or i in others or str(ours.value) == str(theirs.value)
@@ -191,12 +228,15 @@ def test_unknown_nonlinearity() -> None:
             cls(4, 8, nonlinearity="sigmoid")
 
 
-@pytest.mark.parametrize(("lengths", "text"), [
-    (torch.tensor([1, -1, 2]), "lengths between 0 and"),
-    (torch.tensor([1, 6, 2]), "lengths between 0 and"),
-    (torch.tensor([1, 2]), "lengths of shape .3."),
-    (torch.tensor([1.0, 2.0, 3.0]), "torch.int64"),
-])
+@pytest.mark.parametrize(
+    ("lengths", "text"),
+    [
+        (torch.tensor([1, -1, 2]), "lengths between 0 and"),
+        (torch.tensor([1, 6, 2]), "lengths between 0 and"),
+        (torch.tensor([1, 2]), "lengths of shape .3."),
+        (torch.tensor([1.0, 2.0, 3.0]), "torch.int64"),
+    ],
+)
 def test_refused_lengths(lengths: Tensor, text: str) -> None:
     with pytest.raises(RuntimeError, match=text):
         rnn.RNN(4, 8)(new(5, 3, 4), lengths=lengths)

@@ -14,20 +14,36 @@ from matrix import ENVIRONMENTS, index_alone
 
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
-FLOORS = [["kernels.cells", "kernels.forks", "kernels.build_cache", "kernels.gpu.tensors"],
-          ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
-          ["kernels.cpu.workspace", "kernels.reference", "kernels.states", "kernels.cpu.build",
-           "kernels.gpu.triton_kernels.kernels"],
-          ["kernels.cpu"],
-          ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
-          ["kernels.gpu"], ["boundary", "transforms", "resets", "projection"],
-          ["checks", "composite", "dispatch"], ["layer_call"], ["onnx_export", "flops"], ["autograd", "custom_ops"],
-          ["torch_operators"],
-          ["batch", "functional"], ["interop", "single_step"], ["modules"], ["layers", "convert", "explain"]]
+FLOORS = [
+    ["kernels.cells", "kernels.forks", "kernels.build_cache", "kernels.gpu.tensors"],
+    ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
+    [
+        "kernels.cpu.workspace",
+        "kernels.reference",
+        "kernels.states",
+        "kernels.cpu.build",
+        "kernels.gpu.triton_kernels.kernels",
+    ],
+    ["kernels.cpu"],
+    ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
+    ["kernels.gpu"],
+    ["boundary", "transforms", "resets", "projection"],
+    ["checks", "composite", "dispatch"],
+    ["layer_call"],
+    ["onnx_export", "flops"],
+    ["autograd", "custom_ops"],
+    ["torch_operators"],
+    ["batch", "functional"],
+    ["interop", "single_step"],
+    ["modules"],
+    ["layers", "convert", "explain"],
+]
 
 
 def python(code: str, *options: str, path: Path = ROOT) -> str:
-    done = subprocess.run([sys.executable, *options, "-c", code], cwd=path, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=path, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -60,7 +76,11 @@ def test_floors() -> None:
             assert uses <= below, f"{module} imports {uses - below}"
         below |= {*floor}
     paths = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "rnn").glob("*.py")]
-    empty = {ROOT / "kernels/__init__.py", ROOT / "rnn/__init__.py", *(p for p in paths if not p.read_text())}
+    empty = {
+        ROOT / "kernels/__init__.py",
+        ROOT / "rnn/__init__.py",
+        *(p for p in paths if not p.read_text()),
+    }
     assert {*paths} - empty == {source(module) for module in every}
 
 
@@ -76,23 +96,54 @@ def test_nobody_imports_kernels() -> None:
 
 
 def test_import_is_light() -> None:
-    loaded = python("import sys, torch, numpy; before = {*sys.modules}; import rnn; print(*({*sys.modules} - before))")
+    loaded = python(
+        "import sys, torch, numpy; before = {*sys.modules}; import rnn; print(*({*sys.modules} - "
+        "before))"
+    )
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "cupy", "matplotlib", "tqdm", "pytest"}
     assert {name for name in loaded.split() if name.startswith("rnn")} == {
-        "rnn", "rnn.autograd", "rnn.batch", "rnn.boundary", "rnn.checks", "rnn.composite",
-        "rnn.convert", "rnn.custom_ops",
-        "rnn.dispatch", "rnn.explain", "rnn.flops", "rnn.functional", "rnn.interop", "rnn.layer_call", "rnn.modules",
-        "rnn.onnx_export", "rnn.projection", "rnn.resets", "rnn.single_step", "rnn.torch_operators",
-        "rnn.transforms", "rnn.kernels",
-        "rnn.kernels.build_cache", "rnn.kernels.cells",
-        "rnn.kernels.codegen", "rnn.kernels.cpu", "rnn.kernels.cpu.build", "rnn.kernels.cpu.native",
-        "rnn.kernels.cpu.workspace", "rnn.kernels.forks", "rnn.kernels.plan", "rnn.kernels.states", "rnn.kernels.types"}
+        "rnn",
+        "rnn.autograd",
+        "rnn.batch",
+        "rnn.boundary",
+        "rnn.checks",
+        "rnn.composite",
+        "rnn.convert",
+        "rnn.custom_ops",
+        "rnn.dispatch",
+        "rnn.explain",
+        "rnn.flops",
+        "rnn.functional",
+        "rnn.interop",
+        "rnn.layer_call",
+        "rnn.modules",
+        "rnn.onnx_export",
+        "rnn.projection",
+        "rnn.resets",
+        "rnn.single_step",
+        "rnn.torch_operators",
+        "rnn.transforms",
+        "rnn.kernels",
+        "rnn.kernels.build_cache",
+        "rnn.kernels.cells",
+        "rnn.kernels.codegen",
+        "rnn.kernels.cpu",
+        "rnn.kernels.cpu.build",
+        "rnn.kernels.cpu.native",
+        "rnn.kernels.cpu.workspace",
+        "rnn.kernels.forks",
+        "rnn.kernels.plan",
+        "rnn.kernels.states",
+        "rnn.kernels.types",
+    }
 
 
 def test_without_triton() -> None:
-    python("import sys; sys.modules['triton'] = None\n"
-           "import torch, rnn; rnn.RNN(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()")
+    python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, rnn; rnn.RNN(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()"
+    )
 
 
 CONSTRAINTS = [ROOT / "constraints.txt", *sorted((ROOT / "constraints").glob("*.txt"))]
@@ -140,9 +191,20 @@ def test_pins_resolve(tmp_path: Path) -> None:
 
     What `make test` installs includes what `make demo` does."""
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed",
-               "--report", str(report), "--constraint", str(ROOT / "constraints.txt"),
-               f"{copy_source(tmp_path)}[test]"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        str(report),
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+        f"{copy_source(tmp_path)}[test]",
+    ]
     done = subprocess.run(command, text=True, capture_output=True, env=index_alone())
     assert done.returncode == 0, done.stderr
     found = {}
@@ -158,7 +220,16 @@ def test_pins_resolve(tmp_path: Path) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = copy_source(folder)
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    ]
     done = subprocess.run([*pip, "--wheel-dir", folder, source], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
@@ -167,15 +238,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    sources = {f"rnn/{p.name}" for p in (ROOT / "rnn").glob("*.py")} | {
-        f"rnn/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.*")
-        if p.is_file() and p.suffix != ".pyc"} | {"rnn/py.typed"}
+    sources = (
+        {f"rnn/{p.name}" for p in (ROOT / "rnn").glob("*.py")}
+        | {
+            f"rnn/{p.relative_to(ROOT)}"
+            for p in (ROOT / "kernels").rglob("*.*")
+            if p.is_file() and p.suffix != ".pyc"
+        }
+        | {"rnn/py.typed"}
+    )
     assert names == sources
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*pip, "--target", tmp_path, wheel], check=True)
-    assert python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport torch, rnn, rnn.kernels.cells\n"
-                  "rnn.RNN(3, 4)(torch.randn(5, 2, 3)); print(rnn.__file__)", "-I", path=tmp_path
-                  ).startswith(str(tmp_path))
+    assert python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport torch, rnn, rnn.kernels.cells\n"
+        "rnn.RNN(3, 4)(torch.randn(5, 2, 3)); print(rnn.__file__)",
+        "-I",
+        path=tmp_path,
+    ).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -39,7 +39,8 @@ def names() -> list[Any]:
 
 
 def test_names() -> None:
-    ours, theirs = [getattr(rnn, name) for name in NAMES] * 3, [*THEIRS.values()] * 3
+    ours = [getattr(rnn, name) for name in NAMES] * 3
+    theirs = [*THEIRS.values()] * 3
     assert names() == theirs
     with rnn.patch():
         assert names() == ours
@@ -102,8 +103,14 @@ def test_modules(name: str) -> None:
         def forward(self, input: Tensor, hx: Any = None) -> Any:
             return super().forward(self.factor * input, hx)
 
-    layer, twice, old = base(I, H), Twice(I, H), THEIRS[name](I, H)
-    assert isinstance(layer, getattr(rnn, name)) and isinstance(layer, base) and isinstance(twice, base)
+    layer = base(I, H)
+    twice = Twice(I, H)
+    old = THEIRS[name](I, H)
+    assert (
+        isinstance(layer, getattr(rnn, name))
+        and isinstance(layer, base)
+        and isinstance(twice, base)
+    )
     x = torch.randn(B, I) if name.endswith("Cell") else torch.randn(T, B, I)
     for module, given in ((layer, x), (twice, 2 * x)):
         old.load_state_dict(module.state_dict())
@@ -112,9 +119,11 @@ def test_modules(name: str) -> None:
 
 @EACH
 def test_pickles(name: str) -> None:
-    """From without to within and back: those of torch.nn become ours within, and what was made before stays."""
+    """From without to within and back: those of torch.nn become ours within, and what was made
+    before stays."""
     theirs = THEIRS[name](I, H)
-    outside, own = pickle.dumps(theirs), pickle.dumps(Before(I, H))
+    outside = pickle.dumps(theirs)
+    own = pickle.dumps(Before(I, H))
     with rnn.patch():
         inside = [pickle.dumps(m) for m in (getattr(nn, name)(I, H), theirs, Before(I, H))]
         came = pickle.loads(outside)
@@ -123,7 +132,11 @@ def test_pickles(name: str) -> None:
         assert type(pickle.loads(pickle.dumps(theirs))) is THEIRS[name]
     for a, b in zip(came.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert [type(pickle.loads(text)) for text in inside] == [getattr(rnn, name), THEIRS[name], Before]
+    assert [type(pickle.loads(text)) for text in inside] == [
+        getattr(rnn, name),
+        THEIRS[name],
+        Before,
+    ]
     restored = pickle.loads(inside[1])
     x = torch.randn(B, I)
     torch.testing.assert_close(restored(x), theirs(x), rtol=0, atol=0)
@@ -144,15 +157,19 @@ class Model(nn.Module):
 class TestTools:
     def test_compile(self) -> None:
         """Dynamo refuses what is an instance of torch.nn.LSTM."""
-        model, x = Model(), torch.randn(B, T, I)
+        model = Model()
+        x = torch.randn(B, T, I)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x))
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
     def test_script_and_fx(self) -> None:
-        model, x = Model(), torch.randn(B, T, I)
+        model = Model()
+        x = torch.randn(B, T, I)
         want = model(x)
-        assert [node.op for node in torch.fx.symbolic_trace(model).graph.nodes].count("call_module") == 2
+        assert [node.op for node in torch.fx.symbolic_trace(model).graph.nodes].count(
+            "call_module"
+        ) == 2
         torch.testing.assert_close(torch.jit.script(model)(x), want)
         torch.testing.assert_close(model(x), want, rtol=0, atol=0)
         assert type(model.layer) is rnn.LSTM
@@ -173,13 +190,18 @@ class TestTools:
             torch.ao.quantization.quantize_dynamic(Model())
 
     def test_files(self) -> None:
-        model, x, file = Model(), torch.randn(B, T, I), io.BytesIO()
+        model = Model()
+        x = torch.randn(B, T, I)
+        file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
-        torch.testing.assert_close(torch.load(file, weights_only=False)(x), model(x), rtol=0, atol=0)
+        torch.testing.assert_close(
+            torch.load(file, weights_only=False)(x), model(x), rtol=0, atol=0
+        )
 
     def test_expanded_weights_and_onnx(self) -> None:
-        layer, x = nn.GRU(I, H, batch_first=True), torch.randn(B, T, I)
+        layer = nn.GRU(I, H, batch_first=True)
+        x = torch.randn(B, T, I)
         call_for_per_sample_grads(layer, batch_size=B)(x)[0].sum().backward()
         file: Any = io.BytesIO()
         with warnings.catch_warnings(action="ignore"):
@@ -198,11 +220,19 @@ def test_dynamo_is_as_before() -> None:
 
 def test_first_of_all() -> None:
     """Before anything else of PyTorch is imported, and what is imported then."""
-    code = ("import rnn; rnn.patch()\n"
-            "import torch, torch.ao.quantization, torch.ao.nn.quantized.dynamic, torch.onnx, torch._dynamo\n"
-            "from torch.nn import LSTM, Module\n"
-            "assert LSTM is rnn.LSTM\n"
-            "assert torch.compile(LSTM(2, 3), fullgraph=True, backend='eager')(torch.ones(4, 1, 2))[0].shape[2] == 3")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent.parent, text=True,
-                          capture_output=True)
+    code = (
+        "import rnn; rnn.patch()\n"
+        "import torch, torch.ao.quantization, torch.ao.nn.quantized.dynamic, torch.onnx, "
+        "torch._dynamo\n"
+        "from torch.nn import LSTM, Module\n"
+        "assert LSTM is rnn.LSTM\n"
+        "assert torch.compile(LSTM(2, 3), fullgraph=True, backend='eager')(torch.ones(4, 1, "
+        "2))[0].shape[2] == 3"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(__file__).parent.parent,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr

@@ -9,15 +9,22 @@ from cases import FORMS, Case, check, check_recurrence, thrice
 from hypothesis import HealthCheck, Phase, given, settings
 from test_cpu import PLANS, suited
 
-SETTINGS: dict[str, Any] = dict(deadline=None, derandomize=True, database=None,
-                                suppress_health_check=[*HealthCheck], phases=[Phase.generate, Phase.shrink])
+SETTINGS: dict[str, Any] = dict(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[*HealthCheck],
+    phases=[Phase.generate, Phase.shrink],
+)
 
 
 @st.composite
 def layers(draw: Any) -> Case:
-    form, mode = draw(st.sampled_from(FORMS)), draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
+    form = draw(st.sampled_from(FORMS))
+    mode = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
     least = 1 if form in ("packed", "unsorted") else 0
-    H, flag = draw(st.integers(1, 20)), st.booleans()
+    H = draw(st.integers(1, 20))
+    flag = st.booleans()
     return Case(
         T=draw(st.integers(1, 9)),
         B=1 if form == "unbatched" else draw(st.integers(least, 9)),
@@ -49,13 +56,38 @@ def test_operator(request: pytest.FixtureRequest) -> None:
     """Resets too, which no layer of torch has."""
 
     @settings(max_examples=request.config.getoption("--cases"), **SETTINGS)
-    @given(name=st.sampled_from(["rnn_tanh", "rnn_relu", "lstm", "gru"]), T=st.integers(1, 7), B=st.integers(1, 7),
-           I=st.integers(1, 7), H=st.integers(1, 20), reverse=st.sampled_from([(False,), (True,), (False, True)]),
-           form=st.sampled_from(["padded", "lengths", "packed"]), resets=st.booleans(), bias=st.booleans(),
-           dtype=st.sampled_from([torch.float32, torch.float64]), plan=st.sampled_from(PLANS))
-    def run(name: str, T: int, B: int, I: int, H: int, reverse: Any, form: str, resets: bool, bias: bool, dtype: Any,
-            plan: Any) -> None:
-        chosen, sizes = suited(plan, dtype), (T, B, I, H)
-        thrice(lambda seed: check_recurrence(name, chosen, sizes, reverse, form, resets, bias, dtype, seed=seed))
+    @given(
+        name=st.sampled_from(["rnn_tanh", "rnn_relu", "lstm", "gru"]),
+        T=st.integers(1, 7),
+        B=st.integers(1, 7),
+        I=st.integers(1, 7),
+        H=st.integers(1, 20),
+        reverse=st.sampled_from([(False,), (True,), (False, True)]),
+        form=st.sampled_from(["padded", "lengths", "packed"]),
+        resets=st.booleans(),
+        bias=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+        plan=st.sampled_from(PLANS),
+    )
+    def run(
+        name: str,
+        T: int,
+        B: int,
+        I: int,
+        H: int,
+        reverse: Any,
+        form: str,
+        resets: bool,
+        bias: bool,
+        dtype: Any,
+        plan: Any,
+    ) -> None:
+        chosen = suited(plan, dtype)
+        sizes = (T, B, I, H)
+        thrice(
+            lambda seed: check_recurrence(
+                name, chosen, sizes, reverse, form, resets, bias, dtype, seed=seed
+            )
+        )
 
     run()

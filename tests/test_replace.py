@@ -40,22 +40,34 @@ def kinds(model: nn.Module) -> dict[str, type]:
 
 
 def test_replace_and_restore(capsys: pytest.CaptureFixture[str]) -> None:
-    model, x = Model(), torch.randn(5, 2, 3)
-    before, parameters, calls = kinds(model), list(model.parameters()), []
+    model = Model()
+    x = torch.randn(5, 2, 3)
+    before = kinds(model)
+    parameters = list(model.parameters())
+    calls = []
     model.third.register_forward_hook(lambda *_: calls.append(1))
     want = model(x)
     want_grads = torch.autograd.grad(want.sum(), parameters)
     assert rnn.replace(model) is model
     after = kinds(model)
     assert {name for name in after if after[name].__module__.startswith("rnn.")} == {
-        "first", "second", "shared", "third", "cells.0", "cells.1", "cells.2"}
+        "first",
+        "second",
+        "shared",
+        "third",
+        "cells.0",
+        "cells.1",
+        "cells.2",
+    }
     assert after["own"] is Own
     said = capsys.readouterr().out
     assert "second, torch.nn.modules.rnn.LSTM, is now rnn.modules.LSTM" in said
     assert "own" in said and "left alone" in said
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     torch.testing.assert_close(model(x), want)
-    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), parameters), want_grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(model(x).sum(), parameters), want_grads, rtol=1e-4, atol=1e-6
+    )
     assert len(calls) == 3
     model.first.plan = rnn.kernels.plan.Plan("numpy")
     torch.testing.assert_close(copy.deepcopy(model)(x), want)
@@ -66,7 +78,8 @@ def test_replace_and_restore(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_model_that_is_one_layer_in_training() -> None:
-    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    layer = nn.LSTM(3, 4)
+    x = torch.randn(5, 2, 3)
     optimizer = torch.optim.Adam(layer.parameters())
     replaced: Any = rnn.replace(layer, verbose=False)
     assert isinstance(replaced, rnn.LSTM)
@@ -85,12 +98,16 @@ def test_parametrized(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     weight = "weight_hh" if name == "LSTMCell" else "weight_hh_l0"
     parametrizations.weight_norm(layer, weight)
     parametrizations.orthogonal(layer, weight.replace("hh", "ih"))
-    x, parameters, keys = torch.randn(5, 3), list(model.parameters()), list(model.state_dict())
+    x = torch.randn(5, 3)
+    parameters = list(model.parameters())
+    keys = list(model.state_dict())
     with torch.no_grad():
         want = model(x)
     rnn.replace(model)
     assert f"rnn.modules.{name} with parametrizations" in capsys.readouterr().out
-    assert isinstance(layer, getattr(rnn, name)) and isinstance(copy.deepcopy(model)[0], getattr(rnn, name))
+    assert isinstance(layer, getattr(rnn, name)) and isinstance(
+        copy.deepcopy(model)[0], getattr(rnn, name)
+    )
     assert parametrize.is_parametrized(layer, weight)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == keys
@@ -123,7 +140,8 @@ def test_scripted_models_are_left_alone(capsys: pytest.CaptureFixture[str]) -> N
     class Text(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.layer = nn.Linear(3, 3), nn.LSTM(3, 4)
+            self.first = nn.Linear(3, 3)
+            self.layer = nn.LSTM(3, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(self.first(x))[0]

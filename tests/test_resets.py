@@ -1,4 +1,5 @@
-"""Steps that the loss does not ask for, on the other side of a reset: what they hold, NaN even, reaches no gradient."""
+"""Steps that the loss does not ask for, on the other side of a reset: what they hold, NaN even,
+reaches no gradient."""
 
 from typing import Any
 
@@ -9,13 +10,19 @@ from torch import Tensor, nn
 import rnn
 from rnn.kernels.plan import Plan
 
-T, B, I, H = 7, 3, 4, 6
+T = 7
+B = 3
+I = 4
+H = 6
 NAN = float("nan")
 # Form, plan and what the steps hold that nobody asks for.
 CASES = [
     *((form, None, NAN) for form in ("padded", "batch_first", "lengths", "packed", "recompute")),
-    ("lengths", Plan("numpy"), NAN), ("padded", Plan("numpy"), NAN), ("packed", Plan("numpy"), float("inf")),
-    ("padded", None, float("inf")), ("lengths", None, 1e38),
+    ("lengths", Plan("numpy"), NAN),
+    ("padded", Plan("numpy"), NAN),
+    ("packed", Plan("numpy"), float("inf")),
+    ("padded", None, float("inf")),
+    ("lengths", None, 1e38),
 ]
 
 
@@ -34,10 +41,14 @@ def loss(y: Tensor, weights: Tensor) -> Tensor:
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("asked", ["after", "before"])
-def test_what_is_not_asked_for(name: str, form: str, bidirectional: bool, asked: str, plan: Plan | None,
-                               bad: float) -> None:
-    """Sequence b is cut before its step 2 + b. The gradients are those of torch.nn for the asked part alone."""
-    options: dict[str, Any] = dict(batch_first=form == "batch_first", recompute=form == "recompute", plan=plan)
+def test_what_is_not_asked_for(
+    name: str, form: str, bidirectional: bool, asked: str, plan: Plan | None, bad: float
+) -> None:
+    """Sequence b is cut before its step 2 + b. The gradients are those of torch.nn for the asked
+    part alone."""
+    options: dict[str, Any] = dict(
+        batch_first=form == "batch_first", recompute=form == "recompute", plan=plan
+    )
     ours, exact = pair(name, bidirectional, **options)
     x = torch.randn(T, B, I)
     cuts = [2, 3, 4]
@@ -82,7 +93,8 @@ def test_what_is_not_asked_for(name: str, form: str, bidirectional: bool, asked:
 def test_first_and_last_states(name: str) -> None:
     """A first state that is dropped, and a last state that is asked for, in place of steps."""
     ours, exact = pair(name, False)
-    x, pairs = torch.randn(T, B, I), name == "LSTM"
+    x = torch.randn(T, B, I)
+    pairs = name == "LSTM"
     x[:3] = NAN
     first = torch.full((1, B, H), NAN)
     resets = torch.zeros(T, B, dtype=torch.bool)
@@ -95,7 +107,9 @@ def test_first_and_last_states(name: str) -> None:
     ends = [(last, want)] if not pairs else [*zip(last, want)]
     for found, right in ends:
         got = torch.autograd.grad(loss(found, seeds), [x, *ours.parameters()], retain_graph=True)
-        expected = torch.autograd.grad(loss(right, seeds), [alone, *exact.parameters()], retain_graph=True)
+        expected = torch.autograd.grad(
+            loss(right, seeds), [alone, *exact.parameters()], retain_graph=True
+        )
         torch.testing.assert_close(got[0][3:].double(), expected[0], rtol=1e-4, atol=1e-5)
         assert (got[0][:3] == 0).all()
         for a, b in zip(got[1:], expected[1:]):

@@ -1,4 +1,5 @@
-"""One step a call, as in streaming and decoding, on a path of its own: in C++ or by torch's own operators."""
+"""One step a call, as in streaming and decoding, on a path of its own: in C++ or by torch's own
+operators."""
 
 import itertools
 from collections.abc import Iterable
@@ -58,28 +59,43 @@ def made(kind: tuple[str, dict[str, Any]], I: int, H: int, **options: Any) -> tu
 
 def flat(found: Any) -> dict[str, Tensor]:
     y, last = found
-    return dict(y=y, **{f"last {k}": s for k, s in enumerate(last if isinstance(last, tuple) else [last])})
+    return dict(
+        y=y, **{f"last {k}": s for k, s in enumerate(last if isinstance(last, tuple) else [last])}
+    )
 
 
-@pytest.mark.parametrize(("options", "sizes"), [
-    *((options, (5, 17, 40)) for options in OPTIONS),
-    *(({}, sizes) for sizes in ((1, 3, 5), (1, 64, 64), (3, 300, 100), (40, 7, 33), (0, 3, 4))),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        *((options, (5, 17, 40)) for options in OPTIONS),
+        *(({}, sizes) for sizes in ((1, 3, 5), (1, 64, 64), (3, 300, 100), (40, 7, 33), (0, 3, 4))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_steps(kind: tuple[str, dict[str, Any]], options: dict[str, Any], sizes: tuple[int, int, int],
-               taken: list[Any]) -> None:
+def test_steps(
+    kind: tuple[str, dict[str, Any]],
+    options: dict[str, Any],
+    sizes: tuple[int, int, int],
+    taken: list[Any],
+) -> None:
     """Four steps, each with the state of the one before."""
     B, I, H = sizes
-    layers, ends = made(kind, I, H, **options), [None] * 3
+    layers = made(kind, I, H, **options)
+    ends = [None] * 3
     with torch.no_grad():
         for _ in range(4):
             x = torch.randn(1, B, I).transpose(0, int(bool(options.get("batch_first"))))
             found: list[Any] = []
-            for k, (layer, dtype) in enumerate(zip(layers, (torch.float32, torch.float32, torch.float64))):
+            for k, (layer, dtype) in enumerate(
+                zip(layers, (torch.float32, torch.float32, torch.float64))
+            ):
                 y, ends[k] = layer(x.to(dtype), ends[k])
                 found.append(flat((y, ends[k])))
                 assert y.is_contiguous()
-            assert [(n, t.shape) for n, t in found[0].items()] == [(n, t.shape) for n, t in found[1].items()]
+            assert [(n, t.shape) for n, t in found[0].items()] == [
+                (n, t.shape) for n, t in found[1].items()
+            ]
             if B:
                 compare(found)
     assert len(taken) == 4 and None not in taken
@@ -112,15 +128,21 @@ def test_what_is_not_plain(kind: tuple[str, dict[str, Any]], taken: list[Any]) -
         want = theirs(rows[0].double())[0]
         strided = rows[0].mT.contiguous().mT
         layer = nn.utils.parametrizations.weight_norm(made(kind, 3, 4)[0], "weight_hh_l0")
-        for got in (ours(strided)[0], ours(torch._neg_view(-rows[0]))[0], layer(rows[0])[0],
-                    torch.vmap(lambda x: ours(x)[0])(rows)[0]):
+        for got in (
+            ours(strided)[0],
+            ours(torch._neg_view(-rows[0]))[0],
+            layer(rows[0])[0],
+            torch.vmap(lambda x: ours(x)[0])(rows)[0],
+        ):
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
         with pytest.raises((RuntimeError, ValueError)):
             ours(rows[0].double())
         with pytest.raises(RuntimeError):
             ours(torch.randn(1, 2, 5))
         with pytest.raises(RuntimeError):
-            ours(rows[0], (torch.zeros(1, 3, 4),) * 2 if kind[0] == "LSTM" else torch.zeros(1, 3, 4))
+            ours(
+                rows[0], (torch.zeros(1, 3, 4),) * 2 if kind[0] == "LSTM" else torch.zeros(1, 3, 4)
+            )
 
 
 def test_shapes_of_weights(taken: list[Any]) -> None:
@@ -132,15 +154,22 @@ def test_shapes_of_weights(taken: list[Any]) -> None:
     assert taken == [None]
 
 
-def leaves(layer: Any, B: int, x_grad: bool = True, given: bool = True) -> tuple[Tensor, Any, list[Tensor]]:
-    """x, the states if they are `given`, and all that can have a gradient, with the same numbers in every dtype."""
+def leaves(
+    layer: Any, B: int, x_grad: bool = True, given: bool = True
+) -> tuple[Tensor, Any, list[Tensor]]:
+    """x, the states if they are `given`, and all that can have a gradient, with the same numbers in
+    every dtype."""
     generator = torch.Generator().manual_seed(3)
     dtype = layer.weight_ih_l0.dtype
     shape = (B, 1) if layer.batch_first else (1, B)
     x = torch.randn(*shape, layer.input_size, generator=generator).to(dtype).requires_grad_(x_grad)
     pair = layer.mode == "LSTM"
-    states = [torch.randn(layer.num_layers, B, layer.hidden_size, generator=generator).to(dtype).requires_grad_()
-              for _ in range(1 + pair)]
+    states = [
+        torch.randn(layer.num_layers, B, layer.hidden_size, generator=generator)
+        .to(dtype)
+        .requires_grad_()
+        for _ in range(1 + pair)
+    ]
     hx = (tuple(states) if pair else states[0]) if given else None
     wanted = [*([x] if x_grad else []), *(states if given else []), *layer.parameters()]
     return x, hx, [t for t in wanted if t.requires_grad]
@@ -158,20 +187,49 @@ def gradients(layer: Any, B: int, used: str = "all", **options: Any) -> dict[str
     generator = torch.Generator().manual_seed(4)
     d = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in some]
     grads = torch.autograd.grad(some, wanted, d, allow_unused=True)
-    return {str(k): torch.zeros_like(w) if g is None else g
-            for k, (g, w) in enumerate(zip((*found, *grads), (*found, *wanted)))}
+    return {
+        str(k): torch.zeros_like(w) if g is None else g
+        for k, (g, w) in enumerate(zip((*found, *grads), (*found, *wanted)))
+    }
 
 
-@pytest.mark.parametrize(("sizes", "options", "how"), [
-    *(((5, 17, 40), options, {}) for options in OPTIONS[:4]),
-    *(((B, 16, 32), dict(num_layers=2), {}) for B in (1, 2, 3, 4, 7, 11, 12, 13, 33)),
-    *((sizes, {}, {}) for sizes in ((1, 3, 5), (3, 1, 1), (14, 300, 100), (40, 7, 33), (1, 64, 520), (6, 260, 65))),
-    *(((4, 5, 6), dict(num_layers=2, batch_first=True), how) for how in (
-        dict(used="y"), dict(used="last"), dict(given=False), dict(x_grad=False), dict(x_grad=False, given=False))),
-], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "options", "how"),
+    [
+        *(((5, 17, 40), options, {}) for options in OPTIONS[:4]),
+        *(((B, 16, 32), dict(num_layers=2), {}) for B in (1, 2, 3, 4, 7, 11, 12, 13, 33)),
+        *(
+            (sizes, {}, {})
+            for sizes in (
+                (1, 3, 5),
+                (3, 1, 1),
+                (14, 300, 100),
+                (40, 7, 33),
+                (1, 64, 520),
+                (6, 260, 65),
+            )
+        ),
+        *(
+            ((4, 5, 6), dict(num_layers=2, batch_first=True), how)
+            for how in (
+                dict(used="y"),
+                dict(used="last"),
+                dict(given=False),
+                dict(x_grad=False),
+                dict(x_grad=False, given=False),
+            )
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_gradients(kind: tuple[str, dict[str, Any]], sizes: tuple[int, int, int], options: dict[str, Any],
-                   how: dict[str, Any], taken: list[Any]) -> None:
+def test_gradients(
+    kind: tuple[str, dict[str, Any]],
+    sizes: tuple[int, int, int],
+    options: dict[str, Any],
+    how: dict[str, Any],
+    taken: list[Any],
+) -> None:
     B, I, H = sizes
     ours, theirs, exact = made(kind, I, H, **options)
     compare(gradients(layer, B, **how) for layer in (ours, theirs, exact))
@@ -193,7 +251,9 @@ def test_threads(kind: tuple[str, dict[str, Any]], threads: int, taken: list[Any
     assert None not in taken
 
 
-@pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l1", "bias_ih_l1", "bias_hh_l0", "l0", "weight", "bias"])
+@pytest.mark.parametrize(
+    "frozen", ["weight_ih_l0", "weight_hh_l1", "bias_ih_l1", "bias_hh_l0", "l0", "weight", "bias"]
+)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_frozen(kind: tuple[str, dict[str, Any]], frozen: str, taken: list[Any]) -> None:
     layers = made(kind, 5, 6, num_layers=2)
@@ -217,7 +277,9 @@ def test_layouts(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
         states = h.t()[None], h.flip(0)[None]
         y, last = layer(x.t()[None], states if kind[0] == "LSTM" else states[0])
         last = last if kind[0] == "LSTM" else (last,)
-        loss = (y[0].t() * h.detach()).sum() + sum(s.mean() + s.flip(1).permute(2, 0, 1).sin().sum() for s in last)
+        loss = (y[0].t() * h.detach()).sum() + sum(
+            s.mean() + s.flip(1).permute(2, 0, 1).sin().sum() for s in last
+        )
         found.append(torch.autograd.grad(loss, (x, h, *layer.parameters())))
         found.append(torch.autograd.grad(layer(x.t()[None])[0].sum(), layer.parameters()))
     for got, want in zip(found[0] + found[1], found[2] + found[3]):
@@ -227,7 +289,9 @@ def test_layouts(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_results_of_their_own(kind: tuple[str, dict[str, Any]], batch_first: bool, taken: list[Any]) -> None:
+def test_results_of_their_own(
+    kind: tuple[str, dict[str, Any]], batch_first: bool, taken: list[Any]
+) -> None:
     """Neither results nor gradients share memory, and none is a view."""
     layer = made(kind, 4, 6, num_layers=2, batch_first=batch_first)[0]
     x, hx, wanted = leaves(layer, 3)
@@ -248,7 +312,8 @@ def test_in_place(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
     for name in ("x", "state", "weight_ih_l0", "weight_hh_l0"):
         layer = layers[0]
         x, hx, _ = leaves(layer, 3)
-        x, state = x * 1, (hx[0] if kind[0] == "LSTM" else hx) * 1
+        x = x * 1
+        state = (hx[0] if kind[0] == "LSTM" else hx) * 1
         y = layer(x, (state, hx[1]) if kind[0] == "LSTM" else state)[0]
         with torch.no_grad():
             {"x": x, "state": state, **dict(layer.named_parameters())}[name].mul_(2)
@@ -265,14 +330,17 @@ def test_in_place(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
         again = [t * 2 for t in outputs(layer(x, hx))]
         for t in outputs(layer(x, hx)):
             t.mul_(3)
-        return dict(enumerate(torch.autograd.grad([t.sum() for t in again], wanted))) if loss else {}
+        return (
+            dict(enumerate(torch.autograd.grad([t.sum() for t in again], wanted))) if loss else {}
+        )
 
     compare({str(k): t for k, t in edited(layer).items()} for layer in made(kind, 4, 6))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_bias_in_place(kind: tuple[str, dict[str, Any]]) -> None:
-    """A bias may be edited before backward, but not where its gradients are to be differentiated again."""
+    """A bias may be edited before backward, but not where its gradients are to be differentiated
+    again."""
     if not dispatch.native_available(rnn.kernels.cells.gru):
         pytest.skip("there is no C++ compiler")
     layer = made(kind, 4, 6)[0]
@@ -287,14 +355,19 @@ def test_bias_in_place(kind: tuple[str, dict[str, Any]]) -> None:
         torch.autograd.grad(y.sum(), wanted, create_graph=True)
 
 
-@pytest.mark.parametrize("options", [{}, dict(num_layers=2, batch_first=True), dict(bias=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_layers=2, batch_first=True), dict(bias=False)], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS[1:], ids=str)
 def test_double_backward(kind: tuple[str, dict[str, Any]], options: dict[str, Any]) -> None:
-    """Against torch's own operators in float64, those of one step being differentiable twice, and by numbers."""
+    """Against torch's own operators in float64, those of one step being differentiable twice, and
+    by numbers."""
     found = []
     for layer in made(kind, 3, 4, **options)[::2]:
         x, hx, wanted = leaves(layer, 2)
-        first = torch.autograd.grad([t.sin().sum() for t in outputs(layer(x, hx))], wanted, create_graph=True)
+        first = torch.autograd.grad(
+            [t.sin().sum() for t in outputs(layer(x, hx))], wanted, create_graph=True
+        )
         found.append([*first, *torch.autograd.grad([g.cos().sum() for g in first], wanted)])
     for got, want in zip(*found):
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
@@ -314,7 +387,8 @@ def test_batched_gradients(kind: tuple[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_saved_tensors_hooks(kind: tuple[str, dict[str, Any]]) -> None:
-    """Everything that is kept goes through the hooks, which may give it back elsewhere, and in another layout."""
+    """Everything that is kept goes through the hooks, which may give it back elsewhere, and in
+    another layout."""
     if not dispatch.native_available(rnn.kernels.cells.gru):
         pytest.skip("there is no C++ compiler")
     layer = made(kind, 4, 6, num_layers=2)[0]
@@ -345,10 +419,15 @@ def test_memory_that_is_not_there(kind: tuple[str, dict[str, Any]]) -> None:
     """RuntimeError where torch raises it, and no read past an end."""
     pair = kind[0] == "LSTM"
     for enabled in (True, False):
-        for name, size in itertools.product(("x", "state", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"), (0, 16)):
+        for name, size in itertools.product(
+            ("x", "state", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"), (0, 16)
+        ):
             layer = made(kind, 8, 8)[0]
-            x, state = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
-            {"x": x, "state": state, **dict(layer.named_parameters())}[name].data.untyped_storage().resize_(size)
+            x = torch.randn(1, 3, 8)
+            state = torch.randn(1, 3, 8)
+            {"x": x, "state": state, **dict(layer.named_parameters())}[
+                name
+            ].data.untyped_storage().resize_(size)
             with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError):
                 layer(x, (state, torch.randn(1, 3, 8)) if pair else state)
     layer = made(kind, 8, 8)[0]
@@ -370,8 +449,13 @@ def test_decoder(taken: list[Any]) -> None:
         layers = made(kind, 8, 12, num_layers=2)
         found = []
         for layer in layers:
-            x = torch.linspace(-1, 1, 6 * 3 * 8, dtype=layer.weight_ih_l0.dtype).view(6, 1, 3, 8).requires_grad_()
-            ends, ys = None, []
+            x = (
+                torch.linspace(-1, 1, 6 * 3 * 8, dtype=layer.weight_ih_l0.dtype)
+                .view(6, 1, 3, 8)
+                .requires_grad_()
+            )
+            ends = None
+            ys = []
             for step in x:
                 y, ends = layer(step, ends)
                 ys.append(y)

@@ -1,4 +1,5 @@
-"""PyTorch's toolbox on all three layers: training, parametrizations, processes; and what torch.nn's layers lack."""
+"""PyTorch's toolbox on all three layers: training, parametrizations, processes; and what torch.nn's
+layers lack."""
 
 import io
 import os
@@ -28,7 +29,8 @@ class TestTraining:
     @LAYERS
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast(self, name: str, dtype: torch.dtype) -> None:
-        layer, x = pair(name, dtype=torch.float32)[1], randn(T, B, I, dtype=torch.float32)
+        layer = pair(name, dtype=torch.float32)[1]
+        x = randn(T, B, I, dtype=torch.float32)
         want = gradients(layer, x)
         with torch.autocast("cpu", dtype):
             y, h = layer(x)
@@ -37,22 +39,33 @@ class TestTraining:
         with torch.autocast("cpu", dtype):
             got = gradients(layer, x)
         assert [g.dtype for g in got[1:]] == [torch.float32] * (len(got) - 1)
-        torch.testing.assert_close([g.float() for g in got], want, rtol=0.05, atol=0.1)  # 8 bits of 0.5 rounded 5 times
+        # 8 bits of 0.5 rounded 5 times
+        torch.testing.assert_close([g.float() for g in got], want, rtol=0.05, atol=0.1)
         check_scaled_step(layer, x, "cpu", dtype)
 
     @LAYERS
     def test_backward_stays_in_the_precision_of_forward(self, name: str) -> None:
-        layer, x = pair(name, dtype=torch.float32)[1], randn(T, B, I, dtype=torch.float32)
+        layer = pair(name, dtype=torch.float32)[1]
+        x = randn(T, B, I, dtype=torch.float32)
         loss = layer(x)[0].sin().sum()
         want = torch.autograd.grad(loss, x, retain_graph=True)
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True), want, rtol=0, atol=0)
+            torch.testing.assert_close(
+                torch.autograd.grad(loss, x, retain_graph=True), want, rtol=0, atol=0
+            )
             torch.testing.assert_close(torch.autograd.grad(loss, x, create_graph=True), want)
 
     @LAYERS
-    @pytest.mark.parametrize("reparametrize", [parametrizations.weight_norm, parametrizations.orthogonal,
-                                               parametrizations.spectral_norm, prune.random_unstructured],
-                             ids=lambda f: f.__name__)
+    @pytest.mark.parametrize(
+        "reparametrize",
+        [
+            parametrizations.weight_norm,
+            parametrizations.orthogonal,
+            parametrizations.spectral_norm,
+            prune.random_unstructured,
+        ],
+        ids=lambda f: f.__name__,
+    )
     def test_parametrizations(self, name: str, reparametrize: Callable[..., Any]) -> None:
         theirs, ours = pair(name)
         options = {"amount": 0.5} if reparametrize is prune.random_unstructured else {}
@@ -68,7 +81,8 @@ class TestTraining:
     @LAYERS
     def test_dropped_and_tied_weights(self, name: str) -> None:
         theirs, ours = pair(name, H, H, 2)
-        x, found = randn(T, B, H), []
+        x = randn(T, B, H)
+        found = []
         for layer in (ours, theirs):
             layer.weight_ih_l1 = layer.weight_ih_l0
             raw = layer.weight_hh_l0
@@ -81,17 +95,22 @@ class TestTraining:
 
     @LAYERS
     def test_checkpoint(self, name: str) -> None:
-        layer, x = pair(name, num_layers=2)[1], randn(T, B, I)
+        layer = pair(name, num_layers=2)[1]
+        x = randn(T, B, I)
         want = torch.autograd.grad(layer(x)[0].sin().sum(), [x, *layer.parameters()])
         for reentrant in (False, True):
             layer.zero_grad()
             x.grad = None
-            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)[0].sin().sum().backward()
+            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)[
+                0
+            ].sin().sum().backward()
             torch.testing.assert_close([x.grad, *(p.grad for p in layer.parameters())], list(want))
 
     @LAYERS
     def test_hooks(self, name: str) -> None:
-        layer, x, seen = pair(name)[1], randn(T, B, I), list[str]()
+        layer = pair(name)[1]
+        x = randn(T, B, I)
+        seen = list[str]()
         layer.register_forward_pre_hook(lambda *_: seen.append("before"))
         layer.register_forward_hook(lambda *_: seen.append("after"))
         layer.register_full_backward_hook(lambda *_: seen.append("backward"))
@@ -101,7 +120,9 @@ class TestTraining:
 
     @LAYERS
     def test_files(self, name: str) -> None:
-        (_, layer), file, x = pair(name), io.BytesIO(), randn(T, B, I)
+        (_, layer) = pair(name)
+        file = io.BytesIO()
+        x = randn(T, B, I)
         torch.save(layer.state_dict(), file)
         file.seek(0)
         other = getattr(rnn, name)(I, H).double()
@@ -110,7 +131,8 @@ class TestTraining:
 
     @LAYERS
     def test_deterministic(self, name: str) -> None:
-        layer, x = pair(name, num_layers=2, bidirectional=True)[1], randn(T, B, I)
+        layer = pair(name, num_layers=2, bidirectional=True)[1]
+        x = randn(T, B, I)
         torch.use_deterministic_algorithms(True)
         try:
             torch.testing.assert_close(gradients(layer, x), gradients(layer, x), rtol=0, atol=0)
@@ -122,14 +144,24 @@ class TestTraining:
     @LAYERS
     def test_only_what_is_needed(self, name: str) -> None:
         """With the weights frozen no product for their gradients is made."""
-        layer, x, products = pair(name, 40, 50)[1].requires_grad_(False), randn(600, B, 40), []
+        layer = pair(name, 40, 50)[1].requires_grad_(False)
+        x = randn(600, B, 40)
+        products = []
         for frozen in (True, False):
             layer.requires_grad_(not frozen)
             y, _ = layer(x)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
                 torch.autograd.grad(y.sum(), x)
-            products.append(sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm_")))
-        assert products[1] == 3 * products[0] > 0, "of each window that for the gradient of the input"
+            products.append(
+                sum(
+                    e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm_")
+                )
+            )
+        assert products[1] == 3 * products[0] > 0, (
+            "of each window that for the gradient of the input"
+        )
 
 
 def train(layer: Any, seed: int) -> None:
@@ -157,12 +189,17 @@ def train_together(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_processes_share_parameters(method: str) -> None:
-    """From a process of their own: torch refuses autograd in a fork of one whose autograd has threads."""
+    """From a process of their own: torch refuses autograd in a fork of one whose autograd has
+    threads."""
     code = f"import test_tools; test_tools.train_together({method!r})"
     folder = Path(__file__).parent
     path = os.pathsep.join(map(str, (folder.parent, folder)))
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -173,26 +210,37 @@ class TestSequences:
     @pytest.mark.parametrize("batch_first", [False, True])
     def test_resets_cut_sequences(self, name: str, batch_first: bool) -> None:
         theirs, ours = pair(name, I, H, 1, batch_first=batch_first, bidirectional=True)
-        x, h = randn(T, B, I), torch.randn(2, B, H, dtype=torch.float64)
+        x = randn(T, B, I)
+        h = torch.randn(2, B, H, dtype=torch.float64)
         resets = torch.zeros(T, B, dtype=torch.bool)
-        resets[2], resets[0, 1] = True, True
+        resets[2] = True
+        resets[0, 1] = True
         hx = (h, h) if name == "LSTM" else h
-        first, last = h.clone(), h.clone()
+        first = h.clone()
+        last = h.clone()
         first[1] = 0  # nothing crosses the boundary before step 2, in either direction
         last[0] = 0
         first[0, 1] = 0
-        halves = [theirs(part.transpose(0, 1) if batch_first else part, (s, s) if name == "LSTM" else s)[0]
-                  for part, s in ((x[:2], first), (x[2:], last))]
+        halves = [
+            theirs(part.transpose(0, 1) if batch_first else part, (s, s) if name == "LSTM" else s)[
+                0
+            ]
+            for part, s in ((x[:2], first), (x[2:], last))
+        ]
         given = (x.transpose(0, 1), resets.T) if batch_first else (x, resets)
         y, _ = ours(given[0], hx, resets=given[1])
         torch.testing.assert_close(y, torch.cat(halves, 1 if batch_first else 0))
-        alone, _ = ours(x[:, 1], (h[:, 1], h[:, 1]) if name == "LSTM" else h[:, 1], resets=resets[:, 1])
+        alone, _ = ours(
+            x[:, 1], (h[:, 1], h[:, 1]) if name == "LSTM" else h[:, 1], resets=resets[:, 1]
+        )
         torch.testing.assert_close(alone, y[1] if batch_first else y[:, 1])
 
     @LAYERS
     def test_resets_of_packed_sequences_go_with_them(self, name: str) -> None:
-        layer, x = pair(name, bidirectional=True)[1], randn(T, B, I)
-        lengths, resets = torch.tensor([2, 5, 3, 4]), torch.rand(T, B) < 0.4
+        layer = pair(name, bidirectional=True)[1]
+        x = randn(T, B, I)
+        lengths = torch.tensor([2, 5, 3, 4])
+        resets = torch.rand(T, B) < 0.4
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
         y, h = layer(packed, resets=resets)
         want = layer(x, lengths=lengths, resets=resets)
@@ -201,13 +249,18 @@ class TestSequences:
     @pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched", "packed"])
     @pytest.mark.parametrize(("name", "proj"), [("RNN", 0), ("LSTM", 0), ("LSTM", 2), ("GRU", 0)])
     def test_states_of_every_step(self, name: str, proj: int, form: str) -> None:
-        """h and c after every step, of every layer: against the last states of shorter sequences."""
+        """h and c after every step, of every layer: against the last states of shorter
+        sequences."""
         options: dict[str, Any] = {"proj_size": proj} if proj else {}
         layer = pair(name, I, H, 2, batch_first=form == "batch_first", **options)[1]
         x = randn(T, B, I)
         lengths = torch.tensor([5, 4, 4, 2])
-        given: Any = {"padded": x, "batch_first": x.transpose(0, 1), "unbatched": x[:, 0],
-                      "packed": nn.utils.rnn.pack_padded_sequence(x, lengths)}[form]
+        given: Any = {
+            "padded": x,
+            "batch_first": x.transpose(0, 1),
+            "unbatched": x[:, 0],
+            "packed": nn.utils.rnn.pack_padded_sequence(x, lengths),
+        }[form]
         y, last, states = layer(given, return_states=True)
         torch.testing.assert_close(layer(given), (y, last), rtol=0, atol=0)
         for k, column in enumerate(states if name == "LSTM" else [states]):
@@ -219,17 +272,27 @@ class TestSequences:
                 if form == "packed":
                     running = int((lengths > t).sum())
                     start = int(lengths.clamp(max=t).sum())
-                    got, want = column[:, start : start + running], want[:, :running]
+                    got = column[:, start : start + running]
+                    want = want[:, :running]
                 torch.testing.assert_close(got, want[:, 0] if form == "unbatched" else want)
-        assert torch.autograd.grad(sum(c.sin().sum() for c in (states if name == "LSTM" else [states])), x)[0].any()
+        assert torch.autograd.grad(
+            sum(c.sin().sum() for c in (states if name == "LSTM" else [states])), x
+        )[0].any()
 
     @LAYERS
     def test_refused_by_name(self, name: str) -> None:
-        layer, x = pair(name)[1], randn(T, B, I)
-        for resets in (torch.zeros(T, B), torch.zeros(B, T, dtype=torch.bool), torch.zeros(T, dtype=torch.bool)):
+        layer = pair(name)[1]
+        x = randn(T, B, I)
+        for resets in (
+            torch.zeros(T, B),
+            torch.zeros(B, T, dtype=torch.bool),
+            torch.zeros(T, dtype=torch.bool),
+        ):
             with pytest.raises(RuntimeError, match="Expected resets of shape"):
                 layer(x, resets=resets)
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5, 3, 4]), enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, torch.tensor([2, 5, 3, 4]), enforce_sorted=False
+        )
         with pytest.raises(RuntimeError, match="Expected resets of shape"):
             layer(packed, resets=torch.zeros(T, B + 1, dtype=torch.bool))
         if name == "LSTM":
@@ -243,12 +306,16 @@ class TestSequences:
 class TestRecompute:
     @pytest.mark.parametrize(("name", "values"), [("LSTM", 2 * H), ("GRU", H)])
     def test_memory(self, name: str, values: int) -> None:
-        more = [kept_bytes(getattr(rnn, name)(I, H, recompute=True), torch.randn(steps, B, I)) for steps in (50, 100)]
+        more = [
+            kept_bytes(getattr(rnn, name)(I, H, recompute=True), torch.randn(steps, B, I))
+            for steps in (50, 100)
+        ]
         assert more[1] - more[0] <= 50 * B * (I + values) * 4
 
     @LAYERS
     def test_gradients(self, name: str) -> None:
-        layer, x = pair(name, num_layers=2, bidirectional=True)[1], randn(T, B, I)
+        layer = pair(name, num_layers=2, bidirectional=True)[1]
+        x = randn(T, B, I)
         want = gradients(layer, x)
         layer.recompute = True
         torch.testing.assert_close(gradients(layer, x), want, rtol=0, atol=0)

@@ -114,7 +114,9 @@ def test_chosen(used: list[str]) -> None:
 
 def test_one_backwards(used: list[str]) -> None:
     """torch's operators cannot: the reference does."""
-    x, w, b = torch.randn(5, 2, 3), torch.randn(4, 3), torch.randn(4)
+    x = torch.randn(5, 2, 3)
+    w = torch.randn(4, 3)
+    b = torch.randn(4)
     given = x, w, torch.randn(4, 4), b, b, torch.zeros(1, 2, 4)
     rnn.functional.recurrence(rnn.kernels.cells.rnn_tanh, *given, reverse=(True,))
     assert not used
