@@ -1,9 +1,14 @@
 """Compiles the Triton kernels of some layers for a GPU that need not be there, and reads what they use.
 
-Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process. Reads JSON lines
-[cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON line for each kernel. The options:
-"tf32"; "graph" for what a CUDA graph launches; "debug"; "kinds" for how many kernels Triton would make for several B
-and T; and what else the kernels are given, of "lengths", "offsets", "resets" and "states"."""
+Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process.
+Reads JSON lines [cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON
+line for each kernel. The options:
+
+"tf32"
+"graph"  what a CUDA graph launches
+"debug"
+"kinds"  how many kernels Triton would make for several B and T
+"lengths", "offsets", "resets", "states"  what else the kernels are given"""
 
 import itertools
 import json

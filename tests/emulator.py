@@ -1,4 +1,6 @@
-"""Runs forward.cu and backward.cu on the CPU: g++ compiles them after fibers.h and emulate.h, in place of ptx.cuh."""
+"""Runs forward.cu and backward.cu on the CPU.
+
+g++ compiles them after fibers.h, with emulate.h in place of ptx.cuh."""
 
 import ctypes
 import hashlib
@@ -54,7 +56,9 @@ def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
 def loader(folder: Path, fault: tuple[str, str] = ("", "")) -> Callable[..., Callable[..., None]]:
     """What takes the place of `cuda.load`."""
 
-    def load(cell: Cell, plan: Plan, *choices: Any) -> Callable[[tuple[int, int, int], Sequence[int]], None]:
+    def load(
+        cell: Cell, plan: Plan, *choices: Any
+    ) -> Callable[[tuple[int, int, int], Sequence[int]], None]:
         run = library(folder, fault, cell, plan, *choices[:-1]).emulate_run
         run.restype = ctypes.c_bool
 
