@@ -1,6 +1,7 @@
-"""Measures on a GPU what a step costs before it computes anything: barriers within a block, a cluster and a grid,
-exchanges of h between blocks, the rate of the matrix units, kernel launches and nodes of a CUDA graph. Prints the
-constants and writes them to a JSON file. `--compile` only compiles, which needs no GPU."""
+"""Measures on a GPU what a step costs before it computes anything: barriers within a block, a
+cluster and a grid, exchanges of h between blocks, the rate of the matrix units, kernel launches and
+nodes of a CUDA graph. Prints the constants and writes them to a JSON file. `--compile` only
+compiles, which needs no GPU."""
 
 import argparse
 import ctypes
@@ -19,15 +20,20 @@ from rnn.kernels.gpu.cuda import launch as cuda
 
 SOURCE = Path(__file__).with_suffix(".cu")
 CLUSTERS = (1, 2, 4, 8, 16)
-STEPS, THREADS, SHARED = 2000, 256, 200 * 1024
-NON_PORTABLE_CLUSTER_SIZE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: clusters of 16
+STEPS = 2000
+THREADS = 256
+SHARED = 200 * 1024
+# CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: clusters of 16
+NON_PORTABLE_CLUSTER_SIZE = 14
 
 
 def compile_cubin(arch: str, cluster: int) -> tuple[bytes, str]:
-    """The kernels for `arch` (sm_90...) by CuPy's binding of NVRTC, and the compiler's words on what they use. Raises
-    RuntimeError with its words if it refuses."""
+    """The kernels for `arch` (sm_90...) by CuPy's binding of NVRTC, and the compiler's words on
+    what they use. Raises RuntimeError with its words if it refuses."""
     capability = int(arch.removeprefix("sm_"))
-    choices = dict(FLOAT16=1, BFLOAT16=2, TYPE=2, CLUSTER=1, SCOPE=int(capability >= 90), BLOCKS=cluster)
+    choices = dict(
+        FLOAT16=1, BFLOAT16=2, TYPE=2, CLUSTER=1, SCOPE=int(capability >= 90), BLOCKS=cluster
+    )
     defined = "".join(f"#define {name} {value}\n" for name, value in choices.items())
     return cuda.build(defined + cuda.text("ptx.cuh") + SOURCE.read_text(), capability)
 
@@ -35,9 +41,13 @@ def compile_cubin(arch: str, cluster: int) -> tuple[bytes, str]:
 class _LaunchConfig(ctypes.Structure):
     """The driver's CUlaunchConfig, without attributes."""
 
-    _fields_ = (*((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
-                ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p),
-                ("attribute_count", ctypes.c_uint))
+    _fields_ = (
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 class Bench:
@@ -49,12 +59,15 @@ class Bench:
         self.blocks = self.device.attributes["MultiProcessorCount"]
         self.modern = int(self.device.compute_capability) >= 90
         self.cycles: Any = self.cupy.zeros(4096, "int64")
-        self.modules, self.folder = {}, tempfile.TemporaryDirectory()
+        self.modules = {}
+        self.folder = tempfile.TemporaryDirectory()
         for cluster in CLUSTERS if self.modern else (1,):
             path = Path(self.folder.name) / f"{cluster}.cubin"
             path.write_bytes(compile_cubin(f"sm_{self.device.compute_capability}", cluster)[0])
-            self.modules[cluster] = [self.cupy.RawModule(path=str(path), enable_cooperative_groups=whole)
-                                     for whole in (False, True)]
+            self.modules[cluster] = [
+                self.cupy.RawModule(path=str(path), enable_cooperative_groups=whole)
+                for whole in (False, True)
+            ]
 
     def kernel(self, name: str, cluster: int = 1, shared: int = 0, whole: bool = False) -> Any:
         """`whole`: the launch is cooperative, of blocks that are resident together."""
@@ -65,13 +78,25 @@ class Bench:
             kernel.max_dynamic_shared_size_bytes = shared
         return kernel
 
-    def steps(self, name: str, *arguments: Any, blocks: int = 1, threads: int = THREADS, cluster: int = 1,
-              shared: int = 0, whole: bool = False, zero: Any = None) -> float | None:
-        """Cycles a step, the median of five launches; None where the blocks do not fit or gave up waiting. `zero` is
-        an array that has to be 0 before each."""
-        kernel, driver = self.kernel(name, cluster, shared, whole), self.cupy.cuda.driver
+    def steps(
+        self,
+        name: str,
+        *arguments: Any,
+        blocks: int = 1,
+        threads: int = THREADS,
+        cluster: int = 1,
+        shared: int = 0,
+        whole: bool = False,
+        zero: Any = None,
+    ) -> float | None:
+        """Cycles a step, the median of five launches; None where the blocks do not fit or gave up
+        waiting. `zero` is an array that has to be 0 before each."""
+        kernel = self.kernel(name, cluster, shared, whole)
+        driver = self.cupy.cuda.driver
         if whole:  # CuPy would launch fewer blocks than asked for
-            fit = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, threads, shared)
+            fit = driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                kernel.kernel.ptr, threads, shared
+            )
             if fit * self.blocks < blocks:
                 return None
         taken = []
@@ -79,8 +104,14 @@ class Bench:
             if zero is not None:
                 zero.fill(0)
             try:
-                kernel((blocks,), (threads,), (self.cycles, self.cupy.int32(STEPS), *arguments), shared_mem=shared)
-            except driver.CUDADriverError:  # refused, as clusters of 16 are where a GPC is too small
+                kernel(
+                    (blocks,),
+                    (threads,),
+                    (self.cycles, self.cupy.int32(STEPS), *arguments),
+                    shared_mem=shared,
+                )
+            # Refused, as clusters of 16 are where a GPC is too small
+            except driver.CUDADriverError:
                 return None
             found = self.cycles[:blocks].get()
             if found.min() < 0:
@@ -89,12 +120,15 @@ class Bench:
         return statistics.median(taken)
 
     def active_clusters(self, cluster: int) -> int | None:
-        """How many clusters, of blocks with 200 KB of shared memory, run at once; None if the driver does not say."""
-        kernel, count = self.kernel("cluster_exchange", cluster, SHARED), ctypes.c_int()
+        """How many clusters, of blocks with 200 KB of shared memory, run at once; None if the
+        driver does not say."""
+        kernel = self.kernel("cluster_exchange", cluster, SHARED)
+        count = ctypes.c_int()
         config = _LaunchConfig(cluster, 1, 1, THREADS, 1, 1, SHARED)
         driver = ctypes.CDLL("libcuda.so.1")
-        code = driver.cuOccupancyMaxActiveClusters(ctypes.byref(count), ctypes.c_void_p(kernel.kernel.ptr),
-                                                   ctypes.byref(config))
+        code = driver.cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), ctypes.c_void_p(kernel.kernel.ptr), ctypes.byref(config)
+        )
         return count.value if code == 0 else None
 
     def clock(self) -> float:
@@ -106,9 +140,10 @@ class Bench:
         return float(1000 * cycles / nanoseconds)
 
     def launches(self, count: int = 1000) -> dict[str, float]:
-        """Microseconds: of the host to launch a kernel that does nothing, from one such kernel to the next on the
-        GPU, and of such a node of a CUDA graph."""
-        kernel, cuda = self.kernel("nothing"), self.cupy.cuda
+        """Microseconds: of the host to launch a kernel that does nothing, from one such kernel to
+        the next on the GPU, and of such a node of a CUDA graph."""
+        kernel = self.kernel("nothing")
+        cuda = self.cupy.cuda
         stream = cuda.Stream(non_blocking=True)
 
         def many() -> None:
@@ -141,42 +176,73 @@ class Bench:
 
 def constants(bench: Bench) -> dict[str, Any]:
     """All of them, in cycles but for those in microseconds."""
-    int32, zeros = bench.cupy.int32, bench.cupy.zeros
-    found: dict[str, Any] = dict(cycles_per_us=bench.clock(), us=bench.launches(), multiprocessors=bench.blocks)
-    found["block_barrier"] = {threads: bench.steps("block_barrier", threads=threads) for threads in (128, 256, 512)}
-    for name in ("product_bf16", "product_tf32"):  # of one warp on one of the four quarters of a multiprocessor
+    int32 = bench.cupy.int32
+    zeros = bench.cupy.zeros
+    found: dict[str, Any] = dict(
+        cycles_per_us=bench.clock(), us=bench.launches(), multiprocessors=bench.blocks
+    )
+    found["block_barrier"] = {
+        threads: bench.steps("block_barrier", threads=threads) for threads in (128, 256, 512)
+    }
+    # Of one warp on one of the four quarters of a multiprocessor
+    for name in ("product_bf16", "product_tf32"):
         per_step = {warps: bench.steps(name, threads=32 * warps) for warps in (4, 8, 16)}
-        found[name] = {warps: cycles and cycles / 4 / (warps / 4) for warps, cycles in per_step.items()}
-    found["grid_barrier"], found["grid_exchange"] = {}, {}
+        found[name] = {
+            warps: cycles and cycles / 4 / (warps / 4) for warps, cycles in per_step.items()
+        }
+    found["grid_barrier"] = {}
+    found["grid_exchange"] = {}
     for blocks in (16, 32, 64, bench.blocks):
         arrived = zeros(1, "uint32")
-        found["grid_barrier"][blocks] = bench.steps("grid_barrier", arrived, blocks=blocks, whole=True, zero=arrived)
+        found["grid_barrier"][blocks] = bench.steps(
+            "grid_barrier", arrived, blocks=blocks, whole=True, zero=arrived
+        )
         found["grid_exchange"][blocks] = {}
         for size in (2048, 8192, 32768, 131072):  # bytes that every block gets, of 4 to a word
             words = max(1, size // 4 // blocks)
             buffers = zeros(2 * words * blocks, "uint64")
-            found["grid_exchange"][blocks][size] = bench.steps("grid_exchange", buffers, int32(words), blocks=blocks,
-                                                               whole=True, zero=buffers)
+            found["grid_exchange"][blocks][size] = bench.steps(
+                "grid_exchange", buffers, int32(words), blocks=blocks, whole=True, zero=buffers
+            )
     if bench.modern:
-        found["cluster_barrier"], found["cluster_exchange"], found["active_clusters"] = {}, {}, {}
+        found["cluster_barrier"] = {}
+        found["cluster_exchange"] = {}
+        found["active_clusters"] = {}
         for cluster in CLUSTERS[1:]:
             running = found["active_clusters"][cluster] = bench.active_clusters(cluster)
-            found["cluster_barrier"][cluster] = bench.steps("cluster_barrier", blocks=cluster, cluster=cluster)
+            found["cluster_barrier"][cluster] = bench.steps(
+                "cluster_barrier", blocks=cluster, cluster=cluster
+            )
             found["cluster_exchange"][cluster] = {
-                size: [bench.steps("cluster_exchange", int32(size // cluster), blocks=cluster * clusters,
-                                   cluster=cluster, shared=2 * size) for clusters in (1, running or 1)]
-                for size in (2048, 4096, 8192, 16384, 32768)}  # one cluster alone, and as many as run at once
+                size: [
+                    bench.steps(
+                        "cluster_exchange",
+                        int32(size // cluster),
+                        blocks=cluster * clusters,
+                        cluster=cluster,
+                        shared=2 * size,
+                    )
+                    for clusters in (1, running or 1)
+                ]
+                # One cluster alone, and as many as run at once
+                for size in (2048, 4096, 8192, 16384, 32768)
+            }
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", metavar="ARCH", help="compile for sm_90, say, and no more")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: bench/results)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the JSON file (default: bench/results)"
+    )
     options = parser.parse_args(arguments)
     if options.compile:
         for cluster in CLUSTERS if int(options.compile.strip("sm_af")) >= 90 else (1,):
-            print(f"{options.compile}, clusters of {cluster}: {len(compile_cubin(options.compile, cluster)[0])} bytes")
+            print(
+                f"{options.compile}, clusters of {cluster}: "
+                f"{len(compile_cubin(options.compile, cluster)[0])} bytes"
+            )
         return 0
     results = environment("cuda") | dict(suite="microbench", constants=constants(Bench()))
     options.out.mkdir(parents=True, exist_ok=True)

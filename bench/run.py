@@ -137,10 +137,8 @@ def lines(row: Row) -> str:
             text += f" first {row['first'][name]:.2f} s, " + (
                 "" if memory is None else f"{memory / 2**20:.1f} MiB, "
             )
-            text += (
-                "error "
-                f"{' '.join(f'{row[k][name]:.0e}' for k in ('error', 'gradient_error') if name in row[k])}"
-            )
+            errors = [row[k][name] for k in ("error", "gradient_error") if name in row[k]]
+            text += f"error {' '.join(f'{error:.0e}' for error in errors)}"
         said.append(text)
     return "\n".join(said)
 

@@ -243,9 +243,8 @@ def main(arguments: list[str] | None = None) -> None:
     bigram = bigram_loss(data, len(alphabet))
     print(f"\n{'':34}{'rnn.RNN':>10}{'torch.nn.RNN':>14}")
     print(f"{'loss at the start':34}{ours.losses[0]:10.4f}{theirs.losses[0]:14.4f}")
-    print(
-        f"{f'loss at step {compared}':34}{ours.losses[compared - 1]:10.4f}{theirs.losses[compared - 1]:14.4f}"
-    )
+    both = f"{ours.losses[compared - 1]:10.4f}{theirs.losses[compared - 1]:14.4f}"
+    print(f"{f'loss at step {compared}':34}{both}")
     print(f"{'final loss (mean of 50 steps)':34}{ours.final:10.4f}{theirs.final:14.4f}")
     print(f"{'seconds':34}{ours.seconds:10.2f}{theirs.seconds:14.2f}")
     print(f"\n{f'largest difference in {compared} steps':34}{difference:10.1e}")

@@ -16,15 +16,29 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, cast
 
+
 # The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives
 # another backend its own.
-sigmoid = lambda x: x.sigmoid()
-tanh = lambda x: x.tanh()
-relu = lambda x: x.relu()
-# The gradient of relu's argument from that of its value y: where it is 0, an infinite d counts for
-# nothing.
-relu_grad = lambda d, y: d.masked_fill(y <= 0, 0)
-zeros_like = lambda x: x.new_zeros(x.shape)
+def sigmoid(x: Any) -> Any:
+    return x.sigmoid()
+
+
+def tanh(x: Any) -> Any:
+    return x.tanh()
+
+
+def relu(x: Any) -> Any:
+    return x.relu()
+
+
+def relu_grad(d: Any, y: Any) -> Any:
+    """The gradient of relu's argument from that of its value y: where it is 0, an infinite d counts
+    for nothing."""
+    return d.masked_fill(y <= 0, 0)
+
+
+def zeros_like(x: Any) -> Any:
+    return x.new_zeros(x.shape)
 
 
 def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:

@@ -29,14 +29,17 @@ class Value:
         self.lines.append((operation, arguments, Value(self.lines, f"t{len(self.lines)}")))
         return self.lines[-1][2]
 
-    __add__, __radd__, __mul__, __rmul__ = (
-        _method(name) for name in ("add", "add", "multiply", "multiply")
-    )
+    __add__ = _method("add")
+    __radd__ = _method("add")
+    __mul__ = _method("multiply")
+    __rmul__ = _method("multiply")
     __sub__ = _method("subtract")
     __rsub__ = _method("subtract", swap=True)
-    __neg__ = lambda self: self * -1
     __truediv__ = _method("divide")
     __rtruediv__ = _method("divide", swap=True)
+
+    def __neg__(self) -> Any:
+        return self * -1
 
 
 def trace(

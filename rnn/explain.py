@@ -81,7 +81,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         )
     lines: list[str] = []
 
-    def operator(
+    def operator(  # noqa: PLR0913  as run_layer
         cell: Cell,
         x: Tensor,
         weights: Sequence[Any],

@@ -39,7 +39,7 @@ from .transforms import (
 __all__ = ["recurrence"]
 
 
-def recurrence(
+def recurrence(  # noqa: PLR0913  the public operator
     cell: Cell,
     x: Tensor,
     w_ih: Tensor,
@@ -97,7 +97,7 @@ def recurrence(
     return y, others, join_states(last, N)
 
 
-def run_layer(
+def run_layer(  # noqa: PLR0913  as recurrence
     cell: Cell,
     x: Tensor,
     weights: Sequence[Any],
@@ -159,7 +159,7 @@ def run_layer(
     return y, others, last
 
 
-def _run_in(
+def _run_in(  # noqa: PLR0913  as run_layer
     dtype: torch.dtype,
     cell: Cell,
     x: Tensor,

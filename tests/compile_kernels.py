@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels of some layers for a GPU that need not be there, and reads what they use.
+"""Compiles the Triton kernels of some layers for a GPU that need not be there, and reads what they
+use.
 
 Run as a script, apart from the tests: Triton's compiler and its interpreter cannot share a process.
-Reads JSON lines [cell, dtype, B, I, H, N, capability, options] from standard input and writes a JSON
-line for each kernel. The options:
+Reads JSON lines [cell, dtype, B, I, H, N, capability, options] from standard input and writes a
+JSON line for each kernel. The options:
 
 "tf32"
 "graph"  what a CUDA graph launches
@@ -33,7 +34,12 @@ from rnn.kernels.plan import Gpu, Rows, make_plan
 from rnn.kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
 
 AMD = 942  # gfx942 in place of a compute capability
-GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448), AMD: Gpu(90, 304, 65536)}
+GPUS = {
+    80: Gpu(80, 108, 166912),
+    90: Gpu(90, 132, 232448),
+    100: Gpu(100, 148, 232448),
+    AMD: Gpu(90, 304, 65536),
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -41,7 +47,8 @@ class Recorder:
     """Stands in for a kernel and notes what it is launched with."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, list[tuple[Any, Any]]()
+        self.kernel = kernel
+        self.launches = list[tuple[Any, Any]]()
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments, **options: self.launches.append((arguments, options))
@@ -67,17 +74,29 @@ def loop(sass: str) -> list[str]:
 
 
 def shared_bytes(body: list[str]) -> dict[str, int]:
-    """Read from shared memory by each thread in a pass through the body: by plain loads, as operands of products."""
+    """Read from shared memory by each thread in a pass through the body: by plain loads, as
+    operands of products."""
     plain = [re.search(r"\bLDS(?:\.U)?(?:\.(\d+))?\b", text) for text in body]
     operand = [re.search(r"\bLDSM\.16\.MT?88(?:\.(\d))?", text) for text in body]
-    return dict(LDS=sum(int(load[1] or 32) // 8 for load in plain if load),
-                LDSM=sum(4 * int(load[1] or 1) for load in operand if load))
+    return dict(
+        LDS=sum(int(load[1] or 32) // 8 for load in plain if load),
+        LDSM=sum(4 * int(load[1] or 1) for load in operand if load),
+    )
 
 
-def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, int], plan: Any, options: list[str],
-             T: int = 3) -> list[tuple[Any, Any, Any]]:
+def launches(
+    cell: cells.Cell,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    plan: Any,
+    options: list[str],
+    T: int = 3,
+) -> list[tuple[Any, Any, Any]]:
     """The kernels of a forward and backward pass, with their arguments and options."""
-    (B, I, H, N), G, S, A = sizes, cell.gates, cell.states, cell.saved
+    (B, I, H, N) = sizes
+    G = cell.gates
+    S = cell.states
+    A = cell.saved
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -86,14 +105,21 @@ def launches(cell: cells.Cell, dtype: torch.dtype, sizes: tuple[int, int, int, i
     offsets = torch.zeros(T, dtype=torch.int64) if "offsets" in options else None
     resets = torch.zeros(T, B, dtype=torch.bool) if "resets" in options else None
     rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
-    x, w_ih, w, b = new(T * B, I), new(N * G * H, I), new(N * G * H, H), new(N * G * H)
-    s, y = new(N * S, B, H), new(T * B, N * H)
+    x = new(T * B, I)
+    w_ih = new(N * G * H, I)
+    w = new(N * G * H, H)
+    b = new(N * G * H)
+    s = new(N * S, B, H)
+    y = new(T * B, N * H)
     real: Any = triton_launch.forward_kernel, triton_launch.backward_kernel
-    vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(multi_processor_count=10**6)
+    vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(
+        multi_processor_count=10**6
+    )
     recorders: Any = [Recorder(kernel) for kernel in real]
     triton_launch.forward_kernel, triton_launch.backward_kernel = recorders
     device.forward(cell, plan, rows, x, Weights(w_ih, w, b, b), s, Save.ACTIVATIONS)
-    states, saved = new(S - 1, T * B, N * H) if S > 1 else None, new(A, T * B, N * H) if A else None
+    states = new(S - 1, T * B, N * H) if S > 1 else None
+    saved = new(A, T * B, N * H) if A else None
     grads = OutputGrads(y, states if "states" in options else None, s)
     nothing: Gradients[bool] = Gradients._make([False] * 6)
     outputs = Outputs(y, states, None, saved)
@@ -106,48 +132,82 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
-                       for flag in ("-res-usage", "-sass"))
+        usage, sass = (
+            subprocess.run(
+                [CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
     used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert used
     body = loop(sass)
-    return dict(registers=int(used[1]), stack=int(used[2]), loop=len(body), shared_bytes=shared_bytes(body),
-                LDG=sum(bool(re.search(r"\bLDG\b", text)) for text in body),
-                fused=sum(bool(re.search(r"\bFFMA2?\b", text)) for text in body),
-                barriers=sum(bool(re.search(r"\bBAR\b", text)) for text in body),
-                local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body))
+    return dict(
+        registers=int(used[1]),
+        stack=int(used[2]),
+        loop=len(body),
+        shared_bytes=shared_bytes(body),
+        LDG=sum(bool(re.search(r"\bLDG\b", text)) for text in body),
+        fused=sum(bool(re.search(r"\bFFMA2?\b", text)) for text in body),
+        barriers=sum(bool(re.search(r"\bBAR\b", text)) for text in body),
+        local=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body),
+    )
 
 
 def read_amdgcn(text: str) -> dict[str, Any]:
-    used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
+    used = dict(
+        re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+    )
     return dict(registers=int(used["vgpr_count"]), stack=int(used["private_segment_fixed_size"]))
 
 
-def measure(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
-    cell, sizes, gpu = getattr(cells, name), (B, I, H, N), GPUS[capability]
+def measure(
+    name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]
+) -> None:
+    cell = getattr(cells, name)
+    sizes = (B, I, H, N)
+    gpu = GPUS[capability]
     plan = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
         if "graph" in options:
             arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
         names = "num_warps", "num_stages", "launch_cooperative_grid", "enable_fp_fusion"
         chosen = {k: launch[k] for k in names if k in launch}
-        target = GPUTarget("hip", "gfx942", 64) if capability == AMD else GPUTarget("cuda", capability, 32)
+        target = (
+            GPUTarget("hip", "gfx942", 64)
+            if capability == AMD
+            else GPUTarget("cuda", capability, 32)
+        )
         if "debug" in options:
             chosen["debug"] = True
-        built = triton.compile(source(kernel, arguments, launch, make_backend(target)), target=target, options=chosen)
-        used = read_amdgcn(built.asm["amdgcn"]) if capability == AMD else read_cubin(built.asm["cubin"])
-        used |= dict(plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"])
+        built = triton.compile(
+            source(kernel, arguments, launch, make_backend(target)), target=target, options=chosen
+        )
+        used = (
+            read_amdgcn(built.asm["amdgcn"])
+            if capability == AMD
+            else read_cubin(built.asm["cubin"])
+        )
+        used |= dict(
+            plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"]
+        )
         print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
 
 
-def kinds(name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]) -> None:
+def kinds(
+    name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]
+) -> None:
     """Of the plan for B: Triton's own keys of the kernels for other B and T."""
-    cell, backend = getattr(cells, name), make_backend(GPUTarget("cuda", capability, 32))
+    cell = getattr(cells, name)
+    backend = make_backend(GPUTarget("cuda", capability, 32))
     plan = make_plan(cell, (B, I, H, N), dtype, GPUS[capability])
     found: dict[str, set[str]] = {}
     for batch, T in itertools.product((1, 16, 33, 64), (1, 2, 16, 100)):
-        for kernel, arguments, launch in launches(cell, getattr(torch, dtype), (batch, I, H, N), plan, options, T):
-            key = create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, **launch)
+        for kernel, arguments, launch in launches(
+            cell, getattr(torch, dtype), (batch, I, H, N), plan, options, T
+        ):
+            key = create_function_from_signature(kernel.signature, kernel.params, backend)(
+                *arguments, **launch
+            )
             found.setdefault(kernel.fn.__name__, set()).add(str(key[1:]))
     for kernel_name, keys in found.items():
         print(json.dumps(dict(kernel=kernel_name, plan=plan, kinds=len(keys))), flush=True)

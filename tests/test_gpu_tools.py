@@ -1,5 +1,5 @@
-"""PyTorch's toolbox on a GPU: streams, devices, CUDA graphs, autocast, derivatives, the compiler. What needs no GPU
-runs in Triton's interpreter without one."""
+"""PyTorch's toolbox on a GPU: streams, devices, CUDA graphs, autocast, derivatives, the compiler.
+What needs no GPU runs in Triton's interpreter without one."""
 
 import copy
 import subprocess
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 import rnn
 
 ROOT = Path(__file__).parent.parent
-T, B, I, H = 20, 9, 5, 18
+T = 20
+B = 9
+I = 5
+H = 18
 gpu_only = pytest.mark.gpu
 IN_SCOPES = pytest.mark.parametrize("scope", SCOPES)
 
@@ -30,7 +33,9 @@ def ieee() -> None:
 
 
 def build(name: str, scope: str, **options: Any) -> Any:
-    return getattr(rnn, name)(I, H, bidirectional=True, device=DEVICE, plan=plan_for(scope, H), **options)
+    return getattr(rnn, name)(
+        I, H, bidirectional=True, device=DEVICE, plan=plan_for(scope, H), **options
+    )
 
 
 def randn(*shape: int) -> Tensor:
@@ -38,7 +43,8 @@ def randn(*shape: int) -> Tensor:
 
 
 def late(x: Tensor) -> Tensor:
-    """x, on the current stream, in memory that holds something else for the next tenth of a second."""
+    """x, on the current stream, in memory that holds something else for the next tenth of a
+    second."""
     copied = torch.zeros_like(x)
     torch.cuda._sleep(200_000_000)
     return copied.copy_(x.detach()).requires_grad_()
@@ -49,7 +55,9 @@ def late(x: Tensor) -> Tensor:
 @LAYERS
 def test_current_stream(name: str, scope: str) -> None:
     """A kernel on another stream would not wait for its input."""
-    layer, x, stream = build(name, scope), randn(), torch.cuda.Stream()
+    layer = build(name, scope)
+    x = randn()
+    stream = torch.cuda.Stream()
     want = gradients(layer, x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -61,7 +69,8 @@ def test_current_stream(name: str, scope: str) -> None:
 @gpu_only
 @IN_SCOPES
 def test_streams_of_several_threads(scope: str) -> None:
-    layer, inputs = build("GRU", scope), [randn() for _ in range(16)]
+    layer = build("GRU", scope)
+    inputs = [randn() for _ in range(16)]
     want = [gradients(layer, x) for x in inputs]
     torch.cuda.synchronize()
 
@@ -82,8 +91,10 @@ def test_streams_of_several_threads(scope: str) -> None:
 def test_other_device(name: str, scope: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
-    layer, x = build(name, scope), randn()
-    want, there = gradients(layer, x), copy.deepcopy(layer).to("cuda:1")
+    layer = build(name, scope)
+    x = randn()
+    want = gradients(layer, x)
+    there = copy.deepcopy(layer).to("cuda:1")
     got = gradients(there, x.detach().to("cuda:1").requires_grad_())
     assert torch.cuda.current_device() == 0
     assert all(t.device.index == 1 for t in got)
@@ -106,10 +117,12 @@ def warmed_up(run: Callable[[], Any]) -> None:
 @LAYERS
 def test_graph_of_inference(name: str, masks: bool, scope: str) -> None:
     """Captured once, with lengths and resets that change like the input."""
-    layer, graph = build(name, scope), torch.cuda.CUDAGraph()
+    layer = build(name, scope)
+    graph = torch.cuda.CUDAGraph()
 
     def drawn() -> list[Tensor]:
-        lengths, resets = torch.randint(0, T + 1, (B,), device=DEVICE), torch.rand(T, B, device=DEVICE) < 0.2
+        lengths = torch.randint(0, T + 1, (B,), device=DEVICE)
+        resets = torch.rand(T, B, device=DEVICE) < 0.2
         return [randn().detach(), *([lengths, resets] if masks else [])]
 
     def run(given: list[Tensor]) -> list[Tensor]:
@@ -133,10 +146,13 @@ def test_graph_of_inference(name: str, masks: bool, scope: str) -> None:
 @IN_SCOPES
 @LAYERS
 def test_graph_of_training(name: str, scope: str) -> None:
-    """A whole step, optimizer and all, replayed on new data, against the same steps without a graph."""
+    """A whole step, optimizer and all, replayed on new data, against the same steps without a
+    graph."""
     layer = build(name, scope)
     other = copy.deepcopy(layer)
-    x, target, graph = randn().detach(), randn(T, B, 2 * H).detach(), torch.cuda.CUDAGraph()
+    x = randn().detach()
+    target = randn(T, B, 2 * H).detach()
+    graph = torch.cuda.CUDAGraph()
 
     def step(layer: Any, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -176,7 +192,8 @@ def test_graphed_callable(name: str, scope: str) -> None:
 @LAYERS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(name: str, dtype: torch.dtype) -> None:
-    layer, x = getattr(rnn, name)(I, H, device=DEVICE), randn()
+    layer = getattr(rnn, name)(I, H, device=DEVICE)
+    x = randn()
     want = gradients(layer, x)
     with torch.autocast("cuda", dtype):
         got = gradients(layer, x)
@@ -197,11 +214,16 @@ def on_device(name: str, scope: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("scope", SCOPES if DEVICE == "cuda" else ["fused"])
 @LAYERS
 def test_second_derivatives(name: str, scope: str) -> None:
-    found, x = [], torch.randn(4, B, I, dtype=torch.float64)
+    found = []
+    x = torch.randn(4, B, I, dtype=torch.float64)
     for layer in on_device(name, scope):
         leaf = x.to(layer.weight_hh_l0).requires_grad_()
-        grads = torch.autograd.grad(layer(leaf)[0].sin().sum(), [leaf, layer.weight_hh_l0], create_graph=True)
-        more = torch.autograd.grad(grads[0].pow(2).sum() + grads[1].pow(2).sum(), [leaf, *layer.parameters()])
+        grads = torch.autograd.grad(
+            layer(leaf)[0].sin().sum(), [leaf, layer.weight_hh_l0], create_graph=True
+        )
+        more = torch.autograd.grad(
+            grads[0].pow(2).sum() + grads[1].pow(2).sum(), [leaf, *layer.parameters()]
+        )
         found.append([t.detach().cpu().double() for t in (*grads, *more)])
     for want, got in zip(*found):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
@@ -213,13 +235,17 @@ def test_transforms(name: str) -> None:
     """Tangents, and gradients of each sample, in the formula and in kernels one after another."""
     theirs, ours = on_device(name, "fused")
     x, v = torch.randn(2, 4, B, I, dtype=torch.float64)
-    u = torch.zeros(4, B, H, dtype=torch.float64, requires_grad=True)  # a gradient, twice, is a tangent
+    # A gradient, twice, is a tangent
+    u = torch.zeros(4, B, H, dtype=torch.float64, requires_grad=True)
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(theirs(leaf)[0], leaf, u, create_graph=True)
     (want,) = torch.autograd.grad(g, u, v)
-    slope = torch.func.jvp(lambda x: ours(x)[0], (x.to(DEVICE, torch.float32),), (v.to(DEVICE, torch.float32),))[1]
+    slope = torch.func.jvp(
+        lambda x: ours(x)[0], (x.to(DEVICE, torch.float32),), (v.to(DEVICE, torch.float32),)
+    )[1]
     torch.testing.assert_close(slope.cpu().double(), want, rtol=1e-4, atol=1e-5)
-    samples, weights = torch.randn(3, 4, B, I, device=DEVICE), dict(ours.named_parameters())
+    samples = torch.randn(3, 4, B, I, device=DEVICE)
+    weights = dict(ours.named_parameters())
     each = torch.vmap(ours)(samples)[0]
     torch.testing.assert_close(each, torch.stack([ours(one)[0] for one in samples]))
 
@@ -229,11 +255,15 @@ def test_transforms(name: str) -> None:
     found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, samples)
     for k, one in enumerate(samples):
         alone = torch.autograd.grad(ours(one)[0].sin().sum(), list(ours.parameters()))
-        torch.testing.assert_close([found[n][k] for n in weights], list(alone), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            [found[n][k] for n in weights], list(alone), rtol=1e-4, atol=1e-4
+        )
 
 
 @gpu_only
-@pytest.mark.parametrize("options", [dict(), dict(dynamic=True), dict(mode="reduce-overhead")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(dynamic=True), dict(mode="reduce-overhead")], ids=str
+)
 @LAYERS
 def test_compile(name: str, options: dict[str, Any]) -> None:
     """By the compiler that a user has, with its CUDA graphs too."""
@@ -257,20 +287,38 @@ y.sum().item()
 
 
 def test_wrong_lengths() -> None:
-    """On a GPU an assertion there, and it cannot be used again in that process; on the CPU at once."""
-    done = subprocess.run([sys.executable, "-c", WRONG_LENGTHS, DEVICE], cwd=ROOT, text=True, capture_output=True)
+    """On a GPU an assertion there, and it cannot be used again in that process; on the CPU at
+    once."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_LENGTHS, DEVICE], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.returncode != 0
-    assert ("device-side assert" if DEVICE == "cuda" else "Expected lengths between 0") in done.stderr
+    assert (
+        "device-side assert" if DEVICE == "cuda" else "Expected lengths between 0"
+    ) in done.stderr
 
 
 def test_sanitized_cases() -> None:
     assert sanitize.cases(every=7) == 7
 
 
-@pytest.mark.parametrize(("output", "code", "status"), [
-    (sanitize.DONE, 0, 0), (sanitize.DONE, 1, 1), ("", 0, 1), ("Error: Device not supported", 1, 2)])
-def test_what_a_sanitizer_says(output: str, code: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                               capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("output", "code", "status"),
+    [
+        (sanitize.DONE, 0, 0),
+        (sanitize.DONE, 1, 1),
+        ("", 0, 1),
+        ("Error: Device not supported", 1, 2),
+    ],
+)
+def test_what_a_sanitizer_says(
+    output: str,
+    code: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Of a program that stands in for it: it says something, and exits with something."""
     program = tmp_path / "compute-sanitizer"
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -280,7 +328,8 @@ def test_what_a_sanitizer_says(output: str, code: int, status: int, tmp_path: Pa
     program.write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", "/bin/echo")
-    monkeypatch.setattr(sanitize, "__file__", sanitize.DONE)  # so that the cases alone are done at once
+    # So that the cases alone are done at once
+    monkeypatch.setattr(sanitize, "__file__", sanitize.DONE)
     assert sanitize.main(["memcheck", "racecheck"]) == status
     shown = capfd.readouterr().out
     assert shown.count("== memcheck") == shown.count("== racecheck") == 2

@@ -1,4 +1,5 @@
-"""The C++ of the CPU: how exact its functions are, how it is compiled and kept, and what happens where it cannot be."""
+"""The C++ of the CPU: how exact its functions are, how it is compiled and kept, and what happens
+where it cannot be."""
 
 import os
 import subprocess
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parent.parent
 NATIVE = Plan("native")
 needs_compiler = pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler")
 # Of tanh and sigmoid: everywhere, close to 0, and all signs.
-GRID = torch.cat([torch.linspace(-90, 90, 2**19), *(s * torch.logspace(-44, 1, 2**17) for s in (1, -1))])
+GRID = torch.cat(
+    [torch.linspace(-90, 90, 2**19), *(s * torch.logspace(-44, 1, 2**17) for s in (1, -1))]
+)
 LAYER = """
 import torch, rnn
 torch.manual_seed(0)
@@ -35,11 +38,15 @@ print(float(layer.weight_hh_l0.grad.sum()))
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None) -> Path:
-    """One that is quick, in $CXX, and no library on disk. Returns a file with a line for each that it makes."""
-    made, script = tmp_path / "made", tmp_path / "quick"
+    """One that is quick, in $CXX, and no library on disk. Returns a file with a line for each that
+    it makes."""
+    made = tmp_path / "made"
+    script = tmp_path / "quick"
     made.touch()
-    script.write_text(f"#!/bin/sh\ncase $* in *-shared*) echo made >> {made};; esac\n"
-                      f"exec {' '.join(native.compiler())} $* -O0\n")
+    script.write_text(
+        f"#!/bin/sh\ncase $* in *-shared*) echo made >> {made};; esac\n"
+        f"exec {' '.join(native.compiler())} $* -O0\n"
+    )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -49,7 +56,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None) -> Pa
 def ulps(got: Tensor, want: Tensor) -> Tensor:
     """The error in units of the last place of float32."""
     near = want.abs().float()
-    return (got - want).abs() / (torch.nextafter(near, torch.tensor(torch.inf)).double() - near.double())
+    return (got - want).abs() / (
+        torch.nextafter(near, torch.tensor(torch.inf)).double() - near.double()
+    )
 
 
 def check(layer: Any, theirs: Any) -> None:
@@ -102,7 +111,9 @@ def test_compiler_that_fails(tmp_path: Path, fresh: None, monkeypatch: pytest.Mo
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     theirs, layer = pair("GRU", 4, 8, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="without .*broken, which is installed and fails: .*out of order"):
+    with pytest.warns(
+        UserWarning, match="without .*broken, which is installed and fails: .*out of order"
+    ):
         check(layer, theirs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -126,7 +137,9 @@ def test_libraries_are_kept(compiler: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_disk_that_cannot_be_written_to(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_written_to(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiler))  # a file
     theirs, layer = pair("RNN", 4, 40, dtype=torch.float32)
     check(layer, theirs)
@@ -147,8 +160,16 @@ def test_a_library_that_is_spoilt(compiler: Path, tmp_path: Path) -> None:
 
 @needs_compiler
 def test_two_processes_compile_at_once(compiler: Path, tmp_path: Path) -> None:
-    both = [subprocess.Popen([sys.executable, "-c", LAYER], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                             env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LAYER],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and said[0] == said[1] != ""
     assert [p.suffix for p in (tmp_path / "cache" / "fused_rnn").iterdir()] == [".so"]
@@ -160,8 +181,12 @@ def test_nothing_to_warn_of(cell: str, tmp_path: Path) -> None:
     # Not every cell uses all that it is given.
     flags = ["-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-fopenmp"]
     flags += ["-I", str(native.SOURCES), "-x", "c++", "-"]
-    done = subprocess.run([*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")], text=True,
-                          input=native.program(getattr(cells, cell)), capture_output=True)
+    done = subprocess.run(
+        [*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")],
+        text=True,
+        input=native.program(getattr(cells, cell)),
+        capture_output=True,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
@@ -170,7 +195,9 @@ def test_nothing_to_warn_of(cell: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("H", [1, 31, 32, 65])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_memory(bidirectional: bool, H: int, name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory(
+    bidirectional: bool, H: int, name: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It keeps to the memory that it asks for, and reads nothing there that it has not written."""
     pieces: list[Tensor] = []
 
@@ -197,8 +224,11 @@ def test_memory(bidirectional: bool, H: int, name: str, window: int, monkeypatch
 @pytest.mark.parametrize("I", [16, 32, 33])
 @pytest.mark.parametrize("H", [16, 32])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_rows_of_a_panel(cell: str, H: int, I: int, form: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of x or h of a panel's width are multiplied with as they are, where windows begin and in both directions."""
+def test_rows_of_a_panel(
+    cell: str, H: int, I: int, form: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of x or h of a panel's width are multiplied with as they are, where windows begin and in
+    both directions."""
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 10)
     check_recurrence(cell, NATIVE, (7, 3, I, H), (False, True), form, True)

@@ -15,7 +15,13 @@ from matrix import ENVIRONMENTS, index_alone
 ROOT = Path(__file__).parent.parent
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [
-    ["kernels.cells", "kernels.forks", "kernels.build_cache", "kernels.gpu.tensors"],
+    [
+        "kernels.cells",
+        "kernels.forks",
+        "kernels.build_cache",
+        "kernels.gpu.tensors",
+        "kernels.types",
+    ],
     ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
     [
         "kernels.cpu.workspace",

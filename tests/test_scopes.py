@@ -1,4 +1,5 @@
-"""Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in here)."""
+"""Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in
+here)."""
 
 import mmap
 from collections.abc import Callable
@@ -29,13 +30,17 @@ def useless(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Machine:
-    """Kernels that run in the interpreter, except while a graph captures them. With a table, the tensors they are
-    called with hold nothing but NaN: what they need must come from the table."""
+    """Kernels that run in the interpreter, except while a graph captures them. With a table, the
+    tensors they are called with hold nothing but NaN: what they need must come from the table."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.graphs, self.replays, self.plain, self.stream = list[list[Any]](), 0, 0, 0
+        self.graphs = list[list[Any]]()
+        self.replays = 0
+        self.plain = 0
+        self.stream = 0
         self.capturing: list[Any] | None = None
-        self.by_user, machine = False, self
+        self.by_user = False
+        machine = self
 
         class Graph:
             def capture_begin(self, capture_error_mode: str) -> None:
@@ -63,12 +68,19 @@ class Machine:
                 self.kernel = kernel
 
             def __getitem__(self, grid: Any) -> Callable[..., None]:
-                return lambda *arguments, **options: machine.launch(self.kernel[grid], arguments, options)
+                return lambda *arguments, **options: machine.launch(
+                    self.kernel[grid], arguments, options
+                )
 
-        for name, value in (("CUDAGraph", Graph), ("Stream", Stream), ("current_stream", Stream),
-                            ("stream", lambda stream: stream), ("set_stream", lambda _: None),
-                            ("current_device", lambda: -1),  # that of these tensors
-                            ("is_current_stream_capturing", lambda: self.by_user)):
+        for name, value in (
+            ("CUDAGraph", Graph),
+            ("Stream", Stream),
+            ("current_stream", Stream),
+            ("stream", lambda stream: stream),
+            ("set_stream", lambda _: None),
+            ("current_device", lambda: -1),  # that of these tensors
+            ("is_current_stream_capturing", lambda: self.by_user),
+        ):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
@@ -92,7 +104,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def check(T: int, cell: str = "rnn_tanh", form: str = "padded", resets: bool = False, seed: int = 2) -> None:
+def check(
+    T: int, cell: str = "rnn_tanh", form: str = "padded", resets: bool = False, seed: int = 2
+) -> None:
     reverse = (False, True) if cell == "lstm" else (True,)
     check_recurrence(cell, plan_for("launch", 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
 
@@ -102,11 +116,15 @@ def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
         before = machine.replays
         check(T, seed=seed)
         assert machine.replays - before == -(-T // 4) + -(-(T + 1) // 4)
-    assert [len(launches) for launches in machine.graphs] == [4, 4], "one for forward, one for backward"
+    assert [len(launches) for launches in machine.graphs] == [4, 4], (
+        "one for forward, one for backward"
+    )
     assert machine.plain == 0
 
 
-@pytest.mark.parametrize(("cell", "form", "resets"), [("lstm", "packed", True), ("gru", "lengths", False)])
+@pytest.mark.parametrize(
+    ("cell", "form", "resets"), [("lstm", "packed", True), ("gru", "lengths", False)]
+)
 def test_everything_a_layer_is_given(machine: Machine, cell: str, form: str, resets: bool) -> None:
     check(6, cell, form, resets)
     assert len(machine.graphs) == 2 and machine.plain == 0
@@ -130,8 +148,12 @@ def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
 
 
 def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> None:
-    x, w_ih, w, s = torch.randn(5 * 3, 7), torch.randn(18, 7), torch.randn(18, 18) / 5, torch.zeros(1, 3, 18)
-    plan, rows = plan_for("launch", 18), Rows(5, [0])
+    x = torch.randn(5 * 3, 7)
+    w_ih = torch.randn(18, 7)
+    w = torch.randn(18, 18) / 5
+    s = torch.zeros(1, 3, 18)
+    plan = plan_for("launch", 18)
+    rows = Rows(5, [0])
     odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
     want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
     assert len(machine.graphs) == 1 and machine.plain == 0
@@ -140,7 +162,9 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     assert machine.plain == 5
 
 
-def test_a_capture_that_failed_is_made_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_failed_is_made_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         if machine.capturing:
             raise torch.OutOfMemoryError
@@ -156,7 +180,8 @@ def test_a_capture_that_failed_is_made_again(machine: Machine, monkeypatch: pyte
 
 
 def rows_of(count: int, *shape: int) -> torch.Tensor:
-    """float16 [*shape[:-1], count, shape[-1]], 0, in memory that is there only where it is written."""
+    """float16 [*shape[:-1], count, shape[-1]], 0, in memory that is there only where it is
+    written."""
     shape = (*shape[:-1], count, shape[-1])
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
     memory = mmap.mmap(-1, 2 * torch.Size(shape).numel(), flags=flags)
@@ -164,14 +189,24 @@ def rows_of(count: int, *shape: int) -> torch.Tensor:
 
 
 def test_more_elements_than_32_bits_count(machine: Machine) -> None:
-    """The last four steps of a sequence so long that each of its tensors has more, as those of a short one."""
-    B, H, cell, plan = 2, 16, cells.lstm, plan_for("launch", 16, torch.float16)
-    w, s0, data = torch.randn(4 * H, H).half() / 4, torch.randn(2, B, H), torch.randn(9, 5 * B, 4 * H).half()
+    """The last four steps of a sequence so long that each of its tensors has more, as those of a
+    short one."""
+    B = 2
+    H = 16
+    cell = cells.lstm
+    plan = plan_for("launch", 16, torch.float16)
+    w = torch.randn(4 * H, H).half() / 4
+    s0 = torch.randn(2, B, H)
+    data = torch.randn(9, 5 * B, 4 * H).half()
     found = []
     for T in (5, 2**31 // H // B + 5):
         R = T * B
-        x, dr, (y, dy) = rows_of(R, 4 * H), rows_of(R, 4 * H), rows_of(R, 2, H)
-        states, saved, (state, ds) = rows_of(R, 1, H), rows_of(R, 4, H), torch.stack((s0, s0))
+        x = rows_of(R, 4 * H)
+        dr = rows_of(R, 4 * H)
+        (y, dy) = rows_of(R, 2, H)
+        states = rows_of(R, 1, H)
+        saved = rows_of(R, 4, H)
+        (state, ds) = torch.stack((s0, s0))
         x[-5 * B :] = data[0]
         no_masks = None, None, None
         # In reverse the first steps are the last rows; likewise in the adjoint of a forward pass.
@@ -191,15 +226,20 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
 
 
 def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For any B and T, with what the kernel's own dispatch would have given it; not for tensors of another kind."""
-    made, again, names = list[dict[str, Any]](), list[tuple[int, dict[str, Any]]](), gpu.forward_kernel.arg_names
+    """For any B and T, with what the kernel's own dispatch would have given it; not for tensors of
+    another kind."""
+    made = list[dict[str, Any]]()
+    again = list[tuple[int, dict[str, Any]]]()
+    names = gpu.forward_kernel.arg_names
 
     class Compiled:
         def __init__(self, number: int) -> None:
             self.number = number
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *given: again.append((self.number, dict(zip(names, given, strict=True), grid=grid)))
+            return lambda *given: again.append(
+                (self.number, dict(zip(names, given, strict=True), grid=grid))
+            )
 
     class Kernel:
         arg_names = names
@@ -213,9 +253,17 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(gpu, "forward_kernel", Kernel())
 
-    def run(T: int, B: int, cell: cells.Cell = cells.rnn_tanh, shift: int = 0, dtype: torch.dtype = torch.float32,
-            reverse: int = 0) -> None:
-        x, w_ih, s = (torch.zeros(shape, dtype=dtype) for shape in ((T * B, 7), (18, 7), (1, B, 18)))
+    def run(
+        T: int,
+        B: int,
+        cell: cells.Cell = cells.rnn_tanh,
+        shift: int = 0,
+        dtype: torch.dtype = torch.float32,
+        reverse: int = 0,
+    ) -> None:
+        x, w_ih, s = (
+            torch.zeros(shape, dtype=dtype) for shape in ((T * B, 7), (18, 7), (1, B, 18))
+        )
         w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
         weights = Weights(w_ih, w, None, None)
         device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, weights, s, 0)
@@ -229,6 +277,8 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert again[1][1]["grid"] == (1, 2, 1)
     same = set(names) - {"T", "B", "R", "u1", "tensors"}
     assert all(again[1][1][k] == made[0][k] for k in same)
-    for count, other in enumerate(({"shift": 1}, {"dtype": torch.float16}, {"cell": cells.rnn_relu}, {"reverse": 1})):
+    for count, other in enumerate(
+        ({"shift": 1}, {"dtype": torch.float16}, {"cell": cells.rnn_relu}, {"reverse": 1})
+    ):
         run(5, 3, **other)  # type: ignore[arg-type]
         assert len(made) == 2 + count

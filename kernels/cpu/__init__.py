@@ -1,5 +1,5 @@
-"""What is around the C++ and the reference, in NumPy or CuPy: the tensors that they write. Tensors are contiguous and
-of one device; step t has the sizes[t] rows that follow those of step t - 1."""
+"""What is around the C++ and the reference, in NumPy or CuPy: the tensors that they write. Tensors
+are contiguous and of one device; step t has the sizes[t] rows that follow those of step t - 1."""
 
 import math
 from functools import cache

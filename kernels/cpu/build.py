@@ -1,5 +1,5 @@
-"""The machine's own C++ compiler, $CXX or c++, and the libraries that it makes. Whatever is wrong with it is a
-RuntimeError: nothing that it does ends the process, or keeps it waiting for ever."""
+"""The machine's own C++ compiler, $CXX or c++, and the libraries that it makes. Whatever is wrong
+with it is a RuntimeError: nothing that it does ends the process, or keeps it waiting for ever."""
 
 import ctypes
 import hashlib
@@ -17,7 +17,8 @@ from pathlib import Path
 from .. import build_cache
 
 ROOM = 2**25  # bytes on a disk that a compiler may need
-# What a sanitizer's runtime is started by. One that is not in the process from its start on ends it when it is loaded.
+# What a sanitizer's runtime is started by. One that is not in the process from its start on ends it
+# when it is loaded.
 SANITIZERS = ("__asan_init", "__hwasan_init", "__msan_init", "__tsan_init")
 
 _silent: set[tuple[str, ...]] = set()  # commands that took too long, and are not tried again
@@ -39,9 +40,12 @@ def compiler() -> list[str]:
     return []
 
 
-def load_library(code: str, flags: Sequence[str], sources: Path, names: Sequence[str]) -> ctypes.CDLL:
-    """The library of that text, which may include files of the folder `sources`, with functions of these names: as it
-    was compiled before, or compiled now. Raises RuntimeError if that cannot be."""
+def load_library(
+    code: str, flags: Sequence[str], sources: Path, names: Sequence[str]
+) -> ctypes.CDLL:
+    """The library of that text, which may include files of the folder `sources`, with functions of
+    these names: as it was compiled before, or compiled now. Raises RuntimeError if that cannot
+    be."""
     command = compiler()
     if not command:
         raise RuntimeError('The plan "native" needs a C++ compiler: c++, or what $CXX names')
@@ -55,9 +59,13 @@ def load_library(code: str, flags: Sequence[str], sources: Path, names: Sequence
         return library
 
     try:
-        key = hashlib.sha256("\n".join([_identity(command, folder), *command, *flags, code]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(
+            "\n".join([_identity(command, folder), *command, *flags, code]).encode()
+        ).hexdigest()[:32]
         options = [*flags, "-I", str(sources)]
-        return build_cache.build_once(key, ".so", folder, lambda: _build(command, code, options, folder), use)
+        return build_cache.build_once(
+            key, ".so", folder, lambda: _build(command, code, options, folder), use
+        )
     except OSError as error:
         raise RuntimeError(f"{shlex.join(command)}: {error}") from error
 
@@ -71,14 +79,17 @@ def _cache_folder() -> Path | None:
 
 
 def _identity(command: Sequence[str], folder: Path | None) -> str:
-    """What the compiler is, and what it says of itself and of this machine: other machines may share the disk."""
+    """What the compiler is, and what it says of itself and of this machine: other machines may
+    share the disk."""
     program = os.path.realpath(shutil.which(command[0]) or command[0])
     status = os.stat(program)
     return _described((*command,), program, status.st_size, status.st_mtime_ns, folder)
 
 
 @cache
-def _described(command: tuple[str, ...], program: str, size: int, time: int, folder: Path | None) -> str:
+def _described(
+    command: tuple[str, ...], program: str, size: int, time: int, folder: Path | None
+) -> str:
     with _workshop(folder) as place:
         macros = _run(command, ["-march=native", "-dM", "-E", "-x", "c++", os.devnull], place)
     return f"{program} {size} {time} {macros}"
@@ -86,7 +97,8 @@ def _described(command: tuple[str, ...], program: str, size: int, time: int, fol
 
 def _build(command: Sequence[str], code: str, flags: Sequence[str], folder: Path | None) -> bytes:
     with _workshop(folder) as place:
-        source, made = place / "cell.cpp", place / "cell.so"
+        source = place / "cell.cpp"
+        made = place / "cell.so"
         source.write_text(code)
         rest = ["-x", "c++", str(source), "-o", str(made)]
         try:
@@ -101,13 +113,17 @@ def _build(command: Sequence[str], code: str, flags: Sequence[str], folder: Path
     process = ctypes.CDLL(None)
     for name in SANITIZERS:
         if name.encode() in content and not hasattr(process, name):
-            raise RuntimeError(f"{shlex.join(command)} makes libraries for a sanitizer that this process does not have")
+            raise RuntimeError(
+                f"{shlex.join(command)} makes libraries for a sanitizer that this process does "
+                "not have"
+            )
     return content
 
 
 @contextmanager
 def _workshop(folder: Path | None) -> Iterator[Path]:
-    """A folder for the compiler's files: where temporary files are, or beside the libraries if there is no room."""
+    """A folder for the compiler's files: where temporary files are, or beside the libraries if
+    there is no room."""
     places: list[Path | None] = [None, folder]
     for place in places:
         with suppress(OSError):
@@ -115,7 +131,9 @@ def _workshop(folder: Path | None) -> Iterator[Path]:
                 break
     else:
         place = None
-    with tempfile.TemporaryDirectory(prefix="fused_rnn_", dir=place, ignore_cleanup_errors=True) as made:
+    with tempfile.TemporaryDirectory(
+        prefix="fused_rnn_", dir=place, ignore_cleanup_errors=True
+    ) as made:
         yield Path(made)
 
 
@@ -123,16 +141,26 @@ def _run(command: Sequence[str], arguments: Sequence[str], place: Path) -> str:
     """What it prints. It and all that it starts end with this call, however that ends."""
     if (*command,) in _silent:
         raise _NoAnswer(f"{shlex.join(command)} gave no answer before")
-    out, errors = place / "out", place / "errors"  # not pipes, which something that it leaves behind could keep open
+    # Not pipes, which something that it leaves behind could keep open
+    out = place / "out"
+    errors = place / "errors"
     environment = {**os.environ, "TMPDIR": str(place)}
     with open(out, "wb") as to, open(errors, "wb") as said:
-        process = subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=to, stderr=said,
-                                   env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=to,
+            stderr=said,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             status = process.wait(build_cache.PATIENCE)
         except subprocess.TimeoutExpired as error:
             _silent.add((*command,))
-            raise _NoAnswer(f"{shlex.join(command)} gave no answer in {build_cache.PATIENCE:g} seconds") from error
+            raise _NoAnswer(
+                f"{shlex.join(command)} gave no answer in {build_cache.PATIENCE:g} seconds"
+            ) from error
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -223,7 +223,8 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
         if not address and t.numel():
             shape = list(t.shape)
             raise RuntimeError(
-                f"Expected a tensor whose data is allocated, got one of shape {shape}")
+                f"Expected a tensor whose data is allocated, got one of shape {shape}"
+            )
         addresses.append(address)
     sizes = arguments.sizes
     packed = _pack(len(addresses) + len(sizes) + 1)(*addresses, *sizes[:-1], *sizes.window)
@@ -298,7 +299,8 @@ def backward(
     grads: OutputGrads,
     found: Gradients[Tensor | None],
 ) -> None:
-    """Writes those of `found` that are there; with more than one recurrence it adds to that of x."""
+    """Writes those of `found` that are there; with more than one recurrence it adds to that of
+    x."""
     arguments = Arguments(
         x=x,
         w_ih=weights.w_ih,

@@ -126,9 +126,7 @@ def load(
     with cupy.cuda.Device(device.index):
         cubin = _cubin(code, 10 * properties.major + properties.minor)
         # a cooperative launch keeps the blocks of a grid resident together
-        module = cupy.RawModule(
-            path=str(cubin), enable_cooperative_groups=plan.scope == "grid"
-        )
+        module = cupy.RawModule(path=str(cubin), enable_cooperative_groups=plan.scope == "grid")
         kernel = module.get_function("recurrence")
         kernel.max_dynamic_shared_size_bytes = shared
         if plan.scope == "cluster" and plan.blocks > PORTABLE_CLUSTER:
