@@ -7,11 +7,11 @@ each block of a cluster a slice of H; h goes into each other's shared memory gri
 each block of a cooperative launch; h goes through the L2 cache launch  the host does, with one
 launch a step; W_hh is read at every step"""
 
-from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .cells import Cell
+from .types import Layout
 
 # Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time
 # loop, whatever the options: by gates (more than 4: none), then by bytes per element (8 is tf32x3,
@@ -76,33 +76,11 @@ class Plan(NamedTuple):
     blocks: int = 1
 
 
-class Rows(NamedTuple):
-    """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences
-    go through them. Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at
-    offsets[t] and are those of the first sizes[t] sequences, which run; else they are all B.
-    `resets` [T, B] as in `rnn.functional.recurrence`. `sequences` is B, also of those that have no
-    step."""
-
-    steps: int
-    reverse: Sequence[int]
-    sizes: Sequence[int] = ()
-    lengths: Any = None
-    offsets: Any = None
-    resets: Any = None
-    sequences: int = 0
-
-    @property
-    def reverses(self) -> int:
-        """Which recurrences run backwards, as bits."""
-        bits = 0
-        for n, back in enumerate(self.reverse):
-            bits |= back << n
-        return bits
-
-    def window(self, width: int, share: int = 1) -> int:
-        """Steps of a window of time on the CPU, where a row has `width` pre-activations: enough for
-        WINDOW_ROWS / share rows, at least."""
-        return max(1, max(WINDOW // max(1, width), WINDOW_ROWS // share) // max(1, self.sizes[0]))
+def window(layout: Layout, width: int, share: int = 1) -> int:
+    """Steps of a window of time on the CPU, where a row has `width` pre-activations: enough for
+    WINDOW_ROWS / share rows, at least."""
+    rows = max(WINDOW // max(1, width), WINDOW_ROWS // share)
+    return max(1, rows // max(1, layout.sizes[0]))
 
 
 def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:

@@ -1,9 +1,9 @@
 """The recurrence in plain NumPy, forward and backward, step after step: to be read first, and what
 the other backends can be compared with. CuPy's arrays take the same way.
 
-Rows are those of `plan.Rows`: step t has the sizes[t] rows that follow those of step t - 1, one for
-each sequence that still runs, the longest first. A sequence keeps its state past its end. Tensors
-are contiguous, of one floating-point dtype and device."""
+Rows are those of `types.Layout`: step t has the sizes[t] rows that follow those of step t - 1, one
+for each sequence that still runs, the longest first. A sequence keeps its state past its end.
+Tensors are contiguous, of one floating-point dtype and device."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .cells import Cell, bind
-from .plan import Plan, Rows
-from .types import Gradients, OutputGrads, Outputs, States, Weights
+from .plan import Plan
+from .types import Gradients, Layout, OutputGrads, Outputs, States, Weights
 
 Array = Any
 _TYPES = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.bool: "b1"}
@@ -33,7 +33,13 @@ class Step(NamedTuple):
 
 
 def forward(
-    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, first: States, outputs: Outputs
+    cell: Cell,
+    plan: Plan,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    first: States,
+    outputs: Outputs,
 ) -> None:
     """Writes `outputs`, for x and `first` as in `cpu`."""
     w_ih, w_hh, b_ih, b_hh = weights
@@ -46,9 +52,9 @@ def forward(
     x, w_ih, w_hh, b_ih, b_hh, y = _arrays(xp, x, w_ih, w_hh, b_ih, b_hh, y)
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
-    zeros = xp.zeros((rows.sequences, H), x.dtype)
+    zeros = xp.zeros((layout.sequences, H), x.dtype)
     s0 = _arrays(xp, *(first or (None,) * S))
-    for n in range(len(rows.reverse)):
+    for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
         w_t = xp.ascontiguousarray(w_hh[gates].T)  # faster products than of the view
@@ -62,7 +68,7 @@ def forward(
                 x_all += b_hh[gates]
         x_all = _by_gates(x_all, G)
         s = _of(n, s0, zeros)
-        for step in _steps(xp, rows, n):
+        for step in _steps(xp, layout, n):
             s_prev = _cut(xp, step, [state[: step.size] for state in s])
             r = s_prev[0] @ w_t
             if r_bias is not None:
@@ -80,7 +86,7 @@ def forward(
 def backward(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     x: Tensor,
     weights: Weights,
     first: States,
@@ -104,10 +110,10 @@ def backward(
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
     d_states = [dy, *_split(xp, dothers)]
-    zeros = xp.zeros((rows.sequences, H), x.dtype)
+    zeros = xp.zeros((layout.sequences, H), x.dtype)
     s0 = _arrays(xp, *(first or (None,) * S))
     ds_last = _arrays(xp, *(dlast or (None,) * S))
-    for n in range(len(rows.reverse)):
+    for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
         w = w_hh[gates]
@@ -116,7 +122,7 @@ def backward(
         h_all = xp.empty((len(x), H), x.dtype)  # the h that came into each step
         dx_all = xp.empty((len(x), G * H), x.dtype)  # gradients of the pre-activations
         dr_all = xp.empty_like(dx_all) if cell.split else dx_all
-        for step in reversed(_steps(xp, rows, n)):
+        for step in reversed(_steps(xp, layout, n)):
             came = [state[step.before, units] for state in states]
             s_prev = _cut(xp, step, _with_begun(xp, step, came, starts))
             s_next = [state[step.rows, units] for state in states]
@@ -136,7 +142,7 @@ def backward(
             ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]]), ds)
         for to, value in zip(_arrays(xp, *(dfirst or ())), ds):
             to[n] = value
-        if dx is not None and len(rows.reverse) == 1:
+        if dx is not None and len(layout.reverse) == 1:
             dx[...] = dx_all @ w_ih
         elif dx is not None:
             dx += dx_all @ w_ih[gates]
@@ -150,14 +156,14 @@ def backward(
             db_hh[gates] = dr_all.sum(0, dtype="f8")
 
 
-def _steps(xp: Any, rows: Rows, n: int) -> list[Step]:
+def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:
     """Those of recurrence n, in its order."""
-    T = rows.steps
-    sizes = rows.sizes
-    back = bool(rows.reverse[n])
+    T = layout.steps
+    sizes = layout.sizes
+    back = bool(layout.reverse[n])
     starts = [*accumulate(sizes, initial=0)]
-    some = [] if rows.resets is None else rows.resets.any(1).tolist()
-    (resets,) = _arrays(xp, rows.resets)
+    some = [] if layout.resets is None else layout.resets.any(1).tolist()
+    (resets,) = _arrays(xp, layout.resets)
     steps = []
     for t in reversed(range(T)) if back else range(T):
         t_before = t + 1 if back else t - 1

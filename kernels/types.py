@@ -1,7 +1,7 @@
 """What is given to a backend and comes back from it, in named types.
 
-Every backend has `forward(cell, plan, rows, x, weights, s0, save) -> Outputs` and `backward(cell,
-plan, rows, x, weights, s0, outputs, grads, needs) -> Gradients`. T, B, I, H, G, S, A, N and R are
+Every backend has `forward(cell, plan, layout, x, weights, s0, save) -> Outputs` and `backward(cell,
+plan, layout, x, weights, s0, outputs, grads, needs) -> Gradients`. T, B, I, H, G, S, A, N and R are
 those of the package's docstring."""
 
 from collections.abc import Sequence
@@ -21,6 +21,30 @@ class Save(IntEnum):
     NOTHING = 0
     STATES = 1
     ACTIVATIONS = 2  # and the states
+
+
+class Layout(NamedTuple):
+    """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences
+    go through them. Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at
+    offsets[t] and are those of the first sizes[t] sequences, which run; else they are all B.
+    `resets` [T, B] as in `rnn.functional.recurrence`. `sequences` is B, also of those that have no
+    step."""
+
+    steps: int
+    reverse: Sequence[int]
+    sizes: Sequence[int] = ()
+    lengths: Any = None
+    offsets: Any = None
+    resets: Any = None
+    sequences: int = 0
+
+    @property
+    def reverses(self) -> int:
+        """Which recurrences run backwards, as bits."""
+        bits = 0
+        for n, back in enumerate(self.reverse):
+            bits |= back << n
+        return bits
 
 
 class Weights(NamedTuple):

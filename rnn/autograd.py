@@ -105,7 +105,7 @@ class _Layer(torch.autograd.Function):
             wanted: Gradients[bool] = Gradients._make([*of_rows, True in needs[7 + count :]])
             counted: Any = nullcontext()
             if under_dispatch_mode():
-                s0 = x.new_empty((0, call.rows.sequences, 0))
+                s0 = x.new_empty((0, call.layout.sequences, 0))
                 shapes = x, *whole, s0, lengths, batch_sizes, resets, y, others, saved
                 counted = flops.of_backward(call.cell, call.reverse, wanted, shapes)
             with counted:

@@ -14,9 +14,9 @@ from torch import Tensor
 from .boundary import ready
 from .dispatch import choose_plan, module
 from .kernels.cells import Cell
-from .kernels.plan import Plan, Rows
+from .kernels.plan import Plan
 from .kernels.states import join_states, part_states
-from .kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
+from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .resets import requested_steps
 
 # What is around a backend, if not host
@@ -95,9 +95,9 @@ class LayerCall:
             batch_sizes, resets = self._leave_out_padding(lengths, resets, (T, B), x.device)
         if batch_sizes is None:
             ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
-            self.rows = Rows(T, self.reverse, [B] * T, ends, None, resets, B)
+            self.layout = Layout(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
-            self.rows = self._packed_rows(batch_sizes, resets, B, x.device)
+            self.layout = self._packed_rows(batch_sizes, resets, B, x.device)
         self.as_it_is = self.plan.backend == "native" and self.index is None and not batch_first
 
     def _leave_out_padding(
@@ -116,7 +116,7 @@ class LayerCall:
 
     def _packed_rows(
         self, batch_sizes: Tensor, resets: Tensor | None, B: int, device: torch.device
-    ) -> Rows:
+    ) -> Layout:
         T = len(batch_sizes)
         starts = batch_sizes.cumsum(0) - batch_sizes
         ends = None
@@ -125,7 +125,7 @@ class LayerCall:
             ends = T - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
             ends = ends.to(device, non_blocking=True)
             starts = starts.to(device, non_blocking=True)
-        return Rows(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
+        return Layout(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
 
     def backend(self) -> Any:
         """The module whose `forward` and `backward` take tensors that are `ready`."""
@@ -143,7 +143,7 @@ class LayerCall:
             return states
         N = len(self.reverse)
         if states is None:
-            return like.new_zeros((N * self.cell.states, self.rows.sequences, like.shape[1]))
+            return like.new_zeros((N * self.cell.states, self.layout.sequences, like.shape[1]))
         return join_states(states, N)
 
     def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
@@ -207,7 +207,7 @@ def forward(
     s0 = call.first(first, w_hh)
     whole = Weights(w_ih, w_hh, b_ih, b_hh)
     with call.context(x):
-        found = call.backend().forward(call.cell, call.plan, call.rows, rows, whole, s0, save)
+        found = call.backend().forward(call.cell, call.plan, call.layout, rows, whole, s0, save)
     y, others, last, saved = found
     return Outputs(call.unflat(y), call.spread(others), call.last(last), call.spread(saved))
 
@@ -244,12 +244,12 @@ def backward(
     s0 = call.first(ends[S:], w_hh)
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)
-    if call.rows.resets is not None:
+    if call.layout.resets is not None:
         rows, s0, kept = requested_steps(call, rows, s0, kept, coming)
     whole = Weights(w_ih, w_hh, None, None)
     with call.context(x):
         found: Gradients[Tensor | None] = call.backend().backward(
-            call.cell, call.plan, call.rows, rows, whole, s0, kept, coming, needs
+            call.cell, call.plan, call.layout, rows, whole, s0, kept, coming, needs
         )
     if found.x is not None:
         found = found._replace(x=call.unflat(found.x))

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.plan import Rows
-from .kernels.types import OutputGrads, Outputs
+from .kernels.types import Layout, OutputGrads, Outputs
 
 
 def requested_steps(
@@ -25,8 +24,8 @@ def requested_steps(
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):
         return x, s0, outputs
     N = len(call.reverse)
-    T, B, R, H = call.rows.steps, call.rows.sequences, sum(call.rows.sizes), y.shape[-1] // N
-    place = _place(call.rows, x.device)
+    T, B, R, H = call.layout.steps, call.layout.sequences, sum(call.layout.sizes), y.shape[-1] // N
+    place = _place(call.layout, x.device)
     # Which rows a gradient comes into from outside, [R, N].
     given = torch.zeros(R, N, dtype=torch.bool, device=x.device)
     for grad in (dy, *(() if dothers is None else dothers)):
@@ -42,7 +41,7 @@ def requested_steps(
             for n, back in enumerate(call.reverse):
                 end = 0 if back else place.ends
                 asks[..., n] |= (place.time == end) & last[n] & place.runs
-    asked = _reached(asks, call.rows.resets, call.reverse, place.time, T)
+    asked = _reached(asks, call.layout.resets, call.reverse, place.time, T)
     of_row = asked[place.row_time, place.row_sequence]  # [R, N]
     begins = [
         asked[place.ends.clamp(min=0), place.sequence, n] if back else asked[0, :, n]
@@ -78,17 +77,17 @@ class _Place(NamedTuple):
     row_sequence: Tensor
 
 
-def _place(rows: Rows, device: torch.device) -> _Place:
-    sizes = torch.tensor(rows.sizes, device=device)
+def _place(layout: Layout, device: torch.device) -> _Place:
+    sizes = torch.tensor(layout.sizes, device=device)
     starts = sizes.cumsum(0) - sizes
-    R = sum(rows.sizes)
-    time = torch.arange(rows.steps, device=device)[:, None]
-    sequence = torch.arange(rows.sequences, device=device)
+    R = sum(layout.sizes)
+    time = torch.arange(layout.steps, device=device)[:, None]
+    sequence = torch.arange(layout.sequences, device=device)
     row_time = torch.repeat_interleave(time[:, 0], sizes, output_size=R)
     row_sequence = torch.arange(R, device=device) - starts[row_time]
     runs = sequence < sizes[:, None]
-    if rows.lengths is not None:
-        runs = runs & (time < rows.lengths)
+    if layout.lengths is not None:
+        runs = runs & (time < layout.lengths)
     return _Place(time, sequence, starts, runs, runs.sum(0) - 1, row_time, row_sequence)
 
 

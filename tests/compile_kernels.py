@@ -30,8 +30,8 @@ from triton.runtime.jit import create_function_from_signature
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.triton_kernels import launch as triton_launch
-from rnn.kernels.plan import Gpu, Rows, make_plan
-from rnn.kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
+from rnn.kernels.plan import Gpu, make_plan
+from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 
 AMD = 942  # gfx942 in place of a compute capability
 GPUS = {
@@ -104,7 +104,7 @@ def launches(
     lengths = torch.zeros(B, dtype=torch.int64) if {"lengths", "offsets"} & {*options} else None
     offsets = torch.zeros(T, dtype=torch.int64) if "offsets" in options else None
     resets = torch.zeros(T, B, dtype=torch.bool) if "resets" in options else None
-    rows = Rows(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
+    rows = Layout(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
     x = new(T * B, I)
     w_ih = new(N * G * H, I)
     w = new(N * G * H, H)

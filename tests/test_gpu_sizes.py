@@ -19,7 +19,7 @@ import rnn
 from rnn.kernels import cells
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import launch as gpu
-from rnn.kernels.plan import Rows
+from rnn.kernels.types import Layout
 
 ROOT = Path(__file__).parent.parent
 gpu_only = pytest.mark.gpu
@@ -174,7 +174,7 @@ def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tenso
     cell = cells.lstm
     H = 16
     sizes = [4, 3, 2]
-    rows = Rows(
+    rows = Layout(
         3,
         [reverse],
         sizes,

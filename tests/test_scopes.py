@@ -15,8 +15,7 @@ from rnn.kernels import gpu as device
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
-from rnn.kernels.plan import Rows
-from rnn.kernels.types import Weights
+from rnn.kernels.types import Layout, Weights
 
 pytestmark = pytest.mark.interpreted
 
@@ -153,7 +152,7 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     w = torch.randn(18, 18) / 5
     s = torch.zeros(1, 3, 18)
     plan = plan_for("launch", 18)
-    rows = Rows(5, [0])
+    rows = Layout(5, [0])
     odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
     want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
     assert len(machine.graphs) == 1 and machine.plain == 0
@@ -212,13 +211,13 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
         # In reverse the first steps are the last rows; likewise in the adjoint of a forward pass.
         results = state, None, y, states, saved
         forward = ForwardTensors(x, None, w, None, None, *results, *no_masks)
-        gpu.launch_steps(cell, plan, Rows(T, [1]), 4, forward, s0.half())
+        gpu.launch_steps(cell, plan, Layout(T, [1]), 4, forward, s0.half())
         found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
         for k, t in enumerate((y, dy, states[0], *saved)):
             t[-5 * B :] = data[1 + k, :, :H]
         grads = dy, None, ds, None, dr, None
         backward = BackwardTensors(w, s0.half(), y, states, saved, *grads, *no_masks)
-        gpu.launch_steps(cell, plan, Rows(T, [0]), 4, backward, s0.half())
+        gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, s0.half())
         found[-1] += [ds, dr[-4 * B :].clone()]
     assert machine.replays == 4 and R * H > 2**31
     for short, long in zip(*found):
@@ -266,7 +265,7 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
         )
         w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
         weights = Weights(w_ih, w, None, None)
-        device.forward(cell, plan_for("block", 18), Rows(T, [reverse]), x, weights, s, 0)
+        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, s, 0)
 
     run(5, 3)
     run(1, 1)

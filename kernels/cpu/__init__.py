@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..cells import Cell
-from ..plan import Plan, Rows
-from ..types import Gradients, OutputGrads, Outputs, Save, States, Weights
+from ..plan import Plan
+from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
 from .workspace import pooled_empty
 
 
@@ -20,16 +20,16 @@ def _kernel(backend: str) -> Any:
 
 
 def forward(
-    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, s0: States, save: int
+    cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
 ) -> Outputs:
     """x [R, I] (in C++ [T, B, I] will do, and then y is alike), S states [N, B, H], zeros if
     None."""
-    N = len(rows.reverse)
+    N = len(layout.reverse)
     S = cell.states
     H = weights.w_hh.shape[1]
     *leading, _ = x.shape
     y = x.new_empty((*leading, N * H))  # the caller's: torch's own memory, which can be resized
-    last = [x.new_empty((N, rows.sequences, H)) for _ in range(S)]
+    last = [x.new_empty((N, layout.sequences, H)) for _ in range(S)]
     states = None
     saved = None
     if save:
@@ -39,14 +39,14 @@ def forward(
         if cell.saved and save == Save.ACTIVATIONS:
             saved = pooled_empty(x, cell.saved, R, N * H)
     outputs = Outputs(y, states, last, saved)
-    _kernel(plan.backend).forward(cell, plan, rows, x, weights, s0, outputs)
+    _kernel(plan.backend).forward(cell, plan, layout, x, weights, s0, outputs)
     return outputs
 
 
 def backward(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     x: Tensor,
     weights: Weights,
     s0: States,
@@ -60,7 +60,7 @@ def backward(
     ds: States = None
     if needs.s0:
         ds = [
-            x.new_empty((len(rows.reverse), rows.sequences, w_hh.shape[1]))
+            x.new_empty((len(layout.reverse), layout.sequences, w_hh.shape[1]))
             for _ in range(cell.states)
         ]
     # One gradient serves both biases where it is the same.
@@ -75,9 +75,9 @@ def backward(
         x.new_empty(bias) if b_hh else None,
         ds,
     )
-    if len(rows.reverse) > 1 and found.x is not None:
+    if len(layout.reverse) > 1 and found.x is not None:
         found.x.zero_()
-    _kernel(plan.backend).backward(cell, plan, rows, x, weights, s0, outputs, grads, found)
+    _kernel(plan.backend).backward(cell, plan, layout, x, weights, s0, outputs, grads, found)
     if cell.split or not needs.b_ih or found.b_hh is None:
         return found
     return found._replace(b_ih=found.b_hh, b_hh=found.b_hh.clone() if needs.b_hh else None)

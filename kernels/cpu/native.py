@@ -15,8 +15,8 @@ from torch import Tensor
 from ..cells import Cell
 from ..codegen import statements
 from ..forks import forked
-from ..plan import Plan, Rows
-from ..types import Gradients, OutputGrads, Outputs, States, Weights
+from ..plan import Plan, window
+from ..types import Gradients, Layout, OutputGrads, Outputs, States, Weights
 from .build import compiler as compiler
 from .build import load_library
 from .workspace import scratch
@@ -247,13 +247,13 @@ def _pack(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"{count}q").pack
 
 
-def _sizes(cell: Cell, rows: Rows, x: Tensor, w_hh: Tensor) -> Sizes:
-    B = rows.sequences
+def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
+    B = layout.sequences
     H = w_hh.shape[1]
-    N = len(rows.reverse)
-    R = rows.steps * B if rows.offsets is None else x.shape[0]
-    windows = _windows(rows.sizes[0], N * cell.gates * H, cell.split)
-    return Sizes(rows.steps, B, R, x.shape[-1], H, N, rows.reverses, threads(), windows)
+    N = len(layout.reverse)
+    R = layout.steps * B if layout.offsets is None else x.shape[0]
+    windows = _windows(layout.sizes[0], N * cell.gates * H, cell.split)
+    return Sizes(layout.steps, B, R, x.shape[-1], H, N, layout.reverses, threads(), windows)
 
 
 @lru_cache(4096)
@@ -261,13 +261,19 @@ def _windows(sequences: int, width: int, split: bool) -> tuple[int, int]:
     """Steps of a window, forward and back. Going forward there are no gradients of W, which every
     window would read once more. With a split cell a row is twice as long in the adjoint: fewer rows
     then save more memory than they cost time."""
-    rows = Rows(0, (), (sequences,))
-    backward = rows.window(2 * width, 4) if split else rows.window(width)
-    return rows.window(width, 8), backward
+    layout = Layout(0, (), (sequences,))
+    backward = window(layout, 2 * width, 4) if split else window(layout, width)
+    return window(layout, width, 8), backward
 
 
 def forward(
-    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, s0: States, outputs: Outputs
+    cell: Cell,
+    plan: Plan,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
 ) -> None:
     """Writes `outputs`."""
     arguments = Arguments(
@@ -279,11 +285,11 @@ def forward(
         y=outputs.y,
         states=outputs.states,
         saved=outputs.saved,
-        offsets=rows.offsets,
-        resets=rows.resets,
+        offsets=layout.offsets,
+        resets=layout.resets,
         s0=s0,
         last=outputs.last,
-        sizes=_sizes(cell, rows, x, weights.w_hh),
+        sizes=_sizes(cell, layout, x, weights.w_hh),
     )
     _call("forward", cell, arguments)
 
@@ -291,7 +297,7 @@ def forward(
 def backward(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     x: Tensor,
     weights: Weights,
     s0: States,
@@ -315,11 +321,11 @@ def backward(
         w_hh_grad=found.w_hh,
         b_ih_grad=found.b_ih,
         b_hh_grad=found.b_hh,
-        offsets=rows.offsets,
-        resets=rows.resets,
+        offsets=layout.offsets,
+        resets=layout.resets,
         s0=s0,
         dlast=grads.last,
         last=found.s0,
-        sizes=_sizes(cell, rows, x, weights.w_hh),
+        sizes=_sizes(cell, layout, x, weights.w_hh),
     )
     _call("backward", cell, arguments)

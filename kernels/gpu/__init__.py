@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cells import Cell
-from ..plan import Plan, Rows
-from ..types import Gradients, OutputGrads, Outputs, Save, Weights
+from ..plan import Plan
+from ..types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .tensors import BackwardTensors, ForwardTensors
 
 
@@ -24,17 +24,17 @@ def _sweep(plan: Plan) -> Any:
 
 
 def forward(
-    cell: Cell, plan: Plan, rows: Rows, x: Tensor, weights: Weights, s0: Tensor, save: int
+    cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: Tensor, save: int
 ) -> Outputs:
     """x [R, I], joined states [N*S, B, H]."""
     w_ih, w_hh, b_ih, b_hh = weights
-    N = len(rows.reverse)
+    N = len(layout.reverse)
     S = cell.states
     A = cell.saved
     R = len(x)
     H = s0.shape[2]
     # padding after a sequence's end stays 0
-    padded = rows.lengths is not None and rows.offsets is None
+    padded = layout.lengths is not None and layout.offsets is None
     new = x.new_zeros if padded else x.new_empty
     state = s0.to(torch.float32, copy=True)
     y = new(R, N * H)
@@ -51,18 +51,18 @@ def forward(
         y=y,
         states=states,
         saved=saved,
-        lengths=rows.lengths,
-        offsets=rows.offsets,
-        resets=rows.resets,
+        lengths=layout.lengths,
+        offsets=layout.offsets,
+        resets=layout.resets,
     )
-    _sweep(plan)(cell, plan, rows, tensors, s0)
+    _sweep(plan)(cell, plan, layout, tensors, s0)
     return Outputs(y, states, state.to(x.dtype), saved)
 
 
 def backward(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     x: Tensor,
     weights: Weights,
     s0: Tensor,
@@ -74,8 +74,8 @@ def backward(
     w_ih, w_hh, _, _ = weights
     y, states, _, saved = outputs
     dy, dstates, dlast = grads
-    N = len(rows.reverse)
-    padded = rows.lengths is not None and rows.offsets is None
+    N = len(layout.reverse)
+    padded = layout.lengths is not None and layout.offsets is None
     new = y.new_zeros if padded else y.new_empty
     dr = new(len(y), len(w_hh))
     if dlast is None:
@@ -83,7 +83,7 @@ def backward(
     else:
         ds = dlast.to(torch.float32, copy=True)
     dx = new(dr.shape) if cell.split else None
-    h_prev = None if rows.lengths is None and rows.resets is None else new(y.shape)
+    h_prev = None if layout.lengths is None and layout.resets is None else new(y.shape)
     tensors = BackwardTensors(
         w_hh=w_hh,
         state=s0,
@@ -96,16 +96,16 @@ def backward(
         dx=dx,
         dr=dr,
         h_prev=h_prev,
-        lengths=rows.lengths,
-        offsets=rows.offsets,
-        resets=rows.resets,
+        lengths=layout.lengths,
+        offsets=layout.offsets,
+        resets=layout.resets,
     )
-    _sweep(plan)(cell, plan, rows, tensors, s0)
+    _sweep(plan)(cell, plan, layout, tensors, s0)
     if dx is None:
         dx = dr
     if padded:
         # 0 times a NaN in the padding is NaN
-        ran = torch.arange(rows.steps, device=x.device)[:, None] < rows.lengths
+        ran = torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
     found: list[Tensor | None] = [None] * 5
     if needs.x:
@@ -120,7 +120,7 @@ def backward(
             firsts = s0[:: cell.states]
             products = [
                 _shifted_product(d, h, first, bool(back))
-                for d, h, first, back in zip(drs, y.chunk(N, 1), firsts, rows.reverse)
+                for d, h, first, back in zip(drs, y.chunk(N, 1), firsts, layout.reverse)
             ]
         found[2] = products[0] if N == 1 else torch.cat(products)
     if needs.b_ih:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...build_cache import build_once
 from ...cells import Cell
 from ...codegen import statements
-from ...plan import Plan, Rows, shared_bytes
+from ...plan import Plan, shared_bytes
+from ...types import Layout
 from ..tensors import BackwardTensors, ForwardTensors
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
@@ -176,14 +177,14 @@ def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, 
 def launch(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     tensors: ForwardTensors | BackwardTensors,
     s0: Tensor,
 ) -> None:
     """Run the forward or the backward kernel over all steps."""
     _, B, H = s0.shape
     adjoint = isinstance(tensors, BackwardTensors)
-    grid = plan.blocks, -(-B // plan.sequences), len(rows.reverse)
+    grid = plan.blocks, -(-B // plan.sequences), len(layout.reverse)
     flags = None
     if plan.scope == "grid":
         vectors = cell.gates if adjoint else 1
@@ -191,8 +192,8 @@ def launch(
         # two buffers of 32-bit words, each with the number of its step
         words = count * s0.element_size() // 4
         flags = s0.new_zeros(2 * words, dtype=torch.int64)
-    lengths = None if rows.lengths is None else rows.lengths.to(torch.int64)
-    masks = lengths, rows.offsets, rows.resets
+    lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
+    masks = lengths, layout.offsets, layout.resets
     numbers_at = [_address(t) for t in _numbers(tensors)]
     pair_bytes = 2 * s0.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
@@ -201,4 +202,4 @@ def launch(
         masked = any(t is not None for t in masks)
         kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
         addresses = *numbers_at, *map(_address, masks), _address(flags)
-        kernel(grid, (*addresses, rows.steps, B, R, H, rows.reverses))
+        kernel(grid, (*addresses, layout.steps, B, R, H, layout.reverses))

@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 
 from ...cells import Cell
-from ...plan import Plan, Rows, power_of_2
+from ...plan import Plan, power_of_2
+from ...types import Layout
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
@@ -38,7 +39,7 @@ _compiled: dict[tuple[Kind, bool], tuple[Any, list[Any]]] = {}
 
 
 def _constants(
-    cell: Cell, plan: Plan, rows: Rows, tensors: ForwardTensors | BackwardTensors
+    cell: Cell, plan: Plan, layout: Layout, tensors: ForwardTensors | BackwardTensors
 ) -> dict[str, Any]:
     """The values of the kernel's constexpr parameters."""
     forward, backward = jit_cell(cell)
@@ -48,8 +49,8 @@ def _constants(
         G=cell.gates,
         S=cell.states,
         A=cell.saved,
-        N=len(rows.reverse),
-        REVERSE=rows.reverses,
+        N=len(layout.reverse),
+        REVERSE=layout.reverses,
         BB=plan.sequences,
         BN=plan.units,
         BK=plan.depth,
@@ -81,22 +82,22 @@ def _barrier_counter(plan: Plan, grid: tuple[int, int, int], device: torch.devic
 def launch(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     tensors: ForwardTensors | BackwardTensors,
     s0: Tensor,
 ) -> None:
     """Run the forward or the backward kernel over all its steps."""
-    steps = rows.steps
+    steps = layout.steps
     if isinstance(tensors, BackwardTensors):
         # the last one adds W_hh^T dr of the first step in time
         steps += 1
-    launch_steps(cell, plan, rows, steps, tensors, s0)
+    launch_steps(cell, plan, layout, steps, tensors, s0)
 
 
 def launch_steps(
     cell: Cell,
     plan: Plan,
-    rows: Rows,
+    layout: Layout,
     steps: int,
     tensors: ForwardTensors | BackwardTensors,
     s0: Tensor,
@@ -117,22 +118,22 @@ def launch_steps(
         sizes = [H]
     if not B:
         steps = 0
-    grid = -(-H // plan.units), -(-B // plan.sequences), len(rows.reverse)
+    grid = -(-H // plan.units), -(-B // plan.sequences), len(layout.reverse)
     device = s0.device
     counter = _barrier_counter(plan, grid, device)
     barrier = counter is not None
     kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-    reverse = tuple(rows.reverse)
+    reverse = tuple(layout.reverse)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
 
     def run(table: Tensor | None, u: int, count: int = 1) -> None:
-        arguments = table, tensors, counter, u, u + count, rows.steps, B, R, *sizes
+        arguments = table, tensors, counter, u, u + count, layout.steps, B, R, *sizes
         key = kind, table is None
         compiled, values = _compiled.get(key, (None, ()))
         if compiled is not None:
             compiled[grid](*arguments, *values)
             return
-        constants = _constants(cell, plan, rows, tensors)
+        constants = _constants(cell, plan, layout, tensors)
         made = kernel[grid](
             *arguments,
             **constants,
@@ -148,7 +149,7 @@ def launch_steps(
     with torch.cuda.device_of(s0):
         if plan.scope == "launch" and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
-            step_graph(kind, B, stream).run(run, steps, (rows.steps, R), device, tensors)
+            step_graph(kind, B, stream).run(run, steps, (layout.steps, R), device, tensors)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
             for u in range(0, steps, at_once):
