@@ -7,8 +7,9 @@ each block of a cluster a slice of H; h goes into each other's shared memory gri
 each block of a cooperative launch; h goes through the L2 cache launch  the host does, with one
 launch a step; W_hh is read at every step"""
 
+import json
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .cells import Cell
 from .types import Layout
@@ -74,6 +75,23 @@ class Plan(NamedTuple):
     fused: bool = False
     precision: str = "ieee"
     blocks: int = 1
+
+
+def plan_text(plan: Plan) -> str:
+    """By the names of its fields, for what keeps text alone. (Dynamo compiles this.)"""
+    return " ".join([f"{name}={value}" for name, value in zip(Plan._fields, plan)])
+
+
+def plan_of(text: str) -> Plan:
+    """The inverse of `plan_text`. Programs that were exported before have a list in JSON."""
+    if text.startswith("["):
+        return Plan(*json.loads(text))
+    found: dict[str, Any] = {}
+    for part in text.split():
+        name, _, value = part.partition("=")
+        kind = Plan.__annotations__[name]
+        found[name] = value == "True" if kind is bool else kind(value)
+    return Plan(**found)
 
 
 def window(layout: Layout, width: int, share: int = 1) -> int:

@@ -1,7 +1,6 @@
 """The layer as operators of torch.library, for what PyTorch records (compile, export, dispatch
 modes): it does not look into them. Forward-mode AD must not come here: it would silently give 0."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import flops, layer_call
 from .composite import aliases, composite, differentiate
 from .kernels import cells
-from .kernels.plan import Plan
+from .kernels.plan import plan_of
 from .kernels.states import join_states
 from .kernels.types import Gradients, OutputGrads, Outputs, Weights
 from .layer_call import LayerCall
@@ -20,8 +19,8 @@ from .transforms import needs_composite, traced, under_dispatch_mode, without_au
 
 
 def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> LayerCall:
-    """From what the custom operators take, names and JSON."""
-    chosen = Plan(*json.loads(plan)) if plan else None
+    """From what the custom operators take, names and text."""
+    chosen = plan_of(plan) if plan else None
     return LayerCall(getattr(cells, cell), chosen, tensors[0], tensors[2], tensors[6:9], reverse)
 
 

@@ -158,9 +158,10 @@ def _plan(
 
 def computing_dtype(x: Tensor, plan: Plan | None) -> tuple[str, torch.dtype, str]:
     """What serves a call, as of `served`; in which dtype; and why."""
-    dtype = transforms.autocast_dtype(x.device.type)
-    if dtype is not None:
-        return "", dtype, "autocast"
+    if transforms.any_autocast():
+        dtype = transforms.autocast_dtype(x.device.type)
+        if dtype is not None:
+            return "", dtype, "autocast"
     return ("", x.dtype, "") if plan else served(x.device, x.dtype)
 
 
@@ -181,9 +182,11 @@ def torch_operator(
 
     `whole_sequences`: none is padded, packed or reset, of the states only the last are asked for,
     and nothing is to be computed once more in backward."""
-    if not x.is_cpu or (x.dtype is torch.float32 and native_available(cell)):
+    if plan or not whole_sequences or not x.is_cpu:
         return None
-    if plan or not whole_sequences or [*reverse] not in ([False], [False, True]):
+    if x.dtype is torch.float32 and native_available(cell):
+        return None
+    if [*reverse] not in ([False], [False, True]):
         return None
     return _OPERATORS.get(cell) if x.dtype in (torch.float32, torch.float64) else None
 

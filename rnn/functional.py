@@ -5,7 +5,6 @@ sees of it.
 there is no kernel for the device or dtype: the composite. While compiling, exporting, tracing or
 under a dispatch mode: custom operators, or ONNX's nodes. Else: an autograd.Function."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from .composite import composite, first_states
 from .custom_ops import forward_op, part_views
 from .kernels import cells
 from .kernels.cells import Cell
-from .kernels.plan import Plan
+from .kernels.plan import Plan, plan_text
 from .kernels.states import join_states, join_weights, part_states
 from .kernels.types import Save
 from .layer_call import LayerCall
@@ -222,7 +221,7 @@ def _record(
         flops.register()
     y, others, ends, _ = forward_op(
         cell.name,
-        json.dumps(plan) if plan else "",
+        plan_text(plan) if plan else "",
         [*map(int, reverse)],
         _kept(train, keep, recompute),
         *given,

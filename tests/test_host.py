@@ -28,6 +28,7 @@ from rnn.kernels import cells
 from rnn.kernels import cpu as host
 from rnn.kernels import gpu as device
 from rnn.kernels.plan import Plan
+from rnn.kernels.types import Outputs, Weights
 
 ROOT = Path(__file__).parent.parent
 BLOCK = Plan("triton", "block", 16, 8, 16, 1, False, "tf32x3")
@@ -55,11 +56,9 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         saved = torch.zeros(A, T * B, H) if A else None
         return torch.zeros(T * B, H), states, torch.zeros(S, B, H), saved
 
-    def forward(
-        cell: Any, plan: Any, rows: Any, x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Tensor, *_: Any
-    ) -> Any:
-        nn.functional.linear(x, w_ih, b_ih)
-        return ready.pop()
+    def forward(cell: Any, plan: Any, layout: Any, x: Tensor, weights: Weights, *_: Any) -> Any:
+        nn.functional.linear(x, weights.w_ih, weights.b_ih)
+        return Outputs(*ready.pop())
 
     monkeypatch.undo()  # no poison, which takes time
     monkeypatch.setattr(device, "forward", forward)

@@ -1,12 +1,13 @@
 """Plans are pure data from a pure function."""
 
 import itertools
+import json
 
 import pytest
 
 from rnn.kernels import cells
 from rnn.kernels.cells import Cell
-from rnn.kernels.plan import Gpu, Plan, make_plan
+from rnn.kernels.plan import Gpu, Plan, make_plan, plan_of, plan_text
 
 CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
 H200 = Gpu(90, 132, 232448)
@@ -86,3 +87,10 @@ def test_host(cell: Cell) -> None:
     assert make_plan(cell, (64, 512, 512, 1), "float32", None, native=True) == Plan("native")
     assert make_plan(cell, (16, 32, 32, 1), "float64", None, native=True).backend == "numpy"
     assert make_plan(cell, (16, 32, 32, 1), "float32", H200, native=True).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan("native"), Plan("triton", "block", 16, 8, 16, 1, True, "tf32x3"), Plan("numpy")]
+)
+def test_text(plan: Plan) -> None:
+    assert plan_of(plan_text(plan)) == plan_of(json.dumps(plan)) == plan
