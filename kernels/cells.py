@@ -7,9 +7,7 @@ backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
 All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh;
 s: S states, of which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what
 flows back through W_hh: the recurrence adds that. A cell in which x and r meet only as x + r
-returns one and the same object as dx and dr. A factor of ds in parentheses depends on nothing that
-the adjoint of another step gives: array operations do it for all at once. (Functions that Triton
-reads have no annotations.)"""
+returns one and the same object as dx and dr. (Functions that Triton reads have no annotations.)"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """A cell's functions as a list of operations, from which a backend makes its own program."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .cells import Cell, bind
@@ -42,21 +42,16 @@ class Value:
         return self * -1
 
 
-def trace(
-    function: Callable[..., Any], inputs: Sequence[Sequence[str]], known: Container[str]
-) -> tuple[list[Line], Any]:
-    """The operations of `function` on inputs of these names, in groups ("": the constant 0), and
-    its results: values or numbers, in groups. Results are named t0, t1... A sigmoid that is not
-    `known` is made of tanh."""
+def trace(function: Callable[..., Any], inputs: Sequence[Sequence[str]]) -> tuple[list[Line], Any]:
+    """The operations of `function` on inputs of these names, in groups, and its results: values or
+    numbers, in groups. Results are named t0, t1..."""
     lines: list[Line] = []
     calls: Any = {
         name: lambda v, *rest, name=name: v.do(name, v, *rest)
         for name in ("tanh", "sigmoid", "relu", "relu_grad")
     }
-    if "sigmoid" not in known:
-        calls["sigmoid"] = lambda v: calls["tanh"](v * 0.5) * 0.5 + 0.5
     results = bind(function, zeros_like=lambda v: 0, **calls)(
-        *(tuple(Value(lines, name) if name else 0 for name in group) for group in inputs)
+        *(tuple(Value(lines, name) for name in group) for group in inputs)
     )
     return lines, results
 
@@ -80,9 +75,8 @@ def statements(cell: Cell, adjoint: bool) -> str:
         d=cell.states,
         p=cell.states,
     )
-    lines, values = trace(
-        function, [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups], ("sigmoid",)
-    )
+    inputs = [[f"{group}[{k}]" for k in range(sizes[group])] for group in groups]
+    lines, values = trace(function, inputs)
     text = []
 
     def word(value: Any) -> str:
