@@ -74,7 +74,6 @@ def backward(
     w_ih, w_hh, _, _ = weights
     y, states, _, saved = outputs
     dy, dstates, dlast = grads
-    N = len(layout.reverse)
     padded = layout.lengths is not None and layout.offsets is None
     new = y.new_zeros if padded else y.new_empty
     dr = new(len(y), len(w_hh))
@@ -113,16 +112,7 @@ def backward(
     if needs.w_ih:
         found[1] = torch.mm(dx.T, x)
     if needs.w_hh:
-        drs = dr.chunk(N, 1)
-        if h_prev is not None:
-            products = [torch.mm(d.T, h) for d, h in zip(drs, h_prev.chunk(N, 1))]
-        else:
-            firsts = s0[:: cell.states]
-            products = [
-                _shifted_product(d, h, first, bool(back))
-                for d, h, first, back in zip(drs, y.chunk(N, 1), firsts, layout.reverse)
-            ]
-        found[2] = products[0] if N == 1 else torch.cat(products)
+        found[2] = _w_hh_gradient(layout, dr, y, s0[:: cell.states], h_prev)
     if needs.b_ih:
         found[3] = dx.sum(0)
     if needs.b_hh:
@@ -130,6 +120,23 @@ def backward(
         shared = None if cell.split else found[3]
         found[4] = dr.sum(0) if shared is None else shared.clone()
     return Gradients._make([*found, ds.to(y.dtype) if needs.s0 else None])
+
+
+def _w_hh_gradient(
+    layout: Layout, dr: Tensor, y: Tensor, firsts: Tensor, h_prev: Tensor | None
+) -> Tensor:
+    """[N*G*H, H], from the h that came into each step, which is that of y one step before where
+    `h_prev` was not written."""
+    N = len(layout.reverse)
+    drs = dr.chunk(N, 1)
+    if h_prev is not None:
+        products = [torch.mm(d.T, h) for d, h in zip(drs, h_prev.chunk(N, 1))]
+    else:
+        products = [
+            _shifted_product(d, h, first, bool(back))
+            for d, h, first, back in zip(drs, y.chunk(N, 1), firsts, layout.reverse)
+        ]
+    return products[0] if N == 1 else torch.cat(products)
 
 
 def _shifted_product(d: Tensor, h: Tensor, first: Tensor, reverse: bool) -> Tensor:
