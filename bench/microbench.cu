@@ -1,7 +1,8 @@
 // What a step costs before it computes anything: barriers, exchanges between blocks, the rate of the matrix units.
 // Each kernel does `steps` of one of them and writes the cycles that each block took, or -1 if a wait was given up:
-// no kernel here can hang. What stands before this text: kernels/gpu/cuda/ptx.cuh, whose words for the GPU's instructions are
-// those of the recurrence itself, and its BLOCKS, the number in a cluster, for each of which it is compiled once.
+// no kernel here can hang. What stands before this text: kernels/gpu/cuda/ptx.cuh, so that the
+// instructions are those of the recurrence itself, and its BLOCKS, the number in a cluster, for each
+// of which it is compiled once.
 #define KERNEL extern "C" __global__ void __launch_bounds__(512)
 constexpr i64 PATIENCE = 400000000;  // cycles, about 0.2 s
 

@@ -24,6 +24,13 @@ def part_states(joined: Tensor, S: int) -> list[Tensor]:
     return [joined[k::S].clone(memory_format=torch.contiguous_format) for k in range(S)]
 
 
+def part_views(s0: Tensor | None, S: int) -> list[Tensor] | None:
+    """Joined states as S views."""
+    if s0 is None or S == 1:
+        return None if s0 is None else [s0]
+    return [s0[k::S] for k in range(S)]
+
+
 def join_weights(weights: Sequence[Any]) -> Weights:
     if len(weights) == 4:
         return Weights(*weights)

@@ -162,6 +162,15 @@ def own_gradient(t: Tensor) -> Tensor:
     return found
 
 
+def trains(tensors: Sequence[Any]) -> bool:
+    """Whether gradients of any of them may be asked for."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def to_dense(grad: Any) -> Any:
     """A gradient that comes in, which may be sparse, with all its numbers."""
     return grad if grad is None or grad.layout is torch.strided else grad.to_dense()

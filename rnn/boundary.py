@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Tensors that are what they seem to be: no subclass, no wrapper of a transform.
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
     """Tensors that a kernel can read by address: contiguous, in memory that is there, with no bit
@@ -43,7 +46,7 @@ def alive(tensors: Sequence[Any]) -> None:
     """Raises RuntimeError where a storage was freed or is too small for its tensor: torch's
     operations that read several tensors do not all look."""
     for t in tensors:
-        if t is not None and type(t) in (Tensor, torch.nn.Parameter):
+        if t is not None and type(t) in PLAIN:
             _check_memory(t)
 
 

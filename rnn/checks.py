@@ -155,8 +155,9 @@ def check_layer(
     elif per and not (per * H == w_hh.shape[0] and weights[0].shape[:1] == w_hh.shape[:1]):
         rows = [w.shape[0] for w in weights if w is not None and w.dim()]
         H = max(rows, key=rows.count) // per  # what most of them say
+    dtype = x.dtype
     strided = x.layout is torch.strided
-    floats = (x.dtype,) if (strided and x.dtype.is_floating_point) or x.dtype.is_complex else ()
+    floats = (dtype,) if (strided and dtype.is_floating_point) or dtype.is_complex else ()
     B: Any = None
     if batch_sizes is None:
         T, B, I = (size[1], size[0], size[2]) if batch_first else size
@@ -169,16 +170,17 @@ def check_layer(
         expect("input", x, size, floats, device)
     GH = per * H
     shapes = (GH, I), (GH, H), (GH,), (GH,)
-    for k, weight in enumerate(weights):
+    parts = len(weights) // 4
+    for weight, shape, name in zip(weights, parts * shapes, parts * NAMES):
         if weight is None or (
-            weight.shape == shapes[k % 4]
-            and weight.dtype is x.dtype
+            weight.dtype is dtype
+            and weight.shape == shape
             and weight.device == device
             and weight.layout is torch.strided
             and floats
         ):
             continue
-        expect(NAMES[k % 4], weight, shapes[k % 4], floats, device)
+        expect(name, weight, shape, floats, device)
     if states is not None:
         for k, state in enumerate(states):
             expect(

@@ -1,7 +1,7 @@
 """The recurrence in differentiable torch operations: slow, and right wherever torch is (transforms,
 forward-mode AD, other devices and dtypes, gradients of gradients)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def composite(
     cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int], keep: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `ops.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets. But
-    for batch_sizes all may have a leading dimension: so many recurrences side by side, each with
-    weights of its own."""
+    """As `functional.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets.
+    But for batch_sizes all may have a leading dimension: so many recurrences side by side, each
+    with weights of its own."""
     (x, w_ih, w_hh, b_ih, b_hh, s0) = given
     (lengths, batch_sizes, resets) = masks
     N = len(reverse)
@@ -103,11 +103,12 @@ def composite_layer(
     reverse: Sequence[int],
     keep: int,
     batch_first: bool,
+    operator: Callable[..., tuple[Tensor, Tensor | None, Tensor]] = composite,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """As `run_layer`, in differentiable torch operations."""
+    """As `functional.run_layer`, by an operator like `composite`, which takes joined tensors."""
     rows = x.transpose(0, 1) if batch_first else x
     s0 = first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
-    y, others, last = composite(cell, (rows, *join_weights(weights), s0), masks, reverse, keep)
+    y, others, last = operator(cell, (rows, *join_weights(weights), s0), masks, reverse, keep)
     return y.transpose(0, 1) if batch_first else y, others, part_states(last, cell.states)
 
 

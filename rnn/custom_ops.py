@@ -12,7 +12,7 @@ from . import flops, layer_call
 from .composite import aliases, composite, differentiate
 from .kernels import cells
 from .kernels.plan import plan_of
-from .kernels.states import join_states
+from .kernels.states import join_states, part_views
 from .kernels.types import Gradients, OutputGrads, Outputs, Weights
 from .layer_call import LayerCall
 from .transforms import needs_composite, traced, under_dispatch_mode, without_autocast
@@ -22,13 +22,6 @@ def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[
     """From what the custom operators take, names and text."""
     chosen = plan_of(plan) if plan else None
     return LayerCall(getattr(cells, cell), chosen, tensors[0], tensors[2], tensors[6:9], reverse)
-
-
-def part_views(s0: Tensor | None, S: int) -> list[Tensor] | None:
-    """Joined states as S views."""
-    if s0 is None or S == 1:
-        return None if s0 is None else [s0]
-    return [s0[k::S] for k in range(S)]
 
 
 def _joined_backward(

@@ -20,7 +20,7 @@ from .kernels.plan import Gpu, Plan, make_plan
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}
 _MODULES = {"host": "cpu", "device": "gpu", "native": "cpu.native"}
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
-_OPERATORS: dict[Cell, Any] = {
+OPERATORS: dict[Cell, Any] = {
     cells.rnn_tanh: torch.rnn_tanh,
     cells.rnn_relu: torch.rnn_relu,
     cells.lstm: torch.lstm,
@@ -188,7 +188,7 @@ def torch_operator(
         return None
     if [*reverse] not in ([False], [False, True]):
         return None
-    return _OPERATORS.get(cell) if x.dtype in (torch.float32, torch.float64) else None
+    return OPERATORS.get(cell) if x.dtype in (torch.float32, torch.float64) else None
 
 
 def decide(

@@ -5,7 +5,8 @@ sees of it.
 there is no kernel for the device or dtype: the composite. While compiling, exporting, tracing or
 under a dispatch mode: custom operators, or ONNX's nodes. Else: an autograd.Function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import dispatch, flops, layer_call, onnx_export
-from .autograd import apply
+from .autograd import apply, trains
 from .boundary import alive
 from .checks import NAMES, as_tensor, check_layer, check_operator, refuse_nested
-from .composite import composite, first_states
-from .custom_ops import forward_op, part_views
+from .composite import composite, composite_layer
+from .custom_ops import forward_op
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan, plan_text
-from .kernels.states import join_states, join_weights, part_states
+from .kernels.states import join_states, join_weights, part_views
 from .kernels.types import Save
 from .layer_call import LayerCall
 from .torch_operators import by_torch
@@ -133,22 +134,20 @@ def run_layer(  # noqa: PLR0913  as recurrence
     recorded = traced(x, weights[1])
     kernels = plan is not None or bool(serves)
     if transform or recorded or not kernels:
-        rows = x.transpose(0, 1) if batch_first else x
-        s0 = first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
-        joined = rows, *join_weights(weights), s0
+        operator: Callable[..., Any] = composite
         if is_vmap(transform):
-            y, others, ends = _vmap(cell, joined, masks, reverse, keep, plan, recompute)
+            operator = partial(_vmap, plan=plan, recompute=recompute)
         elif recorded and not transform:
-            y, others, ends = _record(cell, joined, masks, reverse, keep, plan, recompute, kernels)
-        else:
-            y, others, ends = composite(cell, joined, masks, reverse, keep)
-        return y.transpose(0, 1) if batch_first else y, others, part_states(ends, cell.states)
+            operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
+        return composite_layer(
+            cell, x, weights, states, masks, reverse, keep, batch_first, operator
+        )
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
-    operator = dispatch.torch_operator(cell, x, reverse, plan, whole_sequences)
-    if operator is not None:
-        return by_torch(operator, cell, x, weights, states, reverse, batch_first)
+    of_torch = dispatch.torch_operator(cell, x, reverse, plan, whole_sequences)
+    if of_torch is not None:
+        return by_torch(of_torch, cell, x, weights, states, reverse, batch_first)
     call = LayerCall(cell, plan, x, weights[1], masks, reverse, batch_first)
-    if _train((x, *weights, *(states or ()))):
+    if trains((x, *weights, *(states or ()))):
         save = _kept(True, keep, recompute)
         y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))
         return y, others if keep else None, last
@@ -216,7 +215,7 @@ def _record(
         return onnx_export.recurrence(cell.name, given, masks[0], reverse)
     if exporting or not kernels or getattr(cells, cell.name, None) is not cell:
         return composite(cell, given, masks, reverse, keep)
-    train = _train(given) or tracing_state() is not None  # one graph, whoever traces
+    train = trains(given) or tracing_state() is not None  # one graph, whoever traces
     if under_dispatch_mode():
         flops.register()
     y, others, ends, _ = forward_op(
@@ -249,14 +248,6 @@ def _vmap(
     )
     y, others, ends = found
     return y, others, ends
-
-
-def _train(tensors: Sequence[Any]) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def _kept(train: bool, keep: int, recompute: bool) -> int:

@@ -8,14 +8,11 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import (
-    _VF,  # noqa: F401  for torch.jit.script, which reads the source of a cell's forward with the names of this file
-    Tensor,
-    fx,
-    nn,
-)
 
-from .boundary import alive
+# torch.jit.script reads the source of a cell's forward with the names of this file: _VF.
+from torch import _VF, Tensor, fx, nn  # noqa: F401
+
+from .boundary import PLAIN, alive
 from .transforms import tracing_state
 
 # Taken now: `convert.patch` puts ours in torch.nn under these names.
@@ -27,9 +24,6 @@ TORCH: dict[str, Any] = {
     "LSTMCell": nn.LSTMCell,
     "GRUCell": nn.GRUCell,
 }
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def torch_class(layer: nn.Module) -> Any:
@@ -72,7 +66,7 @@ def _check_cell(cell: nn.Module, input: Any, hx: Any) -> None:
             raise TypeError(f"Expected {name} to be a Tensor, got {type(value).__name__}")
     if not torch.compiler.is_compiling():
         for t in (input, *states, *cell._parameters.values()):
-            if type(t) in _PLAIN and t.layout is torch.strided and not t.data_ptr():
+            if type(t) in PLAIN and t.layout is torch.strided and not t.data_ptr():
                 alive((t,))
 
 

@@ -90,8 +90,7 @@ class LayerCall:
         self.on_host = self.plan.backend not in _AROUND
         self.index: Tensor | None = None
         self.order: Tensor | None = None
-        self.padded = lengths is not None and self.plan.scope != "host"
-        if lengths is not None and not self.padded:
+        if lengths is not None and self.plan.scope == "host":
             batch_sizes, resets = self._leave_out_padding(lengths, resets, (T, B), x.device)
         if batch_sizes is None:
             ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
@@ -136,15 +135,13 @@ class LayerCall:
 
     def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Any:
         """The states before the first step, which are `ready`, as the backend takes them."""
-        states = (
-            None if not states else states if self.order is None else [self.sort(s) for s in states]
-        )
-        if self.on_host:
-            return states
         N = len(self.reverse)
-        if states is None:
+        if not states:
+            if self.on_host:
+                return None
             return like.new_zeros((N * self.cell.states, self.layout.sequences, like.shape[1]))
-        return join_states(states, N)
+        sorted_states = [self.sort(s) for s in states]
+        return sorted_states if self.on_host else join_states(sorted_states, N)
 
     def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
         """The gradients of the last states, likewise; None if there are none."""

@@ -363,26 +363,25 @@ class GRU(_Stack):
         super().__init__("GRU", *args, **kwargs)
 
 
+class _Cell(nn.Module):
+    """What all cells have beside torch.nn's."""
+
+    qconfig = interop.qconfig
+    __jit_unused_properties__: ClassVar = ["qconfig"]
+    __prepare_scriptable__ = _prepare_scriptable
+
+
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.
-class RNNCell(nn.RNNCell):
+class RNNCell(_Cell, nn.RNNCell):
     __doc__ = nn.RNNCell.__doc__
-    qconfig = interop.qconfig
-    __jit_unused_properties__: ClassVar = ["qconfig"]
     forward = interop.leaf(nn.RNNCell.forward)
-    __prepare_scriptable__ = _prepare_scriptable
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(_Cell, nn.LSTMCell):
     __doc__ = nn.LSTMCell.__doc__
-    qconfig = interop.qconfig
-    __jit_unused_properties__: ClassVar = ["qconfig"]
     forward = interop.leaf(nn.LSTMCell.forward)
-    __prepare_scriptable__ = _prepare_scriptable
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(_Cell, nn.GRUCell):
     __doc__ = nn.GRUCell.__doc__
-    qconfig = interop.qconfig
-    __jit_unused_properties__: ClassVar = ["qconfig"]
     forward = interop.leaf(nn.GRUCell.forward)
-    __prepare_scriptable__ = _prepare_scriptable

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.overrides import has_torch_function_unary
 
 from . import dispatch
 from .autograd import check_versions, to_dense, versions
-from .boundary import ready
+from .boundary import PLAIN, ready
 from .composite import aliases, composite, differentiate
 from .kernels.cells import Cell
 from .kernels.cpu import native
@@ -25,8 +24,6 @@ from .kernels.cpu.workspace import scratch
 from .kernels.plan import STEP_PRODUCT
 from .transforms import active_transform, any_autocast, needs_composite, traced, without_autocast
 
-_TORCHS: Any = torch._VF
-_PLAIN = {Tensor, Parameter}
 _FLOAT32 = torch.empty(0, dtype=torch.float32, device="cpu")
 # What the C++ is told: B, I, H, L, how many parameters a layer has, and threads.
 Sizes = tuple[int, int, int, int, int, int]
@@ -94,7 +91,7 @@ def _pointers(
     train = False
     for t, size in zip(given, shapes):
         # A parametrized weight is None.
-        if type(t) not in _PLAIN or t.dtype is not dtype or t.size() != size:
+        if type(t) not in PLAIN or t.dtype is not dtype or t.size() != size:
             return None
         if t.is_neg() or not t.is_cpu:
             return None
@@ -149,7 +146,7 @@ def single_step(
     if dtype is not torch.float32 or not dispatch.native_available(cell):
         if dtype is not torch.float32 and dtype is not torch.float64:
             return None
-        operator = getattr(_TORCHS, cell.name)
+        operator = dispatch.OPERATORS[cell]
         first = states if count > 1 else states[0]
         y, *last = operator(
             x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import to_dense
+from .autograd import to_dense, trains
 from .boundary import ready
 from .composite import aliases, composite_layer, differentiate
 from .kernels.cells import Cell, lstm
@@ -69,8 +69,7 @@ def by_torch(
         return y, *last
 
     given = x, *weights, *(states or ())
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    if cell is lstm and x.dtype == torch.float32 and train:
+    if cell is lstm and x.dtype == torch.float32 and trains(given):
         y, *last = _TorchLSTM.apply(run, composite, *given)
     else:
         y, *last = run(*given)

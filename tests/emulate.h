@@ -1,5 +1,6 @@
 // The counterpart of kernels/gpu/cuda/ptx.cuh for the CPU: g++ compiles a kernel after fibers.h and
-// this. Wrong indices, missing barriers and missing waits show; effects of a weaker memory model do not.
+// this. Wrong indices, missing barriers and missing waits show; effects of a weaker memory model
+// do not.
 #define __global__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)

@@ -255,3 +255,12 @@ def test_refused_before_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         layer(new(5, 3, 4), lengths=torch.tensor([1, 6, 2]))
     with pytest.raises(RuntimeError, match="hidden tensors are not at the same device"):
         layer(new(5, 3, 4), new(2, 3, 8, device="meta"))
+
+
+def test_pickled_before() -> None:
+    """The classes had another module then."""
+    layer = rnn.LSTM(4, 8)
+    text = pickle.dumps(layer, 2).replace(b"crnn.modules\n", b"crnn.layers\n")
+    assert b"rnn.layers" in text
+    x = new(5, 3, 4)
+    torch.testing.assert_close(pickle.loads(text)(x), layer(x), rtol=0, atol=0)
