@@ -64,7 +64,8 @@ class Plan(NamedTuple):
     units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or
     "tf32x3", which is as good as float32. In Triton products are over `depth` units at a time, and
     `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a
-    sequence."""
+    sequence. The batch is done in slices of `slice_tiles` tiles, one after another; 0 is all at
+    once."""
 
     backend: str
     scope: str = "host"
@@ -75,6 +76,21 @@ class Plan(NamedTuple):
     fused: bool = False
     precision: str = "ieee"
     blocks: int = 1
+    slice_tiles: int = 0
+
+
+class Slice(NamedTuple):
+    """Tiles of sequences that one launch takes through time: so many, from this one on."""
+
+    first: int
+    tiles: int
+
+
+def slices(plan: Plan, B: int) -> list[Slice]:
+    """Of a batch of B sequences, one after another."""
+    tiles = -(-B // plan.sequences)
+    size = plan.slice_tiles or max(1, tiles)
+    return [Slice(first, min(size, tiles - first)) for first in range(0, tiles, size)]
 
 
 def plan_text(plan: Plan) -> str:

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import re
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 import test_gpu
 import torch
-from cases import check_recurrence
+from cases import check_recurrence, evaluate, operands
 from emulator import COMPILER, library, loader
 
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
+from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes, slices
 
 real_load = cuda.load  # before tests put the emulator in its place
 needs_compiler = pytest.mark.skipif(
@@ -75,6 +76,69 @@ def test_runs(run: tuple[Any, ...]) -> None:
     cell, scope, H, dtype, blocks, splits, sequences, form, resets = run
     plan = plan_for(scope, H, dtype, blocks, splits, sequences)
     check_recurrence(cell, plan, (3, 11, 3, H), (False, True), form, resets, dtype=dtype)
+
+
+# As RUNS, of batches in several launches: of a tile or two each, with a smaller one at the end.
+SLICED: list[tuple[Any, ...]] = [
+    ("gru", "block", 21, SINGLE, 1, 2, 16, "packed", True),
+    ("lstm", "cluster", 61, HALF, 2, 2, 8, "lengths", True),
+    ("rnn_tanh", "grid", 61, BRAIN, 4, 4, 8, "padded", False),
+    ("lstm", "grid", 30, SINGLE, 2, 1, 16, "lengths", True),
+    ("gru", "grid", 40, HALF, 3, 8, 8, "packed", True),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("run", SLICED, ids=name_of)
+def test_slices_of_the_batch(run: tuple[Any, ...], tiles: int) -> None:
+    """Values and gradients; and not a bit differs from those of the batch at once."""
+    cell, scope, H, dtype, blocks, splits, sequences, form, resets = run
+    whole = plan_for(scope, H, dtype, blocks, splits, sequences)
+    sliced = whole._replace(slice_tiles=tiles)
+    sizes = (3, 2 * sequences + 5, 3, H)
+    both_ways = (False, True)
+    check_recurrence(cell, sliced, sizes, both_ways, form, resets, dtype=dtype)
+    o = operands(cell, sizes, both_ways, form, resets, dtype=dtype)
+    torch.testing.assert_close(evaluate(o, sliced), evaluate(o, whole), rtol=0, atol=0)
+
+
+SLICE_FAULTS = {
+    "a slice that starts a sequence late": (
+        "b0((first + blockIdx.y) * NB),",
+        "b0((first + blockIdx.y) * NB + (first > 0)),",
+    ),
+    "every slice the first": ("b0((first + blockIdx.y) * NB),", "b0((i64)blockIdx.y * NB),"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", SLICE_FAULTS)
+def test_faults_in_slices_are_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(cuda, "load", loader(folder, SLICE_FAULTS[fault]))
+    plan = plan_for("grid", 32, BRAIN, 2, 2)._replace(slice_tiles=1)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (3, 19, 2, 32), dtype=BRAIN)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda plan, B: slices(plan, B)[:-1],
+        lambda plan, B: [part._replace(tiles=1) for part in slices(plan, B)],
+    ],
+    ids=["one forgotten", "the second tile forgotten"],
+)
+def test_slices_that_are_forgotten_are_found(
+    wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "slices", wrong)
+    plan = plan_for("grid", 32, BRAIN, 2, 2)._replace(slice_tiles=2)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (3, 19, 2, 32), dtype=BRAIN)
 
 
 @needs_compiler

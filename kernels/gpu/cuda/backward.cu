@@ -4,10 +4,10 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
     const T* dstates, float* ds, T* dx, T* dr, T* h_prev,
     const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
-    i64 steps, i64 B, i64 R, i64 H, i64 reverses) {
+    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first) {
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
-                steps, B, R, H, reverses);
+                steps, B, R, H, reverses, first);
   float outgoing[VECTORS][P][2];
   float sums[ROWS][P][2];
   state += worker.s0;

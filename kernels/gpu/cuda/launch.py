@@ -16,7 +16,7 @@ from torch import Tensor
 from ...build_cache import build_once
 from ...cells import Cell
 from ...codegen import statements
-from ...plan import Plan, shared_bytes
+from ...plan import Plan, shared_bytes, slices
 from ...types import Layout
 from ..tensors import BackwardTensors, ForwardTensors
 
@@ -184,22 +184,29 @@ def launch(
     """Run the forward or the backward kernel over all steps."""
     _, B, H = s0.shape
     adjoint = isinstance(tensors, BackwardTensors)
-    grid = plan.blocks, -(-B // plan.sequences), len(layout.reverse)
+    N = len(layout.reverse)
+    parts = slices(plan, B)
     flags = None
-    if plan.scope == "grid":
+    flag_bytes = 0
+    if plan.scope == "grid" and parts:
         vectors = cell.gates if adjoint else 1
-        count = prod(grid) * plan.units * plan.sequences * vectors
-        # two buffers of 32-bit words, each with the number of its step
-        words = count * s0.element_size() // 4
-        flags = s0.new_zeros(2 * words, dtype=torch.int64)
+        count = plan.blocks * parts[0].tiles * N * plan.units * plan.sequences * vectors
+        # two buffers of 32-bit words, each with the number of its step, for each slice
+        words = 2 * (count * s0.element_size() // 4)
+        flags = s0.new_zeros(len(parts) * words, dtype=torch.int64)
+        flag_bytes = 8 * words
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     masks = lengths, layout.offsets, layout.resets
     numbers_at = [_address(t) for t in _numbers(tensors)]
     pair_bytes = 2 * s0.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)
-    if B and H:
-        masked = any(t is not None for t in masks)
-        kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
-        addresses = *numbers_at, *map(_address, masks), _address(flags)
-        kernel(grid, (*addresses, layout.steps, B, R, H, layout.reverses))
+    if not B or not H:
+        return
+    masked = any(t is not None for t in masks)
+    kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
+    addresses = *numbers_at, *map(_address, masks)
+    sizes = layout.steps, B, R, H, layout.reverses
+    for k, part in enumerate(parts):
+        flags_at = _address(flags) + k * flag_bytes
+        kernel((plan.blocks, part.tiles, N), (*addresses, flags_at, *sizes, part.first))

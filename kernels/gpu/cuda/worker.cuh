@@ -109,7 +109,7 @@ struct Worker {
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
-  // first sequence; pitches of [A, R, N, H] and [N, S, B, H]; where the block begins in each
+  // first sequence (the launch begins with the batch's tile `first`); pitches of [A, R, N, H] and [N, S, B, H]; where the block begins in each
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
@@ -118,7 +118,8 @@ struct Worker {
   int end[P];
 
   DEVICE Worker(Shared& shared, const T* w_hh, const i64* lengths, const i64* offsets,
-                const bool* resets, u64* flags, i64 steps, i64 B, i64 R, i64 H, i64 reverses)
+                const bool* resets, u64* flags, i64 steps, i64 B, i64 R, i64 H, i64 reverses,
+                i64 first)
       : shared(shared),
         flags(flags +
               (i64)(blockIdx.z * gridDim.y + blockIdx.y) * 2 * (WORDS / 8) * NT * 64),
@@ -136,7 +137,7 @@ struct Worker {
         unit(rank * U + wm * 16 + lane / 4 * 2),
         x_row(gridDim.z * GATES * H),
         y_row(gridDim.z * H),
-        b0((i64)blockIdx.y * NB),
+        b0((first + blockIdx.y) * NB),
         plane(R * y_row),
         layer(B * H),
         x0(b0 * x_row + n * GATES * H),
