@@ -153,6 +153,23 @@ def test_cells(cell: str, form: str, resets: bool, scope: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cell", "form", "resets", "scope"),
+    by_turns([(cell, *form) for cell, form in zip(("rnn_tanh", "lstm", "gru", "lstm"), FORMS)], 3),
+)
+def test_slices_of_the_batch(cell: str, form: str, resets: bool, scope: str) -> None:
+    """Of one tile each, the last not full: values and gradients, and not by a bit others than those
+    of the batch at once."""
+    whole = plan_for(scope, 18)._replace(slice_tiles=0)
+    sliced = whole._replace(slice_tiles=1)
+    sizes = (3, 2 * whole.sequences + 3, 3, 18)
+    check_recurrence(cell, sliced, sizes, (False, True), form, resets, device=DEVICE)
+    o = operands(cell, sizes, form=form, resets=resets)
+    torch.testing.assert_close(
+        evaluate(o, sliced, DEVICE), evaluate(o, whole, DEVICE), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
     ("cell", "dtype", "scope"), by_turns([*itertools.product(["rnn_tanh", "lstm", "gru"], HALF)])
 )
 def test_half(cell: str, dtype: torch.dtype, scope: str) -> None:

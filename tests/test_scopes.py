@@ -15,6 +15,7 @@ from rnn.kernels import gpu as device
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
+from rnn.kernels.plan import Slice
 from rnn.kernels.types import Layout, Weights
 
 pytestmark = pytest.mark.interpreted
@@ -159,6 +160,15 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), s, 0).y
     assert torch.equal(got, want)
     assert machine.plain == 5
+
+
+@pytest.mark.parametrize("wrong", [(0, 1), (2, 2), (1, 1)], ids=["first", "late", "forgotten"])
+def test_wrong_slices_are_found(wrong: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_for("grid", 18)._replace(slice_tiles=1)
+    parts = [Slice(0, 1), Slice(*wrong)]
+    monkeypatch.setattr(gpu, "slices", lambda *_: parts)
+    with pytest.raises(AssertionError):
+        check_recurrence("gru", plan, (3, 2 * plan.sequences + 1, 2, 18))
 
 
 def test_a_capture_that_failed_is_made_again(

@@ -186,12 +186,12 @@ def add_in_own_layout(products, start, N):
 
 
 @triton.jit
-def _barrier(counter, count):
-    """Wait until all programs that share sequences have arrived `count` times.
+def _barrier(counter, tile, tiles, count):
+    """Wait until all programs that share this of the batch's `tiles` have arrived `count` times.
 
     A cooperative launch keeps them resident."""
     if counter is not None:
-        counter = counter + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        counter = counter + tl.program_id(2) * tiles + tile
         target = count * tl.num_programs(0)
         tl.debug_barrier()
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
@@ -213,9 +213,9 @@ def _barrier(counter, count):
 
 
 @triton.jit
-def tile_of_program(B, H, REVERSE, N, G, S, BB, BN):
+def tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN):
     n = tl.program_id(2).to(tl.int64)
-    b0 = tl.program_id(1).to(tl.int64) * BB
+    b0 = (first + tl.program_id(1)).to(tl.int64) * BB
     i_b = tl.arange(0, BB)
     o_b = b0 + i_b
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -276,11 +276,12 @@ def load_pointer(table, k, pointer):
         return tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
 
 
-@triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
+@triton.jit(do_not_specialize=["first", "u0", "u1", "T", "B", "R"])
 def forward_kernel(
     table,
     tensors,
     counter,
+    first,
     u0,
     u1,
     T,
@@ -304,7 +305,7 @@ def forward_kernel(
     SCOPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps u0 <= u < u1 of each sequence.
+    """Steps u0 <= u < u1 of each sequence, from tile `first` of the batch on.
 
     x holds pre-activations [R, N, G, H] (XN = G), or with w_ih inputs [R, I] (XN = 1). In grid and
     launch scope slot u % 2 of `hidden` holds the h that enters step u."""
@@ -325,7 +326,7 @@ def forward_kernel(
             offsets=load_pointer(table, 11, tensors.offsets),
             resets=load_pointer(table, 12, tensors.resets),
         )
-    tile = tile_of_program(B, H, REVERSE, N, G, S, BB, BN)
+    tile = tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN)
     m_b = tile.o_b < B
     y_plane = R.to(tl.int64) * (N * H)
     h_slot = B.to(tl.int64) * (N * H)
@@ -381,17 +382,18 @@ def forward_kernel(
         _store(tensors.saved, row, y_plane, tile.o_y, a, written, A)
         _store(tensors.hidden, ((u + 1) % 2) * h_slot + h0, 0, tile.o_s, s, tile.mask, 1)
         u += 1
-        _barrier(counter, u - u0)
+        _barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
         xs = xs_next
     _store(tensors.state, tile.s0, s_plane, tile.o_s, s, tile.mask, S)
 
 
-@triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
+@triton.jit(do_not_specialize=["first", "u0", "u1", "T", "B", "R"])
 def backward_kernel(
     table,
     tensors,
     counter,
+    first,
     u0,
     u1,
     T,
@@ -411,7 +413,7 @@ def backward_kernel(
     SCOPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps u0 <= u < u1 of each sequence, in the opposite order.
+    """Steps u0 <= u < u1 of each sequence, in the opposite order, from tile `first` of the batch on.
 
     Step T only adds W_hh^T dr of the last one to ds."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 1)
@@ -432,7 +434,7 @@ def backward_kernel(
             offsets=load_pointer(table, 12, tensors.offsets),
             resets=load_pointer(table, 13, tensors.resets),
         )
-    tile = tile_of_program(B, H, REVERSE, N, G, S, BB, BN)
+    tile = tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN)
     o_y = tile.o_y
     zeros = _load(None, 0, 0, tile.o_s, tile.mask, None, G)
     y_plane = R.to(tl.int64) * (N * H)
@@ -481,7 +483,7 @@ def backward_kernel(
         _store(tensors.dr, row_x, H, tile.o_x, gr, m_run, G)
         _store(tensors.h_prev, row, 0, o_y, s_prev, m_run, 1)
         u += 1
-        _barrier(counter, u - u0)
+        _barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step
         step = step_next
     _store(tensors.ds, tile.s0, s_plane, tile.o_s, d, tile.mask, S)

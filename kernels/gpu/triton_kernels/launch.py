@@ -1,5 +1,6 @@
 """Launches of the Triton kernels: one for all steps, one a step, or a CUDA graph of steps."""
 
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ...cells import Cell
-from ...plan import Plan, power_of_2
+from ...plan import Plan, Slice, power_of_2, slices
 from ...types import Layout
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
@@ -68,15 +69,19 @@ def _constants(
     return constants
 
 
-def _barrier_counter(plan: Plan, grid: tuple[int, int, int], device: torch.device) -> Tensor | None:
-    """What the barrier inside a kernel counts in; None where programs cannot wait for each other.
+def _barrier_counter(
+    plan: Plan, grid: tuple[int, int, int], tiles: int, device: torch.device
+) -> Tensor | None:
+    """What the barrier inside a kernel counts in, for each of the batch's tiles; None where
+    programs cannot wait for each other.
 
-    They can only if all run at once: on a multiprocessor each, and not in the interpreter."""
+    They can only if all of a launch run at once: on a multiprocessor each, and not in the
+    interpreter."""
     if plan.scope != "grid" or triton.knobs.runtime.interpret:
         return None
     if prod(grid) > torch.cuda.get_device_properties(device).multi_processor_count:
         return None
-    return torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=device)
+    return torch.zeros(tiles * grid[2], dtype=torch.int32, device=device)
 
 
 def launch(
@@ -104,7 +109,8 @@ def launch_steps(
 ) -> None:
     """Run a kernel over its first `steps` steps.
 
-    That takes one launch, or one for each step where the host or a graph is the barrier."""
+    That takes one launch for each slice of the batch, or one for each step where the host or a
+    graph is the barrier."""
     _, B, H = s0.shape
     R = len(tensors.y)
     if isinstance(tensors, ForwardTensors):
@@ -118,16 +124,24 @@ def launch_steps(
         sizes = [H]
     if not B:
         steps = 0
-    grid = -(-H // plan.units), -(-B // plan.sequences), len(layout.reverse)
+    tiles = -(-B // plan.sequences)
+    whole = Slice(0, tiles)
+    parts = slices(plan, B)
+
+    def grid_of(part: Slice) -> tuple[int, int, int]:
+        return -(-H // plan.units), part.tiles, len(layout.reverse)
+
     device = s0.device
-    counter = _barrier_counter(plan, grid, device)
+    counter = _barrier_counter(plan, grid_of(parts[0] if parts else whole), tiles, device)
     barrier = counter is not None
     kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     reverse = tuple(layout.reverse)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
 
-    def run(table: Tensor | None, u: int, count: int = 1) -> None:
-        arguments = table, tensors, counter, u, u + count, layout.steps, B, R, *sizes
+    def run(table: Tensor | None, u: int, count: int = 1, part: Slice = whole) -> None:
+        grid = grid_of(part)
+        steps_of_launch = part.first, u, u + count, layout.steps
+        arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
         key = kind, table is None
         compiled, values = _compiled.get(key, (None, ()))
         if compiled is not None:
@@ -152,5 +166,5 @@ def launch_steps(
             step_graph(kind, B, stream).run(run, steps, (layout.steps, R), device, tensors)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
-            for u in range(0, steps, at_once):
-                run(None, u, at_once)
+            for part, u in product(parts, range(0, steps, at_once)):
+                run(None, u, at_once, part)
