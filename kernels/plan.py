@@ -1,18 +1,27 @@
 """Which kernel a layer runs in, chosen from its sizes alone: pure data and a pure function.
 
 The scope of a plan is that of the barrier between two time steps:
-host    the CPU does, in array operations, step by step, or in C++ block   the kernel does; one
-block owns all of H for its sequences; W_hh stays in registers or shared memory cluster likewise, of
-each block of a cluster a slice of H; h goes into each other's shared memory grid    likewise, of
-each block of a cooperative launch; h goes through the L2 cache launch  the host does, with one
-launch a step; W_hh is read at every step"""
+host     the CPU does, in array operations, step by step, or in C++
+block    the kernel does; one block owns all of H for its sequences; W_hh stays in registers or
+         shared memory
+cluster  likewise, of each block of a cluster a slice of H; h goes into each other's shared memory
+grid     likewise, of each block of a cooperative launch; h goes through the L2 cache
+launch   the host does, with one launch a step; W_hh is read at every step
+library  likewise, of a library's product and a kernel for the rest
+
+Of the plans that fit, the fastest is chosen by prediction.py."""
 
 import json
 from itertools import product
 from typing import Any, NamedTuple
 
 from .cells import Cell
+from .costs import DEFAULT_DEVICE, Costs, costs_of
+from .prediction import at_once, k_fragments, predict
 from .types import Layout
+
+Sizes = tuple[int, int, int, int]  # B, I, H, N
+CLUSTERS = (2, 4, 8, 16)  # blocks
 
 # Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time
 # loop, whatever the options: by gates (more than 4: none), then by bytes per element (8 is tf32x3,
@@ -27,10 +36,7 @@ BLOCK_UNITS = {
 FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it does
 # Of a row of W_hh, all gates: what a program of the grid holds without spilling
 GRID_ROW_BYTES = 768
-# Microseconds of a step but for its arithmetic, predicted: what blocks tell each other takes that
-# long.
-STEP_MICROSECONDS = dict(block=0.15, cluster=0.45, grid=0.9, launch=3.0)
-FLOPS_PER_MICROSECOND = dict(ieee=4e8, tf32=2e8, tf32x3=6e7)  # of a large product, likewise
+MOST_TILES = 2**16 - 1  # of a launch
 # Numbers of the pre-activations of a window of time on the CPU, what the caches hold; but not fewer
 # rows than these, for which W is read once more.
 WINDOW = 2**18
@@ -43,19 +49,38 @@ BACKENDS = dict(
     numpy=("host",),
     cupy=("host",),
     native=("host",),
-    triton=("block", "grid", "launch"),
+    triton=("block", "grid", "launch", "library"),
     cuda=("block", "cluster", "grid"),
 )
 
 
 class Gpu(NamedTuple):
     """Compute capability (90 for 9.0), number of multiprocessors, bytes of shared memory that one
-    block can have, and whether CUDA C++ can be compiled and launched (by CuPy)."""
+    block can have, and whether CUDA C++ can be compiled and launched (by CuPy). Of the clusters of
+    2, 4, 8 and 16 blocks, how many run at once, where the driver was asked; 0 where it refuses
+    them. The device's name finds its costs."""
 
     capability: int
     multiprocessors: int
     shared_memory: int
     cuda: bool = False
+    clusters: tuple[int, ...] = ()
+    device: str = DEFAULT_DEVICE
+
+    @property
+    def costs(self) -> Costs:
+        return costs_of(self.device)
+
+    def active_clusters(self, blocks: int) -> int:
+        """Clusters of so many blocks, each of which fills a multiprocessor, that run at once."""
+        if not 90 <= self.capability < 110:
+            return 0
+        if blocks not in CLUSTERS:
+            return self.multiprocessors // blocks
+        k = CLUSTERS.index(blocks)
+        if self.clusters:
+            return self.clusters[k]
+        return self.costs.clusters[k] * self.multiprocessors // self.costs.multiprocessors
 
 
 class Plan(NamedTuple):
@@ -117,13 +142,6 @@ def window(layout: Layout, width: int, share: int = 1) -> int:
     return max(1, rows // max(1, layout.sizes[0]))
 
 
-def _pieces(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
-    """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp in CUDA C++
-    multiplies with."""
-    row = plan.blocks * plan.units * size * (cell.gates if adjoint else 1)
-    return -(-row * plan.units // (1024 * plan.warps)) * 2
-
-
 def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """Shared memory of a block in CUDA C++, whose numbers have `size` bytes: struct Shared."""
     (rows, vectors) = (1, cell.gates) if adjoint else (cell.gates, 1)
@@ -131,7 +149,7 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     splits = plan.warps * 16 // plan.units
     inbox = sequences * 16
     if plan.scope != "grid":
-        inbox = 2 * sequences * 4 * (8 * splits * _pieces(cell, plan, size, adjoint) + 4)
+        inbox = 2 * sequences * 4 * (8 * splits * k_fragments(cell, plan, size, adjoint) + 4)
     outbox = (plan.units if plan.scope == "cluster" else 16) * vectors * sequences * size
     sums = (
         (plan.warps if splits > 1 else 1) * rows * sequences * (128 if plan.scope == "grid" else 64)
@@ -139,11 +157,12 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 
-def _spills_not(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
+def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     """Whether a thread in CUDA C++ has registers for its weights, sums and pairs; found by
     compiling."""
     words = max(
-        4 * cell.gates * _pieces(cell, plan, size, False), 4 * _pieces(cell, plan, size, True)
+        4 * cell.gates * k_fragments(cell, plan, size, False),
+        4 * k_fragments(cell, plan, size, True),
     )
     one_tile = plan.sequences == 8
     gated = cell.gates > 1
@@ -157,48 +176,67 @@ def _spills_not(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     return words <= (96 if gated and (wide or not one_tile) else 128) and not too_many
 
 
-def _predicted(
-    cell: Cell, plan: Plan, size: int, sizes: tuple[int, int, int, int], gpu: Gpu
-) -> float:
-    """Microseconds of a step in CUDA C++: a model whose constants nobody has measured yet."""
-    (B, _, _, N) = sizes
-    clock = 1.9e3
-    tiles = plan.sequences // 8
-    products = plan.warps * cell.gates * _pieces(cell, plan, size, False) * tiles
-    products *= 3 if plan.precision == "tf32x3" else 1
-    rest = plan.units * plan.sequences * cell.gates * 20 / 32  # instructions around them
-    waves = -(-plan.blocks * -(-B // plan.sequences) * N // gpu.multiprocessors)
-    return waves * (
-        STEP_MICROSECONDS[plan.scope] + (8 * products + rest) / (min(4, plan.warps) * clock)
-    )
+def _in_slices(plan: Plan, sizes: Sizes, gpu: Gpu) -> Plan | None:
+    """A plan whose blocks wait for each other, in slices as equal as may be, each of which runs at
+    once. None where not even a tile does."""
+    B, _, H, N = sizes
+    most = at_once(plan, gpu, H, N)
+    tiles = -(-B // plan.sequences)
+    if not most:
+        return None
+    if tiles <= most:
+        return plan
+    count = -(-tiles // most)
+    return plan._replace(slice_tiles=-(-tiles // count))
 
 
-def cuda_plans(
-    cell: Cell, sizes: tuple[int, int, int, int], size: int, precision: str, gpu: Gpu
-) -> list[Plan]:
+def cuda_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
     """The plans for CUDA C++ that fit, the fastest by prediction first."""
-    (B, _, H, N) = sizes
+    B, _, H, _ = sizes
     found = []
-    clusters = (2, 4, 8, 16) if 90 <= gpu.capability < 110 else ()
+    clusters = [blocks for blocks in CLUSTERS if gpu.active_clusters(blocks)]
     scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
         units = -(-H // (16 * blocks)) * 16
-        plan = Plan(
-            "cuda", scope, units, sequences, 0, units // 16 * splits, False, precision, blocks
-        )
-        tiles = -(-B // sequences)
+        warps = units // 16 * splits
+        plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
+        if warps > 16 or sequences > 8 * splits or not _fits_registers(cell, plan, size, gpu):
+            continue
         shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
-        waits = scope == "grid" and blocks * tiles * N > gpu.multiprocessors
-        if (
-            plan.warps <= 16
-            and sequences <= 8 * splits
-            and _spills_not(cell, plan, size, gpu)
-            and not waits
-            and shared <= gpu.shared_memory
-            and tiles < 2**16
-        ):
-            found.append(plan)
-    return sorted(found, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
+        sliced = _in_slices(plan, sizes, gpu) if scope == "grid" else plan
+        if sliced is None or shared > gpu.shared_memory:
+            continue
+        if (sliced.slice_tiles or -(-B // sequences)) <= MOST_TILES:
+            found.append(sliced)
+    return sorted(found, key=lambda plan: predict(cell, plan, size, sizes, gpu).both)
+
+
+def _triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
+    """The plans for Triton that fit; `size` is 8 for tf32x3, which splits a number in two."""
+    B, I, H, _ = sizes
+    G = cell.gates
+    units = power_of_2(H, 16)
+    found = []
+    shared, shared_fused = (
+        G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT)
+    )
+    beside = size == 2 or G == 1 or (size == 4 and G * units < 256)
+    fused = I <= FUSED_INPUT and beside and shared_fused <= gpu.shared_memory
+    in_block = units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory
+    if in_block and B <= 8 * MOST_TILES:
+        warps = min(8, units // (16 if G == 1 else 8))
+        found.append(Plan("triton", "block", units, 8, units, warps, fused, precision))
+    if G * -(-H // 64) * 64 * size <= GRID_ROW_BYTES:
+        grid = _in_slices(Plan("triton", "grid", 64, 8, 64, 4, False, precision), sizes, gpu)
+        found += [grid] if grid else []
+    narrow = size == 8 and G > 1
+    tile_units = 16 if narrow else 64 if G == 1 else 32
+    tile_sequences = min(16 if narrow else 64, power_of_2(B, 16))
+    launch = tile_units, tile_sequences, 128 // size, 8
+    found.append(Plan("triton", "launch", *launch, False, precision))
+    if B <= 16 * MOST_TILES:
+        found.append(Plan("triton", "library", 32, 16, 16, 4, False, precision))
+    return found
 
 
 def power_of_2(n: int, at_least: int) -> int:
@@ -207,7 +245,7 @@ def power_of_2(n: int, at_least: int) -> int:
 
 def make_plan(
     cell: Cell,
-    sizes: tuple[int, int, int, int],
+    sizes: Sizes,
     dtype: str,
     gpu: Gpu | None,
     tf32: bool = False,
@@ -216,51 +254,11 @@ def make_plan(
     """The plan for `sizes` (B, I, H, N) in `dtype` ("float32"...), on the CPU where there is no
     `gpu` (of capability 80 or more); `tf32` allows that precision for float32; `native` says that
     C++ can be compiled."""
-    B, I, H, N = sizes
-    G = cell.gates
-    units = power_of_2(H, 16)
     if gpu is None:
         return Plan("native" if native and dtype == "float32" else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
+    found = _triton_plans(cell, sizes, size, precision, gpu)
     if gpu.cuda:
-        best = next(iter(cuda_plans(cell, sizes, min(size, 4), precision, gpu)), None)
-        streamed = (
-            STEP_MICROSECONDS["launch"] + 2 * B * G * H * H * N / FLOPS_PER_MICROSECOND[precision]
-        )
-        if best and _predicted(cell, best, min(size, 4), sizes, gpu) < streamed:
-            return best
-    shared, shared_fused = (
-        G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT)
-    )
-    beside = size == 2 or G == 1 or (size == 4 and G * units < 256)
-    fused = I <= FUSED_INPUT and beside and shared_fused <= gpu.shared_memory
-    if (
-        units <= BLOCK_UNITS.get(G, {}).get(size, 0)
-        and shared <= gpu.shared_memory
-        and B <= 8 * (2**16 - 1)
-    ):
-        return Plan(
-            "triton",
-            "block",
-            units,
-            8,
-            units,
-            min(8, units // (16 if G == 1 else 8)),
-            fused,
-            precision,
-        )
-    blocks = -(-H // 64)
-    if G * blocks * 64 * size <= GRID_ROW_BYTES and blocks * -(-B // 8) * N <= gpu.multiprocessors:
-        return Plan("triton", "grid", 64, 8, 64, 4, False, precision)
-    tile = (64 if G == 1 else 32, 64) if size < 8 or G == 1 else (16, 16)
-    return Plan(
-        "triton",
-        "launch",
-        tile[0],
-        min(tile[1], power_of_2(B, 16)),
-        128 // size,
-        8,
-        False,
-        precision,
-    )
+        found = cuda_plans(cell, sizes, min(size, 4), precision, gpu) + found
+    return min(found, key=lambda plan: predict(cell, plan, min(size, 4), sizes, gpu).both)

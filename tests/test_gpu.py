@@ -22,7 +22,14 @@ DEVICE = "cuda" if GPU else "cpu"
 # One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without
 # a GPU these run in test_cuda.py.)
 CUDA = ["cuda block", "cuda cluster", "cuda grid"]
-SCOPES = ["block", "fused", "grid", "launch", *(CUDA if GPU and find_spec("cupy") else [])]
+SCOPES = [
+    "block",
+    "fused",
+    "grid",
+    "launch",
+    "library",
+    *(CUDA if GPU and find_spec("cupy") else []),
+]
 HALF = (torch.float16, torch.bfloat16)
 MODES = {
     "ieee": torch.float32,
@@ -54,9 +61,10 @@ def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
         return Plan(
             "triton", "block", units, 8, units, max(1, units // 16), scope == "fused", precision
         )
+    wide = scope if scope == "library" else "launch"
     return Plan(
         "triton",
-        "grid" if scope == "grid" and H <= 128 else "launch",
+        "grid" if scope == "grid" and H <= 128 else wide,
         tile,
         16,
         tile,

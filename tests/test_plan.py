@@ -7,7 +7,7 @@ import pytest
 
 from rnn.kernels import cells
 from rnn.kernels.cells import Cell
-from rnn.kernels.plan import Gpu, Plan, make_plan, plan_of, plan_text
+from rnn.kernels.plan import Gpu, Plan, make_plan, plan_of, plan_text, slices
 
 CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
 H200 = Gpu(90, 132, 232448)
@@ -22,11 +22,11 @@ SMALL = Gpu(86, 28, 101376)  # a laptop's
         (cells.rnn_tanh, (64, 256, 256, 1), "float16", False, "triton", "block", False),
         (cells.rnn_tanh, (64, 10, 128, 1), "float32", True, "triton", "block", True),
         (cells.rnn_tanh, (64, 10, 257, 1), "bfloat16", False, "triton", "grid", False),
-        (cells.rnn_tanh, (4096, 10, 257, 1), "bfloat16", False, "triton", "launch", False),
-        (cells.rnn_tanh, (64, 10, 1024, 1), "bfloat16", False, "triton", "launch", False),
+        (cells.rnn_tanh, (4096, 10, 257, 1), "bfloat16", False, "triton", "library", False),
+        (cells.rnn_tanh, (64, 10, 1024, 1), "bfloat16", False, "triton", "library", False),
         (cells.lstm, (64, 10, 64, 1), "bfloat16", False, "triton", "block", True),
         (cells.lstm, (64, 10, 128, 1), "bfloat16", False, "triton", "block", True),
-        (cells.lstm, (64, 10, 129, 1), "bfloat16", False, "triton", "launch", False),
+        (cells.lstm, (64, 10, 129, 1), "bfloat16", False, "triton", "library", False),
         (cells.gru, (64, 10, 128, 1), "bfloat16", False, "triton", "block", True),
     ],
 )
@@ -71,7 +71,9 @@ def test_plans_fit(cell: Cell, gpu: Gpu) -> None:
         assert plan.precision != "tf32" or tf32, "float32 loses digits only where it was allowed to"
         assert all(n & (n - 1) == 0 for n in (plan.units, plan.sequences, plan.depth, plan.warps))
         assert plan.depth >= 16 and plan.units >= 16
-        programs = -(-H // plan.units) * -(-B // plan.sequences) * N
+        tiles = [part.tiles for part in slices(plan, B)]
+        assert sum(tiles) == -(-B // plan.sequences)
+        programs = -(-H // plan.units) * max(tiles) * N
         if plan.scope == "block":
             assert plan.units >= H and plan.depth >= H
         if plan.scope == "grid":

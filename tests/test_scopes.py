@@ -84,8 +84,16 @@ class Machine:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
+        monkeypatch.setattr(torch, "bmm", self.multiply)
         for name in ("forward_kernel", "backward_kernel"):
             monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
+
+    def multiply(self, *operands: torch.Tensor, out: torch.Tensor, bmm: Any = torch.bmm) -> None:
+        """The library's product: a graph has it with the addresses that it was captured with."""
+        if self.capturing is None:
+            bmm(*operands, out=out)
+        else:
+            self.capturing.append(lambda: bmm(*operands, out=out))
 
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
@@ -105,10 +113,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def check(
-    T: int, cell: str = "rnn_tanh", form: str = "padded", resets: bool = False, seed: int = 2
+    T: int,
+    cell: str = "rnn_tanh",
+    form: str = "padded",
+    resets: bool = False,
+    seed: int = 2,
+    scope: str = "launch",
 ) -> None:
     reverse = (False, True) if cell == "lstm" else (True,)
-    check_recurrence(cell, plan_for("launch", 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
+    check_recurrence(cell, plan_for(scope, 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
 
 
 def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
@@ -128,6 +141,44 @@ def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
 def test_everything_a_layer_is_given(machine: Machine, cell: str, form: str, resets: bool) -> None:
     check(6, cell, form, resets)
     assert len(machine.graphs) == 2 and machine.plain == 0
+
+
+@pytest.mark.parametrize(
+    ("cell", "form", "resets"),
+    [("rnn_relu", "padded", False), ("lstm", "packed", True), ("gru", "lengths", True)],
+)
+def test_library_products_in_graphs(machine: Machine, cell: str, form: str, resets: bool) -> None:
+    """Whole blocks of steps and remainders; the graphs serve any weights."""
+    for count, T in enumerate((9, 6)):
+        check(T, cell, form, resets, seed=count, scope="library")
+    assert machine.plain == 0
+    # of each step a product and a kernel
+    assert [len(launches) for launches in machine.graphs] == [8, 8]
+
+
+def check_two_layers() -> None:
+    for seed in range(2):
+        check(9, "gru", seed=seed, scope="library")
+
+
+@pytest.mark.parametrize("left_out", ["w_hh", "hidden"])
+def test_a_library_graph_with_a_callers_tensors_is_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, left_out: str
+) -> None:
+    """The graph's products would be of what the first call had there."""
+    operands = tuple(name for name in gpu.OPERANDS if name != left_out)
+    monkeypatch.setattr(gpu, "OPERANDS", operands)
+    with pytest.raises(AssertionError):
+        check_two_layers()
+
+
+def test_a_step_without_its_product_is_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply = gpu.multiply
+    monkeypatch.setattr(gpu, "multiply", lambda tensors, u: u % 4 and multiply(tensors, u))
+    with pytest.raises(AssertionError):
+        check_two_layers()
 
 
 def test_a_stream_has_its_own(machine: Machine) -> None:

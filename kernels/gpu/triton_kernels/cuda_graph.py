@@ -19,16 +19,18 @@ PAST_ANY_END = 2**30
 
 
 class StepGraph:
-    """`launch(table, k)` launches step k of a block of STEPS_PER_GRAPH steps.
+    """`launch(table, k, tensors)` launches step k of a block of STEPS_PER_GRAPH steps.
 
     The table is [4 + tensors], int64. Entries 0 and 1 are slots for the step's number: launch k
     reads it from slot k % 2 and writes the next one to the other slot. Entries 2 and 3 are two
     sizes. The rest are pointers, 0 for None. A step past the end must do nothing.
+    A captured call of a library reads and writes `fixed` tensors, of addresses that stay.
     A StepGraph belongs to one stream; the lock is for threads that share that stream."""
 
     def __init__(self, *_kind: Any) -> None:
         self.lock = Lock()
         self.table = torch.empty(0)
+        self.fixed: dict[str, Tensor] = {}
         self.graph: Any = None
 
     def capture(self, launch: Callable[[Tensor, int], None]) -> Any:
@@ -44,26 +46,37 @@ class StepGraph:
                 graph.capture_end()
         return graph
 
+    def lasting(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made in a thread of its own: it must outlive inference mode and
+        memory pools (as torch.compile has them), which belong to the caller's thread."""
+        stream = torch.cuda.current_stream()
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(stream,)) as thread:
+            return thread.submit(make).result()
+
     def run(
         self,
-        launch: Callable[[Tensor, int], None],
+        launch: Callable[[Tensor, int, Any], None],
         steps: int,
         sizes: tuple[int, int],
         device: torch.device,
-        tensors: Sequence[Tensor | None],
+        tensors: Any,
+        fixed: Sequence[str] = (),
     ) -> None:
-        entries = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)]
-        stream = torch.cuda.current_stream()
+        """`tensors` is a NamedTuple; those named in `fixed` are copied to addresses that stay."""
         with self.lock:
+            given = {name: getattr(tensors, name) for name in fixed}
+            if self.graph is None and given:
+                self.fixed = self.lasting(
+                    lambda: {name: torch.zeros_like(t) for name, t in given.items()}
+                )
+            for name, t in given.items():
+                self.fixed[name].copy_(t)
+            tensors = tensors._replace(**self.fixed)
+            entries = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)]
             if self.graph is None:
-                # In a thread of its own: the table must outlive inference mode and memory pools (as
-                # torch.compile has them), which belong to the caller's thread.
-                with ThreadPoolExecutor(
-                    1, initializer=torch.cuda.set_stream, initargs=(stream,)
-                ) as thread:
-                    table = [PAST_ANY_END, PAST_ANY_END, *entries]
-                    self.table = thread.submit(torch.tensor, table, device=device).result()
-                self.graph = self.capture(launch)
+                table = [PAST_ANY_END, PAST_ANY_END, *entries]
+                self.table = self.lasting(lambda: torch.tensor(table, device=device))
+                self.graph = self.capture(lambda table, k: launch(table, k, tensors))
             table_now = torch.tensor([0, 0, *entries], device="cpu")
             self.table.copy_(table_now, non_blocking=True)
             for _ in range(0, steps, STEPS_PER_GRAPH):

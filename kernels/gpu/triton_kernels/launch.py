@@ -14,6 +14,7 @@ from ...types import Layout
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
+from .library import OPERANDS, multiply, precision_of_products, with_operands
 
 
 class Kind(NamedTuple):
@@ -55,7 +56,7 @@ def _constants(
         BB=plan.sequences,
         BN=plan.units,
         BK=plan.depth,
-        KT=0 if plan.scope == "launch" else depth_tiles,
+        KT=0 if plan.scope in ("launch", "library") else depth_tiles,
         SCOPE=plan.scope,
         PRECISION=plan.precision,
     )
@@ -82,6 +83,18 @@ def _barrier_counter(
     if prod(grid) > torch.cuda.get_device_properties(device).multi_processor_count:
         return None
     return torch.zeros(tiles * grid[2], dtype=torch.int32, device=device)
+
+
+def _with_exchanged(
+    cell: Cell, plan: Plan, tensors: ForwardTensors | BackwardTensors, s0: Tensor
+) -> ForwardTensors | BackwardTensors:
+    """With those through which programs, and a library, exchange h and gradients."""
+    if isinstance(tensors, ForwardTensors) and plan.scope != "block":
+        h0 = s0[:: cell.states]
+        tensors = tensors._replace(hidden=torch.stack((h0, h0)))
+    if plan.scope == "library":
+        tensors = with_operands(cell, tensors, s0)
+    return tensors
 
 
 def launch(
@@ -113,17 +126,15 @@ def launch_steps(
     graph is the barrier."""
     _, B, H = s0.shape
     R = len(tensors.y)
+    if not B:
+        steps = 0
+    tensors = _with_exchanged(cell, plan, tensors, s0)
+    kernel = backward_kernel
+    sizes = [H]
     if isinstance(tensors, ForwardTensors):
         kernel = forward_kernel
         sizes = [tensors.x.shape[1], H]
-        if plan.scope != "block":
-            h0 = s0[:: cell.states]
-            tensors = tensors._replace(hidden=torch.stack((h0, h0)))
-    else:
-        kernel = backward_kernel
-        sizes = [H]
-    if not B:
-        steps = 0
+    library = plan.scope == "library"
     tiles = -(-B // plan.sequences)
     whole = Slice(0, tiles)
     parts = slices(plan, B)
@@ -138,7 +149,11 @@ def launch_steps(
     reverse = tuple(layout.reverse)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
 
-    def run(table: Tensor | None, u: int, count: int = 1, part: Slice = whole) -> None:
+    def run(
+        table: Tensor | None, u: int, tensors: Any, count: int = 1, part: Slice = whole
+    ) -> None:
+        if library:
+            multiply(tensors, u)
         grid = grid_of(part)
         steps_of_launch = part.first, u, u + count, layout.steps
         arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
@@ -160,11 +175,13 @@ def launch_steps(
         if made is not None:
             _compiled[key] = made, [constants[name] for name in kernel.arg_names[len(arguments) :]]
 
-    with torch.cuda.device_of(s0):
-        if plan.scope == "launch" and can_replay(steps, tensors):
+    with torch.cuda.device_of(s0), precision_of_products(plan):
+        if plan.scope in ("launch", "library") and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
-            step_graph(kind, B, stream).run(run, steps, (layout.steps, R), device, tensors)
+            fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
+            graph = step_graph(kind, B, stream)
+            graph.run(run, steps, (layout.steps, R), device, tensors, fixed)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
             for part, u in product(parts, range(0, steps, at_once)):
-                run(None, u, at_once, part)
+                run(None, u, tensors, at_once, part)
