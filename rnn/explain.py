@@ -10,6 +10,7 @@ from . import dispatch
 from .checks import check_layer
 from .kernels.cells import Cell
 from .kernels.plan import Plan
+from .kernels.prediction import predict
 from .modules import _Stack
 
 _WORDS = {
@@ -20,7 +21,23 @@ _WORDS = {
     "cluster": "the blocks of a cluster keep a slice of W_hh each",
     "grid": "all blocks keep a slice of W_hh each",
     "launch": "one launch a step, which reads W_hh",
+    "library": "one product of a library's and one launch a step",
 }
+
+
+def _prediction(
+    cell: Cell, x: Tensor, plan: Plan, dtype: torch.dtype, sizes: tuple[int, int, int, int]
+) -> str:
+    """What the model says of a plan on a GPU, and where its constants are from."""
+    if not x.is_cuda:
+        return ""
+    gpu = dispatch.gpu(x.device)
+    found = predict(cell, plan, dtype.itemsize, sizes, gpu)
+    return (
+        f"; {found.forward:.2f} us a step forward and {found.adjoint:.2f} back, in "
+        f"{found.waves} waves of {found.slices} slices of the batch, by a model with costs that "
+        f"are {gpu.costs.source}"
+    )
 
 
 def _words(
@@ -58,14 +75,15 @@ def _words(
     whys += ["the fastest that fits, by prediction"] if found.backend == "cuda" and not plan else []
     kept = (
         0
-        if found.scope == "launch"
+        if found.scope in ("launch", "library")
         else G * found.units * H * dtype.itemsize // (128 * found.warps)
     )
     return (
         f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, "
         f"{kept} registers of a thread; {found.units} units of {G} gates by {found.sequences} "
         f"sequences a block, {-(-H // found.units)} blocks to a sequence, {found.warps} warps; "
-        f"W_ih x {'in' if found.fused else 'before'} the steps; products in {found.precision} "
+        f"W_ih x {'in' if found.fused else 'before'} the steps; products in {found.precision}"
+        f"{_prediction(cell, x, found, dtype, (B, x.shape[-1], H, len(reverse)))} "
         f"({'; '.join(filter(None, [*whys, why]))})"
     )
 

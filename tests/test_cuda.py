@@ -20,6 +20,7 @@ from emulator import COMPILER, library, loader
 
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
+from rnn.kernels.gpu.cuda import occupancy
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes, slices
 
 real_load = cuda.load  # before tests put the emulator in its place
@@ -293,6 +294,67 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"needs .* blocks at a time"):
         launch((16, 9, 1), ())
+
+
+class Driver:
+    """Answers as the CUDA driver does: `active` clusters by size, and an error for other sizes."""
+
+    def __init__(self, active: dict[int, int], error: int = 912) -> None:
+        self.active = active
+        self.error = error
+        self.loaded = 0
+        self.attributes = list[tuple[int, int]]()
+
+    def cuModuleLoadData(self, module: Any, cubin: bytes) -> int:
+        self.loaded += 1
+        return 0
+
+    def cuModuleUnload(self, module: Any) -> int:
+        self.loaded -= 1
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
+        assert name.decode() in occupancy.PROBE
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+        self.attributes.append((attribute, value))
+        return 0
+
+    def cuOccupancyMaxActiveClusters(self, count: Any, function: Any, config: Any) -> int:
+        given = config._obj
+        attribute = given.attributes[0]
+        assert given.attribute_count == 1 and attribute.kind == 4 and given.shared == 232448
+        assert given.grid_x % attribute.size[0] == 0 and [*attribute.size[1:3]] == [1, 1]
+        count._obj.value = self.active.get(attribute.size[0], 7)
+        return 0 if attribute.size[0] in self.active else self.error
+
+
+@pytest.mark.parametrize(
+    ("driver", "want"),
+    [
+        (Driver({2: 60, 4: 30, 8: 14, 16: 6}), (60, 30, 14, 6)),
+        (Driver({2: 60, 4: 30, 8: 14, 16: 0}), (60, 30, 14, 0)),
+        (Driver({2: 60, 4: 30, 8: 14}), (60, 30, 14, 0)),
+        (Driver({2: 60}, error=1), ()),
+    ],
+    ids=["all", "none of 16 fits", "16 is refused", "another error"],
+)
+def test_active_clusters(
+    driver: Driver, want: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(occupancy, "_driver", lambda: driver)
+    monkeypatch.setattr(occupancy, "build", lambda code, capability: (b"cubin", ""))
+    assert occupancy.active_clusters(90, 232448) == want
+    assert driver.loaded == 0 and (8, 232448) in driver.attributes and (14, 1) in driver.attributes
+
+
+def test_no_driver_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(occupancy, "_driver", missing)
+    assert occupancy.active_clusters(90, 232448) == ()
 
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}

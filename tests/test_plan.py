@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
-from rnn.kernels import cells
+from rnn.kernels import cells, costs
 from rnn.kernels.cells import Cell
-from rnn.kernels.plan import Gpu, Plan, make_plan, plan_of, plan_text, slices
+from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, plan_of, plan_text, slices
+from rnn.kernels.prediction import Prediction, predict
 
 CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
 H200 = Gpu(90, 132, 232448)
@@ -96,3 +98,98 @@ def test_host(cell: Cell) -> None:
 )
 def test_text(plan: Plan) -> None:
     assert plan_of(plan_text(plan)) == plan_of(json.dumps(plan)) == plan
+
+
+WITH_CUDA = H200._replace(cuda=True)
+REFUSED = WITH_CUDA._replace(clusters=(66, 31, 15, 0))
+
+
+def test_clusters_that_run_at_once() -> None:
+    """On an H200 until the driver was asked, and on smaller devices in proportion; else what it
+    said."""
+    active = [WITH_CUDA.active_clusters(blocks) for blocks in (2, 4, 8, 16)]
+    assert active == [66, 31, 15, 7]
+    assert WITH_CUDA._replace(multiprocessors=66).active_clusters(16) == 3
+    assert REFUSED.active_clusters(4) == 31
+    assert Gpu(80, 108, 166912, True).active_clusters(2) == 0
+
+
+def test_a_refused_cluster_is_not_chosen() -> None:
+    sizes = (16, 256, 256, 1)
+    plans = [make_plan(cells.lstm, sizes, "bfloat16", gpu) for gpu in (WITH_CUDA, REFUSED)]
+    assert plans[0].blocks == 16
+    assert plans[1].backend == "cuda" and plans[1].blocks != 16
+    nothing = WITH_CUDA._replace(clusters=(0, 0, 0, 0))
+    assert all(
+        plan.scope != "cluster" for plan in cuda_plans(cells.lstm, sizes, 2, "ieee", nothing)
+    )
+
+
+def test_waves_are_of_what_runs_at_once() -> None:
+    """8 clusters of 16 blocks are 128 of 132 multiprocessors, and yet two waves."""
+    plan = Plan("cuda", "cluster", 32, 8, 0, 8, False, "ieee", 16)
+    waves = [
+        predict(cells.rnn_tanh, plan, 2, (8 * tiles, 512, 512, 1), WITH_CUDA).waves
+        for tiles in (1, 7, 8, 15)
+    ]
+    assert waves == [1, 1, 2, 3]
+    block = plan._replace(scope="block", blocks=1, units=64)
+    assert predict(cells.rnn_tanh, block, 2, (8 * 133, 64, 64, 1), WITH_CUDA).waves == 2
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_slices_of_a_grid_run_at_once(cell: Cell) -> None:
+    for B, H, N, size in itertools.product((1, 64, 1000), (512, 1024, 2048), (1, 2), (2, 4)):
+        plans = cuda_plans(cell, (B, H, H, N), size, "ieee" if size == 2 else "tf32", WITH_CUDA)
+        for plan in (plan for plan in plans if plan.scope == "grid"):
+            parts = slices(plan, B)
+            assert plan.blocks * max(part.tiles for part in parts) * N <= WITH_CUDA.multiprocessors
+            assert [part.first for part in parts[1:]] == [
+                part.first + part.tiles for part in parts[:-1]
+            ]
+            assert sum(part.tiles for part in parts) == -(-B // plan.sequences)
+            found = predict(cell, plan, size, (B, H, H, N), WITH_CUDA)
+            assert (found.waves, found.slices) == (1, len(parts))
+
+
+def test_prediction_counts_what_it_says() -> None:
+    """The adjoint of a gated cell takes longer, and more of a batch; a cluster's step longer where
+    it gets more bytes; a grid's where more blocks read the L2 cache."""
+    plan = Plan("cuda", "cluster", 32, 8, 0, 8, False, "ieee", 16)
+
+    def of(plan: Plan, cell: Cell, B: int, size: int = 2) -> Prediction:
+        return predict(cell, plan, size, (B, 512, 512, 1), WITH_CUDA)
+
+    lstm = of(plan, cells.lstm, 8)
+    assert lstm.adjoint > lstm.forward > of(plan, cells.rnn_tanh, 8).forward
+    costs = WITH_CUDA.costs
+    more = 3 * 512 * 8 * 2 / costs.cluster_bytes / costs.cycles_per_us
+    assert lstm.adjoint - lstm.forward > more
+    grid = Plan("cuda", "grid", 16, 8, 0, 8, False, "ieee", 32)
+    assert of(grid, cells.lstm, 32).adjoint > of(grid, cells.lstm, 8).adjoint
+    sliced = of(grid._replace(slice_tiles=1), cells.lstm, 32)
+    assert sliced.slices == 4 and sliced.forward == 4 * of(grid, cells.lstm, 8).forward
+
+
+def test_costs_of_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written, by the device's name; those of another are predicted for it."""
+    monkeypatch.setattr(costs, "FOLDER", tmp_path)
+    known = WITH_CUDA.costs
+    for device, source in (("NVIDIA H200", known.source), ("NVIDIA X 1", "measured")):
+        costs.write(known._replace(device=device, source=source), tmp_path)
+    costs.costs_of.cache_clear()
+    try:
+        assert costs.costs_of("NVIDIA X 1").source == "measured"
+        assert costs.costs_of("NVIDIA X 1")._replace(device="NVIDIA H200", source="") == (
+            known._replace(source="")
+        )
+        assert costs.costs_of("Y").source == f"{known.source}, for NVIDIA H200"
+    finally:
+        costs.costs_of.cache_clear()
+
+
+def test_committed_costs_say_where_they_are_from() -> None:
+    for path in costs.FOLDER.glob("*.json"):
+        found = costs.read(path)
+        assert path.stem == costs.slug(found.device)
+        assert found.source.startswith(("predicted", "measured"))
