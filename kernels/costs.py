@@ -1,7 +1,7 @@
 """What the parts of a time step cost on a GPU: the constants of the model in prediction.py.
 
-Each kind of device has a file in gpu/costs/, which bench/microbench.py writes. Its `source` says
-where the numbers are from: a file that nobody has measured says so."""
+Each kind of device has a file in gpu/costs/, which bench/microbench.py writes. It names the
+constants that are predicted, which nobody has measured."""
 
 import json
 import re
@@ -17,14 +17,18 @@ class Costs(NamedTuple):
     """In cycles of a multiprocessor where no other unit is said."""
 
     device: str
-    source: str
+    # of the measurement; empty without one
+    commit: str
+    # the names of those that were not measured
+    predicted: tuple[str, ...]
     cycles_per_us: float
-    # a step's barrier within a block, a cluster, the grid: latency of an exchange of h
-    block_step: float
-    cluster_step: float
-    grid_step: float
-    # a step's barriers in Triton, within a block
-    triton_step: float
+    # what every step has: h published, its fragments read, sums of several warps
+    overhead: float
+    # of an exchange of h within a block, a cluster, the grid; in Triton within a block
+    block_barrier: float
+    cluster_latency: float
+    grid_latency: float
+    triton_barriers: float
     # bytes a cycle that a block can receive from its cluster; that one can read from the L2 cache
     cluster_bytes: float
     l2_bytes: float
@@ -55,6 +59,13 @@ class Costs(NamedTuple):
     # multiprocessors of the device that those were counted on
     multiprocessors: int
 
+    @property
+    def source(self) -> str:
+        if not self.commit:
+            return f"predicted for {self.device}, not measured"
+        others = f"; {', '.join(self.predicted)} predicted" if self.predicted else ""
+        return f"measured on {self.device} at {self.commit}{others}"
+
 
 def slug(device: str) -> str:
     """The name of a device's file, from its name as the driver says it: "nvidia-h200"."""
@@ -63,7 +74,8 @@ def slug(device: str) -> str:
 
 def read(path: Path) -> Costs:
     values = json.loads(path.read_text())
-    values["clusters"] = tuple(values["clusters"])
+    for name in ("clusters", "predicted"):
+        values[name] = tuple(values[name])
     return Costs(**values)
 
 
@@ -78,7 +90,4 @@ def write(costs: Costs, folder: Path) -> Path:
 def costs_of(device: str = DEFAULT_DEVICE) -> Costs:
     """Those of a device of this name, or of DEFAULT_DEVICE where there are none."""
     path = FOLDER / f"{slug(device)}.json"
-    if path.exists():
-        return read(path)
-    costs = read(FOLDER / f"{DEFAULT_DEVICE}.json")
-    return costs._replace(source=f"{costs.source}, for {costs.device}")
+    return read(path if path.exists() else FOLDER / f"{DEFAULT_DEVICE}.json")

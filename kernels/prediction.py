@@ -80,16 +80,18 @@ def _resident_step(
     # every block gets what all blocks of its tile have
     received = blocks_of_tile(plan, H) * plan.units * plan.sequences * size
     received *= G if adjoint else 1
-    cycles = costs.triton_step if triton else costs.block_step
+    cycles = costs.overhead
     if plan.scope == "cluster":
-        cycles = costs.cluster_step + received / costs.cluster_bytes
-    if plan.scope == "grid":
+        cycles += costs.cluster_latency + received / costs.cluster_bytes
+    elif plan.scope == "grid":
         # in CUDA C++ each word has its step's number beside it
         read = received if triton else 2 * received
         tiles = plan.slice_tiles or -(-B // plan.sequences)
         running = max(1, min(gpu.multiprocessors, blocks_of_tile(plan, H) * tiles * N))
         rate = min(costs.l2_bytes, costs.l2_bytes_per_us / running / costs.cycles_per_us)
-        cycles = costs.grid_step + read / rate
+        cycles += costs.grid_latency + read / rate
+    else:
+        cycles += costs.triton_barriers if triton else costs.block_barrier
     instructions = costs.adjoint_algebra if adjoint else costs.algebra
     quarters = min(4, plan.warps)
     cycles += plan.units * plan.sequences * G * instructions / 32 / quarters

@@ -35,8 +35,8 @@ def _prediction(
     found = predict(cell, plan, dtype.itemsize, sizes, gpu)
     return (
         f"; {found.forward:.2f} us a step forward and {found.adjoint:.2f} back, in "
-        f"{found.waves} waves of {found.slices} slices of the batch, by a model with costs that "
-        f"are {gpu.costs.source}"
+        f"{found.waves} waves of {found.slices} slices of the batch, by a model whose costs are "
+        f"{gpu.costs.source}"
     )
 
 

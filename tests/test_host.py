@@ -141,7 +141,7 @@ def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
             512,
             torch.bfloat16,
             {},
-            ["cuda, scope grid", "16 units", "32 blocks to a sequence", "predicted, not measured"],
+            ["cuda, scope grid", "16 units", "32 blocks to a sequence", "not measured"],
         ),
         (
             64,
