@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import close
-from test_gpu import plan_for
 
 import rnn
 from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests.cases import close
+from tests.kernels.gpu.test_gpu import plan_for
 
 T, B, I, H = 5, 4, 3, 18
 NAMES = "y", "states", "last", "x", "w_ih", "w_hh", "b_ih", "b_hh", "s0"

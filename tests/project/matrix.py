@@ -1,6 +1,6 @@
 """Runs the tests with other versions of Python, torch, Triton, NumPy and CuPy, one after another.
 
-python tests/matrix.py [name ...]    of all environments, or of those named
+python tests/project/matrix.py [name ...]    of all environments, or of those named
 
 The environment NAME lies in .venv-NAME and has the versions of constraints/NAME.txt, from the
 package index alone: pip's configuration on this machine has no say. Exits with 1 if a test failed
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Environment(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 import rnn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:

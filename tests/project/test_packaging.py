@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import trace_call
-from matrix import ENVIRONMENTS, index_alone
 
-ROOT = Path(__file__).parent.parent
+from tests.project import trace_call
+from tests.project.matrix import ENVIRONMENTS, index_alone
+
+ROOT = Path(__file__).parents[2]
 # Each file imports only those to its left; in one floor none imports another.
 FLOORS = [
     [

@@ -1,7 +1,7 @@
 """Prints the files of rnn that lie on the way of an LSTM's call to its kernel, and all others that
 it asks on that way.
 
-python tests/trace_call.py [inference]"""
+python tests/project/trace_call.py [inference]"""
 
 import sys
 from itertools import groupby

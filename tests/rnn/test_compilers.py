@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import LAYERS, NAMES, B, H, I, T, data, pair, randn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
 from rnn.kernels import cells
+from tests.small import LAYERS, NAMES, B, H, I, T, data, pair, randn
 
 
 @pytest.fixture(autouse=True)

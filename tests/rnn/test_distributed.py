@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def torchrun(script: str, *arguments: object) -> str:
@@ -33,7 +33,7 @@ def torchrun(script: str, *arguments: object) -> str:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_are_as_one(kind: str) -> None:
-    torchrun("tests/distributed.py", kind)
+    torchrun("tests/rnn/distributed.py", kind)
 
 
 @pytest.mark.slow

@@ -1,31 +1,25 @@
 """A few cases of each fuzzer, and the oracle that they share against torch.nn."""
 
 import random
-from pathlib import Path
 from typing import Any
 
-import cases
-import fuzz_arguments
-import fuzz_layouts
-import fuzzing
 import pytest
 import torch
-from cases import lengths_of
-from fuzzing import ByCells, place, plain
-from test_cpu import KINDS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from tests import cases, fuzz_layouts, fuzzing
+from tests.cases import lengths_of
+from tests.fuzzing import ByCells, place, plain
+from tests.kernels.cpu.test_cpu import KINDS
 
-@pytest.mark.parametrize(
-    "which", [fuzz_layouts, fuzz_arguments], ids=lambda module: module.__name__
-)
-def test_cases(which: Any, request: pytest.FixtureRequest) -> None:
+
+@pytest.mark.parametrize("name", ["fuzz_layouts", "fuzz_arguments"])
+def test_cases(name: str, request: pytest.FixtureRequest) -> None:
     """In a process of their own, which they may end."""
     count = request.config.getoption("--cases")
-    script = str(Path(which.__file__))
-    found = fuzzing.run(script, 0, count, 1)
-    assert not found, fuzzing.report(found, script, 0)
+    found = fuzzing.run(f"tests.{name}", 0, count, 1)
+    assert not found, fuzzing.report(found, f"tests.{name}", 0)
 
 
 @pytest.mark.parametrize("index", range(40))

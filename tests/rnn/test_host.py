@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import check_recurrence
-from conftest import INHERITS_PRECISION, TORCH
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,8 +27,10 @@ from rnn.kernels import cpu as host
 from rnn.kernels import gpu as device
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Outputs, Weights
+from tests.cases import check_recurrence
+from tests.conftest import INHERITS_PRECISION, TORCH
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCK = Plan("triton", "block", 16, 8, 16, 1, False, "tf32x3")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from small import LAYERS, B, H, I, T, pair, randn
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels import cells
+from tests.small import LAYERS, B, H, I, T, pair, randn
 
 CELLS = pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 OPTIONS = pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, check
-from test_cpu import PLANS, suited
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnn
 from rnn.kernels.plan import Plan
+from tests.cases import CASES, Case, check
+from tests.kernels.cpu.test_cpu import PLANS, suited
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.backend)

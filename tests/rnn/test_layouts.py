@@ -3,17 +3,10 @@
 import io
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import fuzzing
-import gone
 import pytest
 import torch
-from conftest import check_ready
-from fuzz_layouts import edits, forms, shared
-from fuzzing import ByCells
-from test_cpu import KINDS, PLANS, available
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -21,6 +14,11 @@ import rnn
 from rnn import layer_call
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests import fuzzing, gone
+from tests.conftest import check_ready
+from tests.fuzz_layouts import edits, forms, shared
+from tests.fuzzing import ByCells
+from tests.kernels.cpu.test_cpu import KINDS, PLANS, available
 
 NAMES = ["RNN", "LSTM", "GRU"]
 LARGE = 2**20  # bytes from which memory may be another's
@@ -440,9 +438,8 @@ def test_a_state_of_another_dtype_is_refused(name: str, dtype: str, T: int) -> N
 
 def test_memory_that_is_not_there() -> None:
     """Every place, in a process of its own, which it may end."""
-    script = str(Path(gone.__file__))
-    found = fuzzing.run(script, 0, len(gone.CASES), 1)
-    assert not found, fuzzing.report(found, script, 0)
+    found = fuzzing.run("tests.gone", 0, len(gone.CASES), 1)
+    assert not found, fuzzing.report(found, "tests.gone", 0)
 
 
 # What every backend is given.

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import check_recurrence, kept_bytes, step_by_step
-from small import NAMES, B, H, I, T, data, outputs
-from test_gpu import plan_for
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
@@ -15,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests.cases import check_recurrence, kept_bytes, step_by_step
+from tests.kernels.gpu.test_gpu import plan_for
+from tests.small import NAMES, B, H, I, T, data, outputs
 
 recurrence: Any = rnn.functional.recurrence
 NUMPY = Plan("numpy")

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import B, H, I, T
 from torch import Tensor, nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import rnn
+from tests.small import B, H, I, T
 
 NAMES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 THEIRS = {name: getattr(nn, name) for name in NAMES}
@@ -231,7 +231,7 @@ def test_first_of_all() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         text=True,
         capture_output=True,
     )

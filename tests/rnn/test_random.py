@@ -5,9 +5,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import FORMS, Case, check, check_recurrence, thrice
 from hypothesis import HealthCheck, Phase, given, settings
-from test_cpu import PLANS, suited
+
+from tests.cases import FORMS, Case, check, check_recurrence, thrice
+from tests.kernels.cpu.test_cpu import PLANS, suited
 
 SETTINGS: dict[str, Any] = dict(
     deadline=None,

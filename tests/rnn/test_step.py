@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import close
 from torch import Tensor, nn
 
 import rnn
 from rnn import dispatch, single_step
+from tests.cases import close
 
 KINDS = [("RNN", dict(nonlinearity="relu")), ("RNN", {}), ("LSTM", {}), ("GRU", {})]
 OPTIONS: list[dict[str, Any]] = [

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import kept_bytes
-from small import LAYERS, B, H, I, T, check_scaled_step, gradients, pair, randn
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import rnn
 from rnn.kernels import cpu
 from rnn.kernels.plan import Plan
+from tests.cases import kept_bytes
+from tests.small import LAYERS, B, H, I, T, check_scaled_step, gradients, pair, randn
 
 
 @pytest.fixture(autouse=True)
@@ -191,14 +191,12 @@ def train_together(method: str) -> None:
 def test_processes_share_parameters(method: str) -> None:
     """From a process of their own: torch refuses autograd in a fork of one whose autograd has
     threads."""
-    code = f"import test_tools; test_tools.train_together({method!r})"
-    folder = Path(__file__).parent
-    path = os.pathsep.join(map(str, (folder.parent, folder)))
+    code = f"from tests.rnn import test_tools; test_tools.train_together({method!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         text=True,
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, check
 
 import rnn
 from rnn import dispatch, functional
 from rnn.kernels.plan import Plan
+from tests.cases import CASES, Case, check
 
 PLAIN = [
     case

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import step_by_step
-from small import LAYERS, NAMES, B, H, I, T, data, outputs, pair, randn
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels import cells
+from tests.cases import step_by_step
+from tests.small import LAYERS, NAMES, B, H, I, T, data, outputs, pair, randn
 
 recurrence: Any = rnn.functional.recurrence
 

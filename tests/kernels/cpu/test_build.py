@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import pair
 from torch import nn
 
 import rnn
@@ -26,8 +25,9 @@ from rnn.kernels.cpu import build as native_build
 from rnn.kernels.cpu import native
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
+from tests.small import pair
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 needs_compiler = pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler")
 
 

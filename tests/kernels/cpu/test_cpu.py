@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, check, check_recurrence, close, evaluate, operands, right, thrice
-from small import pair
 from torch import Tensor
 
 import rnn
 from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests.cases import Case, check, check_recurrence, close, evaluate, operands, right, thrice
+from tests.small import pair
 
 PLANS = [Plan("numpy"), Plan("native")]
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import check_recurrence
 from torch import Tensor, nn
 
 import rnn
@@ -23,6 +22,7 @@ from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.cpu import workspace as memory
 from rnn.kernels.plan import Plan
+from tests.cases import check_recurrence
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily"

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import check_recurrence
-from small import pair
 from torch import Tensor
 
 import rnn
@@ -19,8 +17,10 @@ from rnn import dispatch, single_step
 from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
+from tests.cases import check_recurrence
+from tests.small import pair
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 NATIVE = Plan("native")
 needs_compiler = pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler")
 # Of tanh and sigmoid: everywhere, close to 0, and all signs.

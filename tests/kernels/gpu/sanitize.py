@@ -1,8 +1,9 @@
 """Runs a small case list, every cell in every kind of plan, under NVIDIA's compute-sanitizer.
 
-python tests/sanitize.py [tool ...]      with memcheck, racecheck, synccheck and initcheck, or those
-named python tests/sanitize.py cases [every]   the cases alone, or one in so many; without a GPU in
-Triton's interpreter
+python -m tests.kernels.gpu.sanitize [tool ...]
+    with memcheck, racecheck, synccheck and initcheck, or those named
+python -m tests.kernels.gpu.sanitize cases [every]
+    the cases alone, or one in so many; without a GPU in Triton's interpreter
 
 Exits with 0 if nothing was found, with 1 if a tool or a case found something, with 2 if that cannot
 be said: there is no compute-sanitizer, no CUDA device, or the tool does not work with it.
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import check_recurrence, thrice
-from conftest import GPU
-from small import NAMES
-from test_gpu import DEVICE, FORMS, SCOPES, plan_for
 
+from tests.cases import check_recurrence, thrice
+from tests.conftest import GPU
+from tests.kernels.gpu.test_gpu import DEVICE, FORMS, SCOPES, plan_for
+from tests.small import NAMES
+
+MODULE = "tests.kernels.gpu.sanitize"
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 # On a GPU more steps than a graph has, and tiles that are not full in every direction of the grid.
 SIZES = (17, 9, 5, 18) if GPU else (2, 2, 2, 3)
@@ -51,7 +54,7 @@ def run(command: list[str], what: str) -> int:
     environment = {
         **os.environ,
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
     }
     done = subprocess.run(
         command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -73,13 +76,13 @@ def main(arguments: list[str]) -> int:
     tools = arguments or TOOLS
     for trouble, text in (
         (not {*tools} <= {*TOOLS}, f"The tools are {', '.join(TOOLS)}."),
-        (not GPU, "There is no CUDA device. (The cases run without one: `sanitize.py cases`.)"),
+        (not GPU, f"There is no CUDA device. (Without one: `python -m {MODULE} cases`.)"),
         (sanitizer is None, "There is no compute-sanitizer on the PATH; the CUDA toolkit has it."),
     ):
         if trouble:
             print(text)
             return 2
-    script = [sys.executable, __file__, "cases"]
+    script = [sys.executable, "-m", MODULE, "cases"]
     # First without: what is wrong then is no matter for a sanitizer; and the kernels are compiled
     # from here on.
     if run(script, "the cases alone"):

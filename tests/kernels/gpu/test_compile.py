@@ -71,7 +71,7 @@ def all_rows() -> list[Row]:
 def compiled(rows: list[Row], capability: int) -> list[dict[str, Any]]:
     """What the forward and the backward kernel of each row use."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     lines = "".join(json.dumps([*row[:6], capability, row[6]]) + "\n" for row in rows)
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "compile_kernels.py"],

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_gpu
 import torch
-from cases import check_recurrence
-from emulator import COMPILER, library, loader
 
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
+from tests.cases import check_recurrence
+from tests.kernels.gpu import test_gpu
+from tests.kernels.gpu.emulator import COMPILER, library, loader
 
 real_load = cuda.load  # before tests put the emulator in its place
 needs_compiler = pytest.mark.skipif(

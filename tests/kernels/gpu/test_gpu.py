@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, check, check_recurrence, close, evaluate, operands, thrice
-from conftest import GPU, INHERITS_PRECISION, RNN_SWITCH
-from small import NAMES
 from torch import Tensor
 
 from rnn.kernels import cells
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, power_of_2
+from tests.cases import CASES, Case, check, check_recurrence, close, evaluate, operands, thrice
+from tests.conftest import GPU, INHERITS_PRECISION, RNN_SWITCH
+from tests.small import NAMES
 
 DEVICE = "cuda" if GPU else "cpu"
 # One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without
@@ -286,7 +286,7 @@ def test_precision_is_torchs_setting(setting: str, precision: str) -> None:
         [sys.executable, "-c", PRECISION.format(setting=setting, device=DEVICE)],
         text=True,
         capture_output=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
     chosen, error = done.stdout.split()

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, build, check, check_recurrence, close, thrice
-from conftest import GPU
-from small import gradients
-from test_gpu import DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
 from torch import Tensor, nn
 
 import rnn
@@ -20,8 +16,12 @@ from rnn.kernels import cells
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.types import Layout
+from tests.cases import Case, build, check, check_recurrence, close, thrice
+from tests.conftest import GPU
+from tests.kernels.gpu.test_gpu import DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
+from tests.small import gradients
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 gpu_only = pytest.mark.gpu
 HIDDEN = [
     1,

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sanitize
 import torch
-from small import LAYERS, check_scaled_step, gradients, pair
-from test_gpu import DEVICE, SCOPES, in_mode, plan_for
 from torch import Tensor, nn
 
 import rnn
+from tests.kernels.gpu import sanitize
+from tests.kernels.gpu.test_gpu import DEVICE, SCOPES, in_mode, plan_for
+from tests.small import LAYERS, check_scaled_step, gradients, pair
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 T = 20
 B = 9
 I = 5
@@ -329,7 +329,7 @@ def test_what_a_sanitizer_says(
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", "/bin/echo")
     # So that the cases alone are done at once
-    monkeypatch.setattr(sanitize, "__file__", sanitize.DONE)
+    monkeypatch.setattr(sanitize, "MODULE", sanitize.DONE)
     assert sanitize.main(["memcheck", "racecheck"]) == status
     shown = capfd.readouterr().out
     assert shown.count("== memcheck") == shown.count("== racecheck") == 2

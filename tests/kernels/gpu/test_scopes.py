@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import check_recurrence
-from test_gpu import plan_for
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
@@ -16,6 +14,8 @@ from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.types import Layout, Weights
+from tests.cases import check_recurrence
+from tests.kernels.gpu.test_gpu import plan_for
 
 pytestmark = pytest.mark.interpreted
 
