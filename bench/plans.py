@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from rnn.kernels import cells
 from rnn.kernels.cells import Cell
-from rnn.kernels.plan import Gpu, Plan, make_plan
+from rnn.kernels.plan import Gpu, Plan
+from rnn.kernels.planner import make_plan
 from rnn.kernels.prediction import Prediction, predict
 
 PATH = Path(__file__).parent.parent / "docs" / "plans.md"

@@ -1,4 +1,4 @@
-"""Which kernel a layer runs in, chosen from its sizes alone: pure data and a pure function.
+"""How a layer is computed, and what decides it: pure data.
 
 The scope of a plan is that of the barrier between two time steps:
 host     the CPU does, in array operations, step by step, or in C++
@@ -9,34 +9,18 @@ grid     likewise, of each block of a cooperative launch; h goes through the L2 
 launch   the host does, with one launch a step; W_hh is read at every step
 library  likewise, of a library's product and a kernel for the rest
 
-Of the plans that fit, the fastest is chosen by prediction.py."""
+planner.py chooses a plan from a layer's sizes, the fastest that fits by prediction.py."""
 
 import json
-from itertools import product
 from typing import Any, NamedTuple
 
 from .cells import Cell
 from .costs import DEFAULT_DEVICE, Costs, costs_of
-from .prediction import at_once, k_fragments, predict
 from .types import Layout
 
 Sizes = tuple[int, int, int, int]  # B, I, H, N
 CLUSTERS = (2, 4, 8, 16)  # blocks
 
-# Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time
-# loop, whatever the options: by gates (more than 4: none), then by bytes per element (8 is tf32x3,
-# which splits float32 in two). (Four gates of 64 < H < 128, not a multiple of 16, spill a few
-# words, which costs less than a launch for each step.)
-BLOCK_UNITS = {
-    1: {2: 256, 4: 128, 8: 128},
-    2: {2: 128, 4: 64, 8: 64},
-    3: {2: 128, 4: 64, 8: 32},
-    4: {2: 128, 4: 64, 8: 32},
-}
-FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it does
-# Of a row of W_hh, all gates: what a program of the grid holds without spilling
-GRID_ROW_BYTES = 768
-MOST_TILES = 2**16 - 1  # of a launch
 # Numbers of the pre-activations of a window of time on the CPU, what the caches hold; but not fewer
 # rows than these, for which W is read once more.
 WINDOW = 2**18
@@ -142,6 +126,13 @@ def window(layout: Layout, width: int, share: int = 1) -> int:
     return max(1, rows // max(1, layout.sizes[0]))
 
 
+def k_fragments(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp in CUDA C++
+    multiplies with."""
+    row = plan.blocks * plan.units * size * (cell.gates if adjoint else 1)
+    return -(-row * plan.units // (1024 * plan.warps)) * 2
+
+
 def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """Shared memory of a block in CUDA C++, whose numbers have `size` bytes: struct Shared."""
     (rows, vectors) = (1, cell.gates) if adjoint else (cell.gates, 1)
@@ -157,108 +148,5 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     return -(-(inbox + outbox + sums + 16) // 128) * 128
 
 
-def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
-    """Whether a thread in CUDA C++ has registers for its weights, sums and pairs; found by
-    compiling."""
-    words = max(
-        4 * cell.gates * k_fragments(cell, plan, size, False),
-        4 * k_fragments(cell, plan, size, True),
-    )
-    one_tile = plan.sequences == 8
-    gated = cell.gates > 1
-    wide = size == 4
-    if plan.warps > 8:
-        most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
-        return words <= (most if one_tile else 0 if wide and gated else 24)
-    if plan.scope == "grid" and wide:
-        return one_tile and words <= (72 if gated else 128)
-    too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
-    return words <= (96 if gated and (wide or not one_tile) else 128) and not too_many
-
-
-def _in_slices(plan: Plan, sizes: Sizes, gpu: Gpu) -> Plan | None:
-    """A plan whose blocks wait for each other, in slices as equal as may be, each of which runs at
-    once. None where not even a tile does."""
-    B, _, H, N = sizes
-    most = at_once(plan, gpu, H, N)
-    tiles = -(-B // plan.sequences)
-    if not most:
-        return None
-    if tiles <= most:
-        return plan
-    count = -(-tiles // most)
-    return plan._replace(slice_tiles=-(-tiles // count))
-
-
-def cuda_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
-    """The plans for CUDA C++ that fit, the fastest by prediction first."""
-    B, _, H, _ = sizes
-    found = []
-    clusters = [blocks for blocks in CLUSTERS if gpu.active_clusters(blocks)]
-    scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
-    for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
-        units = -(-H // (16 * blocks)) * 16
-        warps = units // 16 * splits
-        plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
-        if warps > 16 or sequences > 8 * splits or not _fits_registers(cell, plan, size, gpu):
-            continue
-        shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
-        sliced = _in_slices(plan, sizes, gpu) if scope == "grid" else plan
-        if sliced is None or shared > gpu.shared_memory:
-            continue
-        if (sliced.slice_tiles or -(-B // sequences)) <= MOST_TILES:
-            found.append(sliced)
-    return sorted(found, key=lambda plan: predict(cell, plan, size, sizes, gpu).both)
-
-
-def _triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
-    """The plans for Triton that fit; `size` is 8 for tf32x3, which splits a number in two."""
-    B, I, H, _ = sizes
-    G = cell.gates
-    units = power_of_2(H, 16)
-    found = []
-    shared, shared_fused = (
-        G * units * K * min(size, 4) + 64 * units for K in (units, units + FUSED_INPUT)
-    )
-    beside = size == 2 or G == 1 or (size == 4 and G * units < 256)
-    fused = I <= FUSED_INPUT and beside and shared_fused <= gpu.shared_memory
-    in_block = units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory
-    if in_block and B <= 8 * MOST_TILES:
-        warps = min(8, units // (16 if G == 1 else 8))
-        found.append(Plan("triton", "block", units, 8, units, warps, fused, precision))
-    if G * -(-H // 64) * 64 * size <= GRID_ROW_BYTES:
-        grid = _in_slices(Plan("triton", "grid", 64, 8, 64, 4, False, precision), sizes, gpu)
-        found += [grid] if grid else []
-    narrow = size == 8 and G > 1
-    tile_units = 16 if narrow else 64 if G == 1 else 32
-    tile_sequences = min(16 if narrow else 64, power_of_2(B, 16))
-    launch = tile_units, tile_sequences, 128 // size, 8
-    found.append(Plan("triton", "launch", *launch, False, precision))
-    if B <= 16 * MOST_TILES:
-        found.append(Plan("triton", "library", 32, 16, 16, 4, False, precision))
-    return found
-
-
 def power_of_2(n: int, at_least: int) -> int:
     return max(at_least, 1 << (n - 1).bit_length())
-
-
-def make_plan(
-    cell: Cell,
-    sizes: Sizes,
-    dtype: str,
-    gpu: Gpu | None,
-    tf32: bool = False,
-    native: bool = False,
-) -> Plan:
-    """The plan for `sizes` (B, I, H, N) in `dtype` ("float32"...), on the CPU where there is no
-    `gpu` (of capability 80 or more); `tf32` allows that precision for float32; `native` says that
-    C++ can be compiled."""
-    if gpu is None:
-        return Plan("native" if native and dtype == "float32" else "numpy")
-    size = 2 if dtype != "float32" else 4 if tf32 else 8
-    precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
-    found = _triton_plans(cell, sizes, size, precision, gpu)
-    if gpu.cuda:
-        found = cuda_plans(cell, sizes, min(size, 4), precision, gpu) + found
-    return min(found, key=lambda plan: predict(cell, plan, min(size, 4), sizes, gpu).both)

@@ -5,15 +5,11 @@ A step is the barrier, the exchange of h (in the adjoint of all gates' gradients
 the cell's algebra. What does not run at once takes that long several times: in waves that the
 hardware schedules, or in slices of the batch that are launched one after another."""
 
-from __future__ import annotations
+from typing import NamedTuple
 
-from typing import TYPE_CHECKING, NamedTuple
-
+from .cells import Cell
 from .costs import Costs
-
-if TYPE_CHECKING:
-    from .cells import Cell
-    from .plan import Gpu, Plan, Sizes
+from .plan import Gpu, Plan, Sizes, k_fragments
 
 
 class Prediction(NamedTuple):
@@ -28,13 +24,6 @@ class Prediction(NamedTuple):
     @property
     def both(self) -> float:
         return self.forward + self.adjoint
-
-
-def k_fragments(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
-    """By 32 bytes, the share of a row of W_hh (W_hh^T in the adjoint) that a warp in CUDA C++
-    multiplies with."""
-    row = plan.blocks * plan.units * size * (cell.gates if adjoint else 1)
-    return -(-row * plan.units // (1024 * plan.warps)) * 2
 
 
 def at_once(plan: Plan, gpu: Gpu, H: int, N: int) -> int:

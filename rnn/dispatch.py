@@ -14,7 +14,8 @@ from torch import Tensor
 from . import transforms
 from .kernels import cells
 from .kernels.cells import Cell
-from .kernels.plan import Gpu, Plan, make_plan
+from .kernels.plan import Gpu, Plan
+from .kernels.planner import make_plan
 
 # Once: it searches the disk
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}

@@ -42,7 +42,7 @@ class _Stack(nn.RNNBase):
 
     # Of the class, so that torch.nn's modules have them when they become ours.
     recompute = False
-    # How to compute the layer, if not as `rnn.kernels.plan.make_plan` would
+    # How to compute the layer, if not as `rnn.kernels.planner.make_plan` would
     plan: Plan | None = None
     # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read
     # that.

@@ -10,7 +10,8 @@ import pytest
 
 from rnn.kernels import cells, costs
 from rnn.kernels.cells import Cell
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, plan_of, plan_text, slices
+from rnn.kernels.plan import Gpu, Plan, plan_of, plan_text, slices
+from rnn.kernels.planner import cuda_plans, make_plan
 from rnn.kernels.prediction import Prediction, predict
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,8 @@ from triton.runtime.jit import create_function_from_signature
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.triton_kernels import launch as triton_launch
-from rnn.kernels.plan import Gpu, make_plan
+from rnn.kernels.plan import Gpu
+from rnn.kernels.planner import make_plan
 from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 
 AMD = 942  # gfx942 in place of a compute capability

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rnn.kernels import cells
-from rnn.kernels.plan import BLOCK_UNITS
+from rnn.kernels.planner import BLOCK_UNITS
 
 Row = tuple[str, str, int, int, int, int, list[str]]
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}

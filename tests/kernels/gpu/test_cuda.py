@@ -18,7 +18,8 @@ import torch
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.gpu.cuda import occupancy
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes, slices
+from rnn.kernels.plan import Gpu, Plan, shared_bytes, slices
+from rnn.kernels.planner import cuda_plans
 from tests.cases import check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
 from tests.kernels.gpu.emulator import COMPILER, library, loader

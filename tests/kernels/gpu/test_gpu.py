@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rnn.kernels import cells
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, power_of_2
+from rnn.kernels.plan import Gpu, Plan, power_of_2
+from rnn.kernels.planner import cuda_plans, make_plan
 from tests.cases import CASES, Case, check, check_recurrence, close, evaluate, operands, thrice
 from tests.conftest import GPU, INHERITS_PRECISION, RNN_SWITCH
 from tests.small import NAMES
