@@ -15,7 +15,7 @@ import json
 from typing import Any, NamedTuple
 
 from .cells import Cell
-from .costs import DEFAULT_DEVICE, Costs, costs_of
+from .costs import DEFAULT, Costs, costs_of
 from .types import Layout
 
 Sizes = tuple[int, int, int, int]  # B, I, H, N
@@ -49,7 +49,7 @@ class Gpu(NamedTuple):
     shared_memory: int
     cuda: bool = False
     clusters: tuple[int, ...] = ()
-    device: str = DEFAULT_DEVICE
+    device: str = DEFAULT
 
     @property
     def costs(self) -> Costs:
@@ -74,7 +74,8 @@ class Plan(NamedTuple):
     "tf32x3", which is as good as float32. In Triton products are over `depth` units at a time, and
     `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a
     sequence. The batch is done in slices of `slice_tiles` tiles, one after another; 0 is all at
-    once."""
+    once. In CUDA C++ W_hh has so many `weight_registers` of a thread, and else shared memory; 0 is
+    all of it in registers."""
 
     backend: str
     scope: str = "host"
@@ -86,6 +87,7 @@ class Plan(NamedTuple):
     precision: str = "ieee"
     blocks: int = 1
     slice_tiles: int = 0
+    weight_registers: int = 0
 
 
 class Slice(NamedTuple):
@@ -133,6 +135,14 @@ def k_fragments(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     return -(-row * plan.units // (1024 * plan.warps)) * 2
 
 
+def stored_fragments(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """By tiles of 16 x 32 bytes, what of a warp's weights is not in its registers."""
+    fragments = k_fragments(cell, plan, size, adjoint)
+    rows = 1 if adjoint else cell.gates
+    held = plan.weight_registers // (8 * rows) * 2 if plan.weight_registers else fragments
+    return max(0, fragments - held) * rows
+
+
 def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     """Shared memory of a block in CUDA C++, whose numbers have `size` bytes: struct Shared."""
     (rows, vectors) = (1, cell.gates) if adjoint else (cell.gates, 1)
@@ -145,7 +155,8 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     sums = (
         (plan.warps if splits > 1 else 1) * rows * sequences * (128 if plan.scope == "grid" else 64)
     )
-    return -(-(inbox + outbox + sums + 16) // 128) * 128
+    weights = max(16, stored_fragments(cell, plan, size, adjoint) * 512 * plan.warps)
+    return -(-(inbox + outbox + sums + 16 + weights) // 128) * 128
 
 
 def power_of_2(n: int, at_least: int) -> int:

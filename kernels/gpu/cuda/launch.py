@@ -49,6 +49,7 @@ def program(
         BLOCKS=plan.blocks,
         SEQUENCES=plan.sequences,
         SPLITS=plan.warps * 16 // plan.units,
+        WEIGHT_REGISTERS=plan.weight_registers,
         ADJOINT=adjoint,
         MASKS=masks,
         EVEN=even,

@@ -8,6 +8,7 @@
 //   BLOCKS                    that share one sequence's units
 //   SEQUENCES                 in a block
 //   SPLITS                    warps that share a sum
+//   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
 //   EVEN                      H is even, and pairs of numbers are aligned
 //   CELL                      the statements of cell_forward or cell_backward
@@ -37,6 +38,9 @@ constexpr int VECTORS = ADJOINT ? GATES : 1;
 // words of those vectors, and k-steps of 8 words for each warp
 constexpr int WORDS = VECTORS * C * U / WORD;
 constexpr int KS = ((WORDS / 8 + WK - 1) / WK + 1) / 2 * 2;
+// k-steps whose weights stay in registers
+constexpr int IN_REGISTERS = WEIGHT_REGISTERS / (8 * ROWS) * 2;
+constexpr int HELD = WEIGHT_REGISTERS && IN_REGISTERS < KS ? IN_REGISTERS : KS;
 // an odd number of 16 bytes: successive rows start in different banks
 constexpr int PITCH = 8 * KS * WK + 4;
 // pairs of each gate that a thread owns
@@ -54,6 +58,8 @@ struct __align__(128) Shared {
   // two in GRID, where warps may be a step ahead
   float sums[SCOPE == GRID ? 2 : 1][WK > 1 ? WM : 1][WK][ROWS][4 * NT][32];
   u64 barrier[2];
+  // of the other k-steps, each thread's own
+  uint4 weights[KS > HELD ? (KS - HELD) * ROWS : 1][KS > HELD ? THREADS : 1];
 };
 
 DEVICE float half_of(Pair pair, int e) { return widen(part(pair, e)); }
@@ -113,7 +119,7 @@ struct Worker {
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
-  u32 w[ROWS][KS][4];
+  u32 w[ROWS][HELD][4];
   // steps of its pairs' sequences, 0 for those outside
   int end[P];
 
@@ -154,7 +160,7 @@ struct Worker {
           weight(w_hh, e / 4 % ROWS, unit + e % 2,
                  (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
       EACH(k, KS) if (k / FEW * FEW == k0)
-        EACH(e, ROWS * 4) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
+        EACH(row, ROWS) keep_weights(row, k, words[k % FEW][row]);
     }
     EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
@@ -188,6 +194,19 @@ struct Worker {
 #endif
     }
     return word;
+  }
+
+  DEVICE void keep_weights(int row, int k, const u32 (&words)[4]) {
+    if (k < HELD) EACH(e, 4) w[row][k][e] = words[e];
+    else shared.weights[(k - HELD) * ROWS + row][threadIdx.x] =
+        uint4{words[0], words[1], words[2], words[3]};
+  }
+  // d += the product of k-step k, of row `row` of tiles.
+  DEVICE void multiply(float (&d)[4], int row, int k, u32 b0, u32 b1) {
+    if (k < HELD) return product(d, w[row][k], b0, b1);
+    const uint4 kept = shared.weights[(k - HELD) * ROWS + row][threadIdx.x];
+    u32 words[4] = {kept.x, kept.y, kept.z, kept.w};
+    product(d, words, b0, b1);
   }
 
   // Its pairs are of the columns wk * P + p of its tiles: a sequence each.
@@ -304,7 +323,7 @@ struct Worker {
         __syncwarp();
         EACH(k, AT_ONCE) EACH(row, ROWS)
           if (k0 + k < KS)
-            product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
+            multiply(d[k % CHAINS][row][j], row, k0 + k, (u32)seen[k][0], (u32)seen[k][1]);
       }
 #else
       const u32 from =
@@ -314,8 +333,8 @@ struct Worker {
         u32 words[4];
         load_matrices(words, from + k * 32);
         EACH(row, ROWS) {
-          product(d[0][row][j], w[row][k], words[0], words[1]);
-          product(d[CHAINS - 1][row][j], w[row][k + 1], words[2], words[3]);
+          multiply(d[0][row][j], row, k, words[0], words[1]);
+          multiply(d[CHAINS - 1][row][j], row, k + 1, words[2], words[3]);
         }
       }
 #endif

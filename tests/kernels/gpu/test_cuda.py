@@ -18,7 +18,7 @@ import torch
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.gpu.cuda import occupancy
-from rnn.kernels.plan import Gpu, Plan, shared_bytes, slices
+from rnn.kernels.plan import Gpu, Plan, shared_bytes, slices, stored_fragments
 from rnn.kernels.planner import cuda_plans
 from tests.cases import check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
@@ -103,6 +103,51 @@ def test_slices_of_the_batch(run: tuple[Any, ...], tiles: int) -> None:
     check_recurrence(cell, sliced, sizes, both_ways, form, resets, dtype=dtype)
     o = operands(cell, sizes, both_ways, form, resets, dtype=dtype)
     torch.testing.assert_close(evaluate(o, sliced), evaluate(o, whole), rtol=0, atol=0)
+
+
+# As RUNS, with so many registers for weights, of which there are more in every warp.
+STORED: list[tuple[Any, ...]] = [
+    ("rnn_tanh", "block", 64, SINGLE, 1, 2, 8, "padded", False, 8),
+    ("lstm", "cluster", 61, HALF, 2, 1, 8, "lengths", True, 32),
+    ("gru", "grid", 45, SINGLE, 3, 2, 8, "packed", True, 24),
+    ("lstm", "grid", 64, BRAIN, 4, 1, 16, "padded", False, 32),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("run", STORED, ids=name_of)
+def test_weights_in_shared_memory(run: tuple[Any, ...]) -> None:
+    """Values and gradients; and not a bit differs from those of weights in registers."""
+    cell, scope, H, dtype, blocks, splits, sequences, form, resets, registers = run
+    whole = plan_for(scope, H, dtype, blocks, splits, sequences)
+    stored = whole._replace(weight_registers=registers)
+    for adjoint in (False, True):
+        assert stored_fragments(getattr(cells, cell), stored, dtype.itemsize, adjoint) > 0
+    sizes = (3, 2 * sequences + 5, 3, H)
+    check_recurrence(cell, stored, sizes, (False, True), form, resets, dtype=dtype)
+    o = operands(cell, sizes, (False, True), form, resets, dtype=dtype)
+    torch.testing.assert_close(evaluate(o, stored), evaluate(o, whole), rtol=0, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (
+            "shared.weights[(k - HELD) * ROWS + row][threadIdx.x];",
+            "shared.weights[0][threadIdx.x];",
+        ),
+        ("* ROWS + row][threadIdx.x] =", "* ROWS + row][threadIdx.x ^ 1] ="),
+    ],
+    ids=["another k-step's", "another thread's"],
+)
+def test_faults_in_stored_weights_are_found(
+    fault: tuple[str, str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(cuda, "load", loader(folder, fault))
+    plan = plan_for("grid", 64, BRAIN, 2, 1)._replace(weight_registers=8)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (3, 9, 2, 64), dtype=BRAIN)
 
 
 SLICE_FAULTS = {
@@ -243,8 +288,10 @@ def test_shared_memory(folder: Path) -> None:
         ("grid", 3, 4, True),
     ):
         plan = plan_for(scope, 90, SINGLE, blocks, splits, 16)
-        built = library(folder, ("", ""), cells.lstm, plan, SINGLE, adjoint, False, True)
-        assert built.emulate_shared() == shared_bytes(cells.lstm, plan, 4, adjoint)
+        for registers in (0, 32):
+            kept = plan._replace(weight_registers=registers)
+            built = library(folder, ("", ""), cells.lstm, kept, SINGLE, adjoint, False, True)
+            assert built.emulate_shared() == shared_bytes(cells.lstm, kept, 4, adjoint)
 
 
 def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -409,6 +456,13 @@ def test_compiles() -> None:
     chosen += [
         kernel for kernel in kernels(90, [(8, 1024)], ["gru"]) if kernel[2] == BRAIN and kernel[5]
     ]
+    stored = [
+        kernel
+        for kernel in kernels(90, [(16, 768)], ["lstm", "gru"])
+        if kernel[1].precision == "tf32" and kernel[5]
+    ]
+    assert len(stored) == 4 and all(kernel[1].weight_registers for kernel in stored)
+    chosen += stored
     cell, plan, _, adjoint, masks, even = chosen[0]
     chosen.append((cell, plan, HALF, adjoint, masks, even))
     assert {kernel[1].scope for kernel in chosen} == {"block", "cluster", "grid"}
