@@ -12,7 +12,7 @@ from rnn.kernels.planner import make_plan
 from rnn.kernels.prediction import Prediction, predict
 
 PATH = Path(__file__).parent.parent / "docs" / "plans.md"
-H200 = Gpu(90, 132, 232448, cuda=True)
+H200 = Gpu(90, 132, 232448, cuda=True, device="NVIDIA H200")
 CELLS = {"RNN": cells.rnn_tanh, "LSTM": cells.lstm, "GRU": cells.gru}
 # by name: the dtype, and whether float32 may be TF32
 MODES = {
@@ -27,7 +27,7 @@ BATCHES = (1, 16, 64, 256)
 INTRODUCTION = """# Plans
 
 Written by `python bench/plans.py`; a test compares. For a layer of I = H and one direction, on
-{device} with CuPy: the scope, the blocks that share a sequence x units of a block x sequences of
+an H200 with CuPy: the scope, the blocks that share a sequence x units of a block x sequences of
 a tile, the waves (w) in which the hardware runs it and the slices (s) of the batch that are
 launched one after another, and the predicted microseconds of a step forward / back. `T:` is
 Triton, the rest CUDA C++; [kernels](kernels.md#what-runs) says what the scopes are.
@@ -72,7 +72,7 @@ def table(cell: Cell, mode: str) -> list[str]:
 
 
 def text() -> str:
-    lines = [INTRODUCTION.format(device=H200.costs.device, source=H200.costs.source)]
+    lines = [INTRODUCTION.format(source=H200.costs.source)]
     for name, mode in product(CELLS, MODES):
         lines += [f"## {name}, {mode}", "", *table(CELLS[name], mode), ""]
     return "\n".join(lines)

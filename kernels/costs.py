@@ -1,7 +1,8 @@
 """What the parts of a time step cost on a GPU: the constants of the model in prediction.py.
 
-Each kind of device has a file in gpu/costs/, which bench/microbench.py writes. It names the
-constants that are predicted, which nobody has measured."""
+A kind of device that was measured has a file in gpu/costs/, which bench/microbench.py writes; for
+others there is default.json, predicted for an H200. A file names those of its constants that are
+predicted, which nobody has measured."""
 
 import json
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "gpu" / "costs"
-DEFAULT_DEVICE = "nvidia-h200"
+DEFAULT = "default"
 
 
 class Costs(NamedTuple):
@@ -87,7 +88,7 @@ def write(costs: Costs, folder: Path) -> Path:
 
 
 @lru_cache
-def costs_of(device: str = DEFAULT_DEVICE) -> Costs:
-    """Those of a device of this name, or of DEFAULT_DEVICE where there are none."""
+def costs_of(device: str = DEFAULT) -> Costs:
+    """Those of a device of this name, or the default ones where it was not measured."""
     path = FOLDER / f"{slug(device)}.json"
-    return read(path if path.exists() else FOLDER / f"{DEFAULT_DEVICE}.json")
+    return read(path if path.exists() else FOLDER / f"{DEFAULT}.json")

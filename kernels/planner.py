@@ -28,6 +28,8 @@ FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it doe
 # Of a row of W_hh, all gates: what a program of the grid holds without spilling
 GRID_ROW_BYTES = 768
 MOST_TILES = 2**16 - 1  # of a launch
+# Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling.
+WEIGHT_REGISTERS = 64
 
 
 def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
@@ -47,6 +49,17 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
         return one_tile and words <= (72 if gated else 128)
     too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
     return words <= (96 if gated and (wide or not one_tile) else 128) and not too_many
+
+
+def _with_room(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> Plan | None:
+    """A plan for CUDA C++ with its weights in registers, or with the rest of them in shared
+    memory. None where they do not fit."""
+    if not _fits_registers(cell, plan, size, gpu):
+        if plan.warps > 8 or plan.sequences > 8:
+            return None
+        plan = plan._replace(weight_registers=WEIGHT_REGISTERS)
+    shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
+    return plan if shared <= gpu.shared_memory else None
 
 
 def _in_slices(plan: Plan, sizes: Sizes, gpu: Gpu) -> Plan | None:
@@ -72,19 +85,20 @@ def cuda_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) ->
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
         units = -(-H // (16 * blocks)) * 16
         warps = units // 16 * splits
-        plan = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
-        if warps > 16 or sequences > 8 * splits or not _fits_registers(cell, plan, size, gpu):
+        if warps > 16 or sequences > 8 * splits:
             continue
-        shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
-        sliced = _in_slices(plan, sizes, gpu) if scope == "grid" else plan
-        if sliced is None or shared > gpu.shared_memory:
-            continue
-        if (sliced.slice_tiles or -(-B // sequences)) <= MOST_TILES:
-            found.append(sliced)
+        first = Plan("cuda", scope, units, sequences, 0, warps, False, precision, blocks)
+        plan = _with_room(cell, first, size, gpu)
+        if plan and scope == "grid":
+            plan = _in_slices(plan, sizes, gpu)
+        if plan and (plan.slice_tiles or -(-B // sequences)) <= MOST_TILES:
+            found.append(plan)
+    # of equals, one with all weights in registers
+    found.sort(key=lambda plan: plan.weight_registers)
     return sorted(found, key=lambda plan: predict(cell, plan, size, sizes, gpu).both)
 
 
-def _triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
+def triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
     """The plans for Triton that fit; `size` is 8 for tf32x3, which splits a number in two."""
     B, I, H, _ = sizes
     G = cell.gates
@@ -127,7 +141,7 @@ def make_plan(
         return Plan("native" if native and dtype == "float32" else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
-    found = _triton_plans(cell, sizes, size, precision, gpu)
+    found = triton_plans(cell, sizes, size, precision, gpu)
     if gpu.cuda:
         found = cuda_plans(cell, sizes, min(size, 4), precision, gpu) + found
     return min(found, key=lambda plan: predict(cell, plan, min(size, 4), sizes, gpu).both)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .cells import Cell
 from .costs import Costs
-from .plan import Gpu, Plan, Sizes, k_fragments
+from .plan import Gpu, Plan, Sizes, k_fragments, stored_fragments
 
 
 class Prediction(NamedTuple):
@@ -88,7 +88,7 @@ def _resident_step(
 
 
 def _products(cell: Cell, plan: Plan, size: int, H: int, costs: Costs, adjoint: bool) -> float:
-    """Cycles: what the matrix units take, or one warp's sums, or reading h from shared memory."""
+    """Cycles: what the matrix units take, or one warp's sums, or reading shared memory."""
     rows = 1 if adjoint else cell.gates
     columns = plan.sequences // 8
     if plan.backend == "cuda":
@@ -97,6 +97,10 @@ def _products(cell: Cell, plan: Plan, size: int, H: int, costs: Costs, adjoint: 
         row = -(-H // plan.depth) * plan.depth * size * (cell.gates if adjoint else 1)
         depth = -(-row * plan.units // (512 * plan.warps))
     products = rows * columns * depth
+    # tiles of 512 bytes, and h, which every warp reads
+    read = plan.warps * plan.sequences * depth * 32
+    if plan.backend == "cuda":
+        read += plan.warps * columns * 512 * stored_fragments(cell, plan, size, adjoint)
     sums = rows * columns * (2 if rows * columns < 4 else 1)
     exact = plan.precision == "tf32x3"
     each = costs.product_in_parts if exact else costs.product
@@ -104,8 +108,15 @@ def _products(cell: Cell, plan: Plan, size: int, H: int, costs: Costs, adjoint: 
     return max(
         products * each * plan.warps / min(4, plan.warps),
         products * latency / sums,
-        plan.warps * plan.sequences * depth * 32 / costs.shared_bytes,
+        read / costs.shared_bytes,
     )
+
+
+def _multiplied(cell: Cell, plan: Plan, sizes: Sizes, costs: Costs) -> float:
+    """Microseconds of a step's products at the rate of large ones, for 64 sequences at least."""
+    B, _, H, N = sizes
+    rates = {"ieee": costs.ieee_flops, "tf32": costs.tf32_flops, "tf32x3": costs.fp32_flops}
+    return 2 * max(B, 64) * cell.gates * H * H * N / rates[plan.precision]
 
 
 def _launch_step(cell: Cell, plan: Plan, size: int, sizes: Sizes, gpu: Gpu, adjoint: bool) -> float:
@@ -114,21 +125,18 @@ def _launch_step(cell: Cell, plan: Plan, size: int, sizes: Sizes, gpu: Gpu, adjo
     passes = -(-sizes[2] // plan.depth)
     # forward a pass reads h once, in the adjoint every gate's gradient
     reads = cell.gates if adjoint else 1
-    each = reads * costs.launch_pass_us + cell.gates * costs.launch_gate_us
-    return costs.graph_node_us + passes * each
+    waits = passes * (reads * costs.launch_pass_us + cell.gates * costs.launch_gate_us)
+    return costs.graph_node_us + max(waits, _multiplied(cell, plan, sizes, costs))
 
 
 def _library_step(
     cell: Cell, plan: Plan, size: int, sizes: Sizes, gpu: Gpu, adjoint: bool
 ) -> float:
-    """A product of the library's and a kernel for the algebra, nodes of a graph. It multiplies for
-    64 sequences at least."""
+    """A product of the library's and a kernel for the algebra, nodes of a graph."""
     B, _, H, N = sizes
     costs = gpu.costs
-    rates = {"ieee": costs.ieee_flops, "tf32": costs.tf32_flops, "tf32x3": costs.fp32_flops}
-    operations = 2 * max(B, 64) * cell.gates * H * H * N
     weights = cell.gates * H * H * size * N
-    product = max(operations / rates[plan.precision], weights / costs.l2_bytes_per_us)
+    product = max(_multiplied(cell, plan, sizes, costs), weights / costs.l2_bytes_per_us)
     # x, r and the states, about: read and written
     moved = B * N * H * (3 * cell.gates + 4) * size
     return 2 * costs.graph_node_us + costs.library_us + product + moved / costs.l2_bytes_per_us

@@ -6,6 +6,7 @@ Reads JSON lines [cell, dtype, B, I, H, N, capability, options] from standard in
 JSON line for each kernel. The options:
 
 "tf32"
+"launch", "library"  the plan of that scope, whatever is faster
 "graph"  what a CUDA graph launches
 "debug"
 "kinds"  how many kernels Triton would make for several B and T
@@ -30,8 +31,8 @@ from triton.runtime.jit import create_function_from_signature
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.triton_kernels import launch as triton_launch
-from rnn.kernels.plan import Gpu
-from rnn.kernels.planner import make_plan
+from rnn.kernels.plan import Gpu, Plan
+from rnn.kernels.planner import make_plan, triton_plans
 from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 
 AMD = 942  # gfx942 in place of a compute capability
@@ -161,13 +162,26 @@ def read_amdgcn(text: str) -> dict[str, Any]:
     return dict(registers=int(used["vgpr_count"]), stack=int(used["private_segment_fixed_size"]))
 
 
+def plan_for(
+    cell: cells.Cell,
+    sizes: tuple[int, int, int, int],
+    dtype: str,
+    gpu: Gpu,
+    options: list[str],
+) -> Plan:
+    chosen = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
+    size = {"ieee": 2, "tf32": 4, "tf32x3": 8}[chosen.precision]
+    plans = triton_plans(cell, sizes, size, chosen.precision, gpu)
+    return next((plan for plan in plans if plan.scope in options), chosen)
+
+
 def measure(
     name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]
 ) -> None:
     cell = getattr(cells, name)
     sizes = (B, I, H, N)
     gpu = GPUS[capability]
-    plan = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
+    plan = plan_for(cell, sizes, dtype, gpu, options)
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
         if "graph" in options:
             arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
@@ -200,7 +214,7 @@ def kinds(
     """Of the plan for B: Triton's own keys of the kernels for other B and T."""
     cell = getattr(cells, name)
     backend = make_backend(GPUTarget("cuda", capability, 32))
-    plan = make_plan(cell, (B, I, H, N), dtype, GPUS[capability])
+    plan = plan_for(cell, (B, I, H, N), dtype, GPUS[capability], options)
     found: dict[str, set[str]] = {}
     for batch, T in itertools.product((1, 16, 33, 64), (1, 2, 16, 100)):
         for kernel, arguments, launch in launches(
