@@ -43,6 +43,9 @@ constexpr int PITCH = 8 * KS * WK + 4;
 constexpr int P = 2 * NT > WK ? 2 * NT / WK : 1;
 // chunks that a warp publishes
 constexpr int CHUNKS = VECTORS * P * 4 * (16 / CHUNK);
+// lanes that send different chunks at a time, and blocks that they send them to
+constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
+constexpr int PEERS = 32 / CHUNK_LANES;
 // independent sums, so that products overlap
 constexpr int CHAINS = ROWS * NT < 4 ? 2 : 1;
 // steps by which memory is read ahead into the L2 cache
@@ -255,21 +258,36 @@ struct Worker {
     __syncthreads();
 #elif SCOPE == CLUSTER
     __syncwarp();
-    // neighbouring lanes send chunks to one block
-    for (int q = lane; owner() && q < CHUNKS * C; q += 32) {
-      const int chunk = q % CHUNKS, part = chunk % (16 / CHUNK), number = chunk / (16 / CHUNK);
+    if (owner()) send_chunks(c);
+    __syncwarp();
+#endif
+  }
+
+#if SCOPE == CLUSTER
+  // Sends the warp's part of the outbox to all blocks. Neighbouring lanes send chunks to one block,
+  // and a lane its chunk to several; unrolled, as each turn waits for the one before.
+  DEVICE void send_chunks(int c) {
+    const u32 inbox = shared_address(&shared.inbox[c & 1][0][0]);
+    const u32 barrier = shared_address(&shared.barrier[c & 1]);
+    EACH(first, CHUNKS / CHUNK_LANES) {
+      const int chunk = first * CHUNK_LANES + lane % CHUNK_LANES;
+      const int part = chunk % (16 / CHUNK);
+      const int number = chunk / (16 / CHUNK);
       const int v = number / (4 * P);
       const int p = number / 4 % P + wk * P;
       const int b = p / 2 * 8 + number % 4 * 2 + p % 2;
       const int word = (v * C * U + rank * U + wm * 16 + part * CHUNK) / WORD;
-      const u32 peer = (q / CHUNKS + rank) % C;
-      store_async(peer_address(shared_address(&shared.inbox[c & 1][b][word]), peer),
-                  *(const uint4*)&shared.outbox[wm][v][b][part * CHUNK],
-                  peer_address(shared_address(&shared.barrier[c & 1]), peer));
+      const uint4 numbers = *(const uint4*)&shared.outbox[wm][v][b][part * CHUNK];
+      EACH(turn, (C + PEERS - 1) / PEERS) {
+        const int peer = turn * PEERS + lane / CHUNK_LANES;
+        if (C % PEERS && peer >= C) continue;
+        const u32 to = (peer + rank) % C;
+        store_async(peer_address(inbox + 4 * (b * PITCH + word), to), numbers,
+                    peer_address(barrier, to));
+      }
     }
-    __syncwarp();
-#endif
   }
+#endif
 
   // The sums of step c, once all blocks have published their part.
   DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
