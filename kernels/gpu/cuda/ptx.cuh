@@ -72,7 +72,7 @@ DEVICE float tanh(float x) {
   const float quotient = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x));
   const float square = x * x;
   const float series =
-      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
+      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835)));
   // the quotient cancels near 0
   return square < 0.06f ? x * (1.f + square * series) : quotient;
 #endif
