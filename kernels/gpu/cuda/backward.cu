@@ -35,7 +35,12 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     worker.find_cuts(cuts, t);
     EACH(p, P) {
       inputs[p] = {};
-      if (!worker.runs(t, p)) continue;
+      if (!worker.runs(t, p)) {
+        // before its first step a sequence is in its initial state
+        EACH(k, STATES) if (worker.end[p])
+          inputs[p].s[k] = worker.load(state + k * worker.layer + worker.at(p, H));
+        continue;
+      }
       EACH(k, STATES) {
         const T* from = k ? states + (k - 1) * worker.plane : y;
         inputs[p].s[k] = worker.load(from + row + worker.at(p, worker.y_row));
@@ -73,17 +78,14 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (u == worker.steps) break;
     EACH(p, P) {
       const bool runs = worker.runs(t, p);
-      // whether gradients flow on to the state that entered, and whether that is the initial one
+      // whether gradients flow on to the state that entered
       const bool flows = runs && !cuts[p];
-      const bool first = flows && !worker.runs(before, p);
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];
       EACH(k, STATES) {
-        const Pair s =
-            first ? worker.load(state + k * worker.layer + worker.at(p, H)) : later[p].s[k];
-        s_prev[0][k] = flows ? half_of(s, 0) : 0.f;
-        s_prev[1][k] = flows ? half_of(s, 1) : 0.f;
+        s_prev[0][k] = flows ? half_of(later[p].s[k], 0) : 0.f;
+        s_prev[1][k] = flows ? half_of(later[p].s[k], 1) : 0.f;
       }
       EACH(e, 2) {
         float s_next[STATES], ds_next[STATES], a[SAVED + 1], ds_prev[STATES];

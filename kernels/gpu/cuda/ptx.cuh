@@ -12,8 +12,26 @@ DEVICE void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// hides the value of v from the compiler
-DEVICE void keep(u32& v) { asm volatile("" : "+r"(v)); }
+// The value in a register, hidden from the compiler, which neither moves nor repeats what made it.
+DEVICE u32 pin_register(u32 v) { asm volatile("" : "+r"(v)); return v; }
+DEVICE i64 pin_register(i64 v) { asm volatile("" : "+l"(v)); return v; }
+// The bytes of a and b that the digits name.
+DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) { return __byte_perm(a, b, digits); }
+// What lies at p, or 0 where it is not there. The compiler would put the load into a branch, and
+// wait for it there.
+DEVICE u32 load_word_if(const void* p, bool there) {
+  u32 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+               "@p ld.global.nc.u32 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
+DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
+DEVICE u32 load_if(const u16* p, bool there) {
+  u16 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u16 %0, 0;\n"
+               "@p ld.global.nc.u16 %0, [%1];\n}" : "=h"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -72,7 +90,7 @@ DEVICE float tanh(float x) {
   const float quotient = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x));
   const float square = x * x;
   const float series =
-      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
+      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835)));
   // the quotient cancels near 0
   return square < 0.06f ? x * (1.f + square * series) : quotient;
 #endif

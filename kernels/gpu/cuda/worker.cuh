@@ -47,6 +47,11 @@ constexpr int PITCH = 8 * KS * WK + 4;
 constexpr int P = 2 * NT > WK ? 2 * NT / WK : 1;
 // chunks that a warp publishes
 constexpr int CHUNKS = VECTORS * P * 4 * (16 / CHUNK);
+// lanes that send different chunks at a time, and blocks that they send them to
+constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
+constexpr int PEERS = 32 / CHUNK_LANES;
+// k-steps whose weights a thread loads at a time: 32 words, or, in halves, 16
+constexpr int K_LOADED = (ROWS > 1 ? 2 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap
 constexpr int CHAINS = ROWS * NT < 4 ? 2 : 1;
 // steps by which memory is read ahead into the L2 cache
@@ -81,6 +86,10 @@ DEVICE u32 rest(u32 v, u32 high) {
   return finite(tf32(__float_as_uint(__uint_as_float(v) - __uint_as_float(high))));
 }
 #endif
+#if TYPE == FLOAT32
+// What of a number takes part in products.
+DEVICE u32 operand(u32 v) { return PRECISE ? v : tf32(v); }
+#endif
 // d += w v of 16 x 8 numbers over 8 words.
 DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
 #if PRECISE
@@ -90,9 +99,9 @@ DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
   u32 low[4];
   EACH(e, 4) {
     // not split before the loop: the parts would take twice the registers
-    keep(w[e]);
-    high[e] = tf32(w[e]);
-    low[e] = rest(w[e], high[e]);
+    const u32 v = pin_register(w[e]);
+    high[e] = tf32(v);
+    low[e] = rest(v, high[e]);
   }
   // an infinite number has no low part, and multiplies none
   mma(d, low, finite(h0), finite(h1));
@@ -113,9 +122,12 @@ struct Worker {
   const i64* offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
+  // its first sequence within the block
+  const int sequence0;
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
-  // first sequence (the launch begins with the batch's tile `first`); pitches of [A, R, N, H] and [N, S, B, H]; where the block begins in each
+  // first sequence of the block, where the launch begins at tile `first` of the batch; pitches of
+  // [A, R, N, H] and [N, S, B, H]; where the thread's first pair is in each
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
@@ -141,27 +153,18 @@ struct Worker {
         wm(threadIdx.x / 32 % WM),
         wk(threadIdx.x / 32 / WM),
         unit(rank * U + wm * 16 + lane / 4 * 2),
-        x_row(gridDim.z * GATES * H),
-        y_row(gridDim.z * H),
+        // pinned: the compiler would compute them again in each step
+        sequence0(pin_register((u32)(wk * P / 2 * 8 + lane % 4 * 2 + wk * P % 2))),
+        x_row(pin_register((u32)(gridDim.z * GATES * H))),
+        y_row(pin_register((u32)(gridDim.z * H))),
         b0((first + blockIdx.y) * NB),
-        plane(R * y_row),
+        plane(pin_register(R * y_row)),
         layer(B * H),
-        x0(b0 * x_row + n * GATES * H),
-        y0(b0 * y_row + n * H),
-        s0((n * STATES * B + b0) * H),
+        x0(pin_register((b0 + sequence0) * x_row + n * GATES * H + unit)),
+        y0(pin_register((b0 + sequence0) * y_row + n * H + unit)),
+        s0((n * STATES * B + b0 + sequence0) * H + unit),
         two(EVEN || unit + 1 < H) {
-    w_hh += (i64)n * GATES * H * H;
-    // A few at a time: unrolled, all their addresses would be computed first, and spilled.
-    constexpr int FEW = ROWS == 1 ? 4 : 1;
-#pragma unroll 1
-    for (int k0 = 0; k0 < KS; k0 += FEW) {
-      u32 words[FEW][ROWS][4];
-      EACH(e, FEW * ROWS * 4) words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
-          weight(w_hh, e / 4 % ROWS, unit + e % 2,
-                 (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
-      EACH(k, KS) if (k / FEW * FEW == k0)
-        EACH(row, ROWS) keep_weights(row, k, words[k % FEW][row]);
-    }
+    load_weights(w_hh + (i64)n * GATES * H * H);
     EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
     for (int i = threadIdx.x; i < sizeof(shared.inbox) / 4; i += THREADS) words[i] = 0;
@@ -175,26 +178,60 @@ struct Worker {
     __syncthreads();
   }
 
-  // Word k of a row of the matrix: forward, of gate `row` and this unit, over all units; in the
-  // adjoint, of this unit, over all units of all gates. Outside of the matrix it is 0, and what is
-  // read lies inside.
-  DEVICE u32 weight(const T* w_hh, u32 row, u32 unit, u32 k) const {
-    const u32 size = H;
-    const u32 j = min(unit, size - 1);
-    const u32 g = ADJOINT ? min(k, (u32)WORDS - 1) * WORD / (C * U) : row;
-    u32 word = 0;
-    EACH(e, WORD) {
-      const u32 from = (k * WORD + e) % (C * U), i = min(from, size - 1);
-      const bool there = unit < size && from < size && k < WORDS;
-      const T v = ADJOINT ? w_hh[(g * size + i) * size + j] : w_hh[(g * size + j) * size + i];
-#if TYPE != FLOAT32
-      word |= (there ? (u32)v : 0) << 16 * e;
+  // Two numbers side by side in memory, each 0 where it is not there.
+  DEVICE u32 load_pair_if(const T* p, bool first, bool second) const {
+    if (EVEN) return load_word_if(p, first);
+    return load_if(p, first) | load_if(p + 1, second) << 16;
+  }
+  // A few k-steps at a time: with all in flight the registers would not suffice.
+  DEVICE void load_weights(const T* w_hh) {
+#pragma unroll 1
+    for (int k0 = 0; k0 < KS; k0 += K_LOADED) {
+      u32 words[K_LOADED][ROWS][4];
+      load_words(words, w_hh, k0);
+      EACH(k, KS) if (k / K_LOADED * K_LOADED == k0)
+        EACH(row, ROWS) keep_weights(row, k, words[k % K_LOADED][row]);
+    }
+  }
+#if ADJOINT
+  // Of this unit and the next, over all units of all gates: columns of W_hh.
+  DEVICE void load_words(u32 (&words)[K_LOADED][ROWS][4], const T* w_hh, int k0) const {
+    constexpr int OF_A_GATE = C * U / (8 * WORD);
+    EACH(k, 2 * K_LOADED) {
+      const int step = wk * KS + k0 + k / 2;
+      const int i = (step % OF_A_GATE * 8 + k % 2 * 4 + lane % 4) * WORD;
+      const int left = step * 8 < WORDS && unit < H ? H - i : 0;
+      const T* from = w_hh + ((step / OF_A_GATE * H + i) * H + unit);
+      u32* const to = &words[k / 2][0][k % 2 * 2];
+#if TYPE == FLOAT32
+      to[0] = operand(load_if(from, left > 0));
+      to[1] = operand(load_if(from + 1, left > 0 && two));
 #else
-      word = !there ? 0 : PRECISE ? __float_as_uint(v) : tf32(__float_as_uint(v));
+      const u32 row = load_pair_if(from, left > 0, left > 0 && two);
+      const u32 next = load_pair_if(from + H, left > 1, left > 1 && two);
+      to[0] = select_bytes(row, next, 0x5410);
+      to[1] = select_bytes(row, next, 0x7632);
 #endif
     }
-    return word;
   }
+#else
+  // Of this unit and the next, all gates, over all units: rows of W_hh.
+  DEVICE void load_words(u32 (&words)[K_LOADED][ROWS][4], const T* w_hh, int k0) const {
+    const int i = ((wk * KS + k0) * 8 + lane % 4) * WORD;
+    EACH(e, 2 * ROWS) {
+      const T* from = w_hh + ((e / 2 * H + unit + e % 2) * H + i);
+      EACH(k, 2 * K_LOADED) {
+        const int left = unit + e % 2 < H ? H - i - k * 4 * WORD : 0;
+#if TYPE == FLOAT32
+        const u32 word = operand(load_if(from + k * 4, left > 0));
+#else
+        const u32 word = load_pair_if(from + k * 4 * WORD, left > 0, left > 1);
+#endif
+        words[k / 2][e / 2][k % 2 * 2 + e % 2] = word;
+      }
+    }
+  }
+#endif
 
   DEVICE void keep_weights(int row, int k, const u32 (&words)[4]) {
     if (k < HELD) EACH(e, 4) w[row][k][e] = words[e];
@@ -211,12 +248,10 @@ struct Worker {
 
   // Its pairs are of the columns wk * P + p of its tiles: a sequence each.
   DEVICE bool owner() const { return wk * P < 2 * NT; }
-  DEVICE int sequence(int p) const {
-    return (wk * P + p) / 2 * 8 + lane % 4 * 2 + (wk * P + p) % 2;
-  }
+  DEVICE int sequence(int p) const { return sequence0 + p / 2 * 8 + p % 2; }
   DEVICE bool inside(int p) const { return owner() && b0 + sequence(p) < B && unit < H; }
-  // Offset of a pair from that of the block's first sequence and unit 0, in rows of this pitch.
-  DEVICE int at(int p, int pitch) const { return sequence(p) * pitch + unit; }
+  // Offset of a pair from the first, in rows of this pitch.
+  DEVICE int at(int p, int pitch) const { return (p / 2 * 8 + p % 2) * pitch; }
 
   DEVICE Pair load(const T* p) const {
     return EVEN ? *(const Pair*)p : join(p[0], two ? p[1] : T(0));
@@ -251,7 +286,7 @@ struct Worker {
     return row(time(u + AHEAD, reverse != ADJOINT));
   }
   DEVICE void prefetch(const T* p, i64 row, int pitch) const {
-    EACH(i, P) if (row >= 0 && inside(i)) prefetch_l2(p + row * pitch + at(i, pitch));
+    EACH(i, P) if (row >= 0 && end[i] > 0) prefetch_l2(p + row * pitch + at(i, pitch));
   }
 
   // Sends these numbers, for the sums of step c, to all blocks that share the sequences.
@@ -275,21 +310,36 @@ struct Worker {
     __syncthreads();
 #elif SCOPE == CLUSTER
     __syncwarp();
-    // neighbouring lanes send chunks to one block
-    for (int q = lane; owner() && q < CHUNKS * C; q += 32) {
-      const int chunk = q % CHUNKS, part = chunk % (16 / CHUNK), number = chunk / (16 / CHUNK);
+    if (owner()) send_chunks(c);
+    __syncwarp();
+#endif
+  }
+
+#if SCOPE == CLUSTER
+  // Sends the warp's part of the outbox to all blocks. Neighbouring lanes send chunks to one block,
+  // and a lane its chunk to several; unrolled, as each turn waits for the one before.
+  DEVICE void send_chunks(int c) {
+    const u32 inbox = shared_address(&shared.inbox[c & 1][0][0]);
+    const u32 barrier = shared_address(&shared.barrier[c & 1]);
+    EACH(first, CHUNKS / CHUNK_LANES) {
+      const int chunk = first * CHUNK_LANES + lane % CHUNK_LANES;
+      const int part = chunk % (16 / CHUNK);
+      const int number = chunk / (16 / CHUNK);
       const int v = number / (4 * P);
       const int p = number / 4 % P + wk * P;
       const int b = p / 2 * 8 + number % 4 * 2 + p % 2;
       const int word = (v * C * U + rank * U + wm * 16 + part * CHUNK) / WORD;
-      const u32 peer = (q / CHUNKS + rank) % C;
-      store_async(peer_address(shared_address(&shared.inbox[c & 1][b][word]), peer),
-                  *(const uint4*)&shared.outbox[wm][v][b][part * CHUNK],
-                  peer_address(shared_address(&shared.barrier[c & 1]), peer));
+      const uint4 numbers = *(const uint4*)&shared.outbox[wm][v][b][part * CHUNK];
+      EACH(turn, (C + PEERS - 1) / PEERS) {
+        const int peer = turn * PEERS + lane / CHUNK_LANES;
+        if (C % PEERS && peer >= C) continue;
+        const u32 to = (peer + rank) % C;
+        store_async(peer_address(inbox + 4 * (b * PITCH + word), to), numbers,
+                    peer_address(barrier, to));
+      }
     }
-    __syncwarp();
-#endif
   }
+#endif
 
   // The sums of step c, once all blocks have published their part.
   DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {

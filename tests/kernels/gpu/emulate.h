@@ -18,10 +18,20 @@ DEVICE void __syncthreads() { emulate::block().all.wait(); }
 DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
 DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
 DEVICE void prefetch_l2(const void*) {}
-DEVICE void keep(u32&) {}
+DEVICE u32 pin_register(u32 v) { return v; }
+DEVICE i64 pin_register(i64 v) { return v; }
 DEVICE u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 DEVICE float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) {
+  const u64 both = (u64)b << 32 | a;
+  u32 v = 0;
+  for (int k = 0; k < 4; ++k) v |= (u32)(both >> 8 * (digits >> 4 * k & 7) & 255) << 8 * k;
+  return v;
+}
+DEVICE u32 load_word_if(const void* p, bool there) { u32 v = 0; if (there) memcpy(&v, p, 4); return v; }
+DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
+DEVICE u32 load_if(const u16* p, bool there) { return there ? *p : 0; }
 DEVICE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 #if TYPE == FLOAT32

@@ -258,6 +258,11 @@ FAULTS = {
         "b = p / 2 * 8 + number % 4 * 2 + p % 2;\n      const int word",
         "b = p / 2 * 8 + number % 4 * 2;\n      const int word",
     ),
+    "a peer left out": (
+        "cluster",
+        "const u32 to = (peer + rank) % C;",
+        "const u32 to = peer % (C - 1);",
+    ),
     "flags not looked at": ("grid", "ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
     "flags of another step": (
         "grid",
