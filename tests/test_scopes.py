@@ -1,8 +1,10 @@
 """Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in
 here)."""
 
+import gc
+import itertools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +30,68 @@ def useless(t: torch.Tensor | None) -> torch.Tensor | None:
     return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
 
+class Driver:
+    """The part of the CUDA driver's library that captures: graphs are lists of launches, by
+    handle. Handles that were destroyed are gone."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self.machine = machine
+        self.made = itertools.count(1)
+        self.streams = set[int]()
+        self.captured = dict[int, list[Any]]()
+        self.executables = dict[int, list[Any]]()
+        self.modes = list[int]()
+
+    def cuStreamCreate(self, to: Any, flags: int) -> int:
+        assert flags == 1, "it would wait for the legacy default stream"
+        to._obj.value = next(self.made)
+        self.streams.add(to._obj.value)
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        self.streams.remove(stream.value)
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:
+        if stream.value not in self.streams:
+            return 400
+        self.modes.append(mode)
+        self.machine.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, to: Any) -> int:
+        to._obj.value = next(self.made)
+        self.captured[to._obj.value] = self.machine.capturing or []
+        self.machine.capturing = None
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, to: Any, graph: Any, flags: Any) -> int:
+        assert flags.value == 0
+        to._obj.value = next(self.made)
+        self.executables[to._obj.value] = self.captured[graph.value]
+        self.machine.graphs.append(self.captured[graph.value])
+        return 0
+
+    def cuGraphDestroy(self, graph: Any) -> int:
+        del self.captured[graph.value]
+        return 0
+
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self.executables[executable.value]
+        return 0
+
+    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
+        assert (stream.value or 0) == self.machine.stream
+        self.machine.replays += 1
+        for launch in self.executables[executable.value]:
+            launch()
+        return 0
+
+    def cuGetErrorName(self, status: int, to: Any) -> int:
+        to._obj.value = b"CUDA_ERROR_INVALID_HANDLE"
+        return 0
+
+
 class Machine:
     """Kernels that run in the interpreter, except while a graph captures them. With a table, the
     tensors they are called with hold nothing but NaN: what they need must come from the table."""
@@ -39,22 +103,12 @@ class Machine:
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        self.driver = Driver(self)
         machine = self
 
-        class Graph:
-            def capture_begin(self, capture_error_mode: str) -> None:
-                machine.capturing = self.launches = list[Any]()
-
-            def capture_end(self) -> None:
-                machine.graphs.append(self.launches)
-                machine.capturing = None
-
-            def replay(self) -> None:
-                machine.replays += 1
-                for launch in self.launches:
-                    launch()
-
         class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
             @property
             def cuda_stream(self) -> int:
                 return machine.stream
@@ -71,9 +125,13 @@ class Machine:
                     self.kernel[grid], arguments, options
                 )
 
+        def registers_a_generator(*_: Any) -> None:
+            pytest.fail("other threads could not draw random numbers meanwhile")
+
         for name, value in (
-            ("CUDAGraph", Graph),
-            ("Stream", Stream),
+            ("CUDAGraph", registers_a_generator),
+            ("graph", registers_a_generator),
+            ("ExternalStream", Stream),
             ("current_stream", Stream),
             ("stream", lambda stream: stream),
             ("set_stream", lambda _: None),
@@ -81,6 +139,7 @@ class Machine:
             ("is_current_stream_capturing", lambda: self.by_user),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(cuda_graph, "_library", lambda: self.driver)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
         for name in ("forward_kernel", "backward_kernel"):
@@ -99,8 +158,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    # graphs are destroyed by the driver that made them
+    cuda_graph.step_graph.cache_clear()
+    gc.collect()
 
 
 def check(
@@ -173,9 +235,28 @@ def test_a_capture_that_failed_is_made_again(
     monkeypatch.setattr(machine, "launch", fail)
     with pytest.raises(torch.OutOfMemoryError):
         check(6)
-    assert machine.capturing is None
+    assert machine.capturing is None and not machine.driver.captured
     monkeypatch.setattr(machine, "launch", launch)
     check(6)
+
+
+def test_what_a_capture_leaves(machine: Machine) -> None:
+    """Graphs that are let go are freed, and so are the stream and the graph of each capture; what
+    other threads do meanwhile does not end it."""
+    check(6)
+    driver = machine.driver
+    assert driver.modes == [2, 2] and len(driver.executables) == 2
+    assert not driver.streams and not driver.captured
+    cuda_graph.step_graph.cache_clear()
+    gc.collect()
+    assert not driver.executables
+
+
+def test_a_refused_capture(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.driver, "cuStreamBeginCapture_v2", lambda *_: 400)
+    with pytest.raises(RuntimeError, match=r"cuStreamBeginCapture_v2 failed: CUDA_ERROR_INVALID"):
+        check(6)
+    assert not machine.driver.streams
 
 
 def rows_of(count: int, *shape: int) -> torch.Tensor:
