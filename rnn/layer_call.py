@@ -56,11 +56,15 @@ def _interpreted() -> bool:
     return bool(import_module("triton").knobs.runtime.interpret)
 
 
-def _ends_and_starts(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Of packed sequences the length of each [B], and the first row of each step [T]."""
+def _starts(batch_sizes: Tensor) -> Tensor:
+    """The first row of each step of packed sequences, [T]."""
+    return batch_sizes.cumsum(0) - batch_sizes
+
+
+def _ends(batch_sizes: Tensor) -> Tensor:
+    """The length of each packed sequence, [B]."""
     sequences = torch.arange(int(batch_sizes[0]), device="cpu")
-    ends = len(batch_sizes) - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
-    return ends, batch_sizes.cumsum(0) - batch_sizes
+    return len(batch_sizes) - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
 
 
 class LayerCall:
@@ -129,15 +133,16 @@ class LayerCall:
     ) -> Layout:
         T = len(batch_sizes)
         sizes = batch_sizes.tolist()
-        if self.plan.scope == "host" or device.type != "cuda":
-            ends, starts = _ends_and_starts(batch_sizes)
-            told = None if self.plan.scope == "host" else ends
-            return Layout(T, self.reverse, sizes, told, starts, resets, B)
+        if self.plan.scope == "host":
+            return Layout(T, self.reverse, sizes, None, _starts(batch_sizes), resets, B)
+        if device.type != "cuda":
+            ends = _ends(batch_sizes)
+            return Layout(T, self.reverse, sizes, ends, _starts(batch_sizes), resets, B)
 
         def together() -> list[Tensor]:
             """Both in one, each from an even place on, for one copy."""
-            ends, starts = _ends_and_starts(batch_sizes)
-            return [torch.cat((ends, ends.new_zeros(B % 2), starts))]
+            ends = _ends(batch_sizes)
+            return [torch.cat((ends, ends.new_zeros(B % 2), _starts(batch_sizes)))]
 
         (both,) = kept_on_device("batch_sizes", batch_sizes, device, together)
         return Layout(T, self.reverse, sizes, both[:B], both[B + B % 2 :], resets, B)
