@@ -1,6 +1,6 @@
 """A plugin of pytest: the tests for a machine with a GPU, as `make gpu` runs them.
 
-    python -m pytest -p on_gpu --told FILE
+    python -m pytest -p tests.on_gpu --told FILE
 
 Every test of test_gpu*.py, whatever its marks, and every other test that is marked "gpu". Numbers
 come before tools and limits, and small sizes before large ones. FILE gets, line by line as JSON,
@@ -32,7 +32,8 @@ def size_of(item: pytest.Item) -> int:
     for value in getattr(getattr(item, "callspec", None), "params", {}).values():
         numbers = [value] if type(value) is int else []
         if isinstance(value, tuple):
-            numbers = [part for part in value if type(part) is int]
+            # T, B, I and H, of a case too
+            numbers = [part for part in value if type(part) is int][:4]
         sizes.append(math.prod(numbers) if numbers else 0)
     return max(sizes)
 

@@ -1,7 +1,7 @@
 """A plugin of pytest: tests are collected as on a machine with a GPU, whose driver and torch.cuda
 this stands in for. None can be run.
 
-    python -m pytest -p stub_gpu --collect-only --every FILE
+    python -m pytest -p tests.stub_gpu --collect-only --every FILE
 
 FILE gets all that was collected: for each test its file, its function and its marks."""
 

@@ -149,7 +149,12 @@ def launch_steps(
     with torch.cuda.device_of(s0):
         if plan.scope == "launch" and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
-            step_graph(kind, B, stream).run(run, steps, (layout.steps, R), device, tensors)
+            graph = step_graph(kind, B, stream)
+            if graph.graph is None:
+                # No step, but it loads the kernel that a user's capture will launch: nothing can be
+                # loaded then.
+                run(None, 0, 0)
+            graph.run(run, steps, (layout.steps, R), device, tensors)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
             for u in range(0, steps, at_once):

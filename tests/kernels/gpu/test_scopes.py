@@ -100,6 +100,7 @@ class Machine:
         self.graphs = list[list[Any]]()
         self.replays = 0
         self.plain = 0
+        self.loaded = 0
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
@@ -148,7 +149,8 @@ class Machine:
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
         if table is None:
-            self.plain += 1
+            self.plain += rest[2] > rest[1]
+            self.loaded += rest[2] == rest[1]
         else:
             tensors = tensors._make(map(useless, tensors))
         if self.capturing is None:
@@ -203,6 +205,10 @@ def test_few_steps_are_launched(machine: Machine) -> None:
 
 
 def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
+    """Of kernels that the calls before it loaded, whatever they launched."""
+    check(5)
+    assert machine.loaded == len(machine.graphs) == 2 and machine.plain == 0
+    machine.graphs.clear()
     machine.by_user = True
     check(5)
     assert not machine.graphs and machine.plain == 5 + 6
