@@ -24,6 +24,7 @@ FLOORS = [
         "kernels.types",
     ],
     ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
+    ["kernels.gpu.faults"],
     [
         "kernels.cpu.workspace",
         "kernels.reference",

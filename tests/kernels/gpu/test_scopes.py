@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
@@ -244,6 +245,32 @@ def test_a_capture_that_failed_is_made_again(
     assert machine.capturing is None and not machine.driver.captured
     monkeypatch.setattr(machine, "launch", launch)
     check(6)
+
+
+def test_what_triton_refuses_names_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error too, which is none of Python's kinds; memory that is short stays that."""
+
+    def refuse(error: Exception) -> None:
+        class Kernel:
+            arg_names = gpu.forward_kernel.arg_names
+
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def launch(*_: Any, **__: Any) -> None:
+                    raise error
+
+                return launch
+
+        monkeypatch.setattr(gpu, "forward_kernel", Kernel())
+
+    words = r"cpu does not run the plan backend=triton scope=launch"
+    for error in (RuntimeError("Triton Error [CUDA]: too large"), OutOfResources(9, 8, "shared")):
+        refuse(error)
+        with pytest.raises(RuntimeError, match=words) as caught:
+            check(3)
+        assert caught.value.__cause__ is error and str(error) in str(caught.value)
+    refuse(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        check(3)
 
 
 def test_what_a_capture_leaves(machine: Machine) -> None:
