@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import transforms
 from .boundary import alive
+from .device_copies import on_device
 from .kernels.cells import Cell
 from .kernels.plan import BACKENDS, Plan
 
@@ -99,11 +100,12 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
     if not isinstance(value, (list, tuple, int, np.ndarray, np.integer)):
         raise TypeError(f"Expected {name} to be a Tensor or a list, got {type(value).__name__}")
     try:
-        return torch.as_tensor(value, device=device)
+        found = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"Expected {name} to be a Tensor or a list of numbers, got {value!r}"
         ) from error
+    return found if device is None else on_device(name, found, device)
 
 
 def expect(

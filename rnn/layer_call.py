@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .boundary import ready
+from .device_copies import kept_on_device, on_device
 from .dispatch import choose_plan, module
 from .kernels.cells import Cell
 from .kernels.plan import Plan
@@ -55,6 +56,17 @@ def _interpreted() -> bool:
     return bool(import_module("triton").knobs.runtime.interpret)
 
 
+def _starts(batch_sizes: Tensor) -> Tensor:
+    """The first row of each step of packed sequences, [T]."""
+    return batch_sizes.cumsum(0) - batch_sizes
+
+
+def _ends(batch_sizes: Tensor) -> Tensor:
+    """The length of each packed sequence, [B]."""
+    sequences = torch.arange(int(batch_sizes[0]), device="cpu")
+    return len(batch_sizes) - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
+
+
 class LayerCall:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do
     not see those past an end. With `batch_first` the caller's x and y are [B, T, ...]."""
@@ -93,7 +105,10 @@ class LayerCall:
         if lengths is not None and self.plan.scope == "host":
             batch_sizes, resets = self._leave_out_padding(lengths, resets, (T, B), x.device)
         if batch_sizes is None:
-            ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
+            # int64, as CUDA C++ has them
+            ends = lengths if lengths is None else lengths.to(torch.int64)
+            if ends is not None:
+                ends = on_device("lengths", ends, x.device)
             self.layout = Layout(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
             self.layout = self._packed_rows(batch_sizes, resets, B, x.device)
@@ -108,8 +123,8 @@ class LayerCall:
         ends, order = lengths.cpu().sort(descending=True, stable=True)
         steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
         runs = steps < ends
-        self.index = (steps * B + order)[runs].to(device)
-        self.order = order.to(device)
+        self.index = on_device("lengths", (steps * B + order)[runs], device)
+        self.order = on_device("lengths", order, device)
         batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
         return batch_sizes, None if resets is None else resets.index_select(1, self.order)
 
@@ -117,14 +132,20 @@ class LayerCall:
         self, batch_sizes: Tensor, resets: Tensor | None, B: int, device: torch.device
     ) -> Layout:
         T = len(batch_sizes)
-        starts = batch_sizes.cumsum(0) - batch_sizes
-        ends = None
-        if self.plan.scope != "host":
-            sequences = torch.arange(B, device="cpu")
-            ends = T - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
-            ends = ends.to(device, non_blocking=True)
-            starts = starts.to(device, non_blocking=True)
-        return Layout(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
+        sizes = batch_sizes.tolist()
+        if self.plan.scope == "host":
+            return Layout(T, self.reverse, sizes, None, _starts(batch_sizes), resets, B)
+        if device.type != "cuda":
+            ends = _ends(batch_sizes)
+            return Layout(T, self.reverse, sizes, ends, _starts(batch_sizes), resets, B)
+
+        def together() -> list[Tensor]:
+            """Both in one, each from an even place on, for one copy."""
+            ends = _ends(batch_sizes)
+            return [torch.cat((ends, ends.new_zeros(B % 2), _starts(batch_sizes)))]
+
+        (both,) = kept_on_device("batch_sizes", batch_sizes, device, together)
+        return Layout(T, self.reverse, sizes, both[:B], both[B + B % 2 :], resets, B)
 
     def backend(self) -> Any:
         """The module whose `forward` and `backward` take tensors that are `ready`."""

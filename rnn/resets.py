@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .device_copies import on_device
 from .kernels.types import Layout, OutputGrads, Outputs
 
 
@@ -78,7 +79,7 @@ class _Place(NamedTuple):
 
 
 def _place(layout: Layout, device: torch.device) -> _Place:
-    sizes = torch.tensor(layout.sizes, device=device)
+    sizes = on_device("batch_sizes", torch.tensor(layout.sizes, device="cpu"), device)
     starts = sizes.cumsum(0) - sizes
     R = sum(layout.sizes)
     time = torch.arange(layout.steps, device=device)[:, None]

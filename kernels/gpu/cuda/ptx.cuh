@@ -123,9 +123,23 @@ DEVICE u64 load_flagged(const u64* p) {
   return v;
 }
 
-// Between two polls. About a minute of them is an error.
-DEVICE void wait_more(u32& spin_count) {
-  if (++spin_count == 1u << 26) asm volatile("trap;");
+struct Wait {
+  u32 polls;
+  // nanoseconds, when the clock was first looked at
+  u64 since;
+};
+// Between two polls of a step. Minutes of them are an error, which ends the kernel; as of a failed
+// assert, the driver prints the text, with the step in place of a line's number. (NVRTC declares
+// the function.)
+DEVICE void wait_more(Wait& wait, int step) {
+  if (++wait.polls % 1024) return;
+  u64 now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  if (!wait.since) wait.since = now;
+  if (now - wait.since <= WAIT_SECONDS * 1000000000ull) return;
+  __assertfail("the other blocks' h came in time for " PLAN, "step", step, "recurrence", 1);
+  // so that no register is kept for what would come after
+  __builtin_unreachable();
 }
 
 #if SCOPE == CLUSTER

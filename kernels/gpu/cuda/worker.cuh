@@ -11,6 +11,8 @@
 //   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
 //   EVEN                      H is even, and pairs of numbers are aligned
+//   PLAN                      its text
+//   WAIT_SECONDS              after which a wait for other blocks is an error
 //   CELL                      the statements of cell_forward or cell_backward
 //
 // In each step a block multiplies its rows of W_hh (W_hh^T in the adjoint), which its warps hold in
@@ -344,9 +346,9 @@ struct Worker {
   // The sums of step c, once all blocks have published their part.
   DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
 #if SCOPE == CLUSTER
-    u32 spin_count = 0;
+    Wait wait = {};
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
-    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);
+    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(wait, c);
     if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
 #endif
@@ -358,7 +360,7 @@ struct Worker {
 #pragma unroll
       for (int k0 = 0; k0 < KS; k0 += AT_ONCE) {
         u64 seen[AT_ONCE][2];
-        u32 spin_count = 0;
+        Wait wait = {};
         for (bool ready = false; !ready;) {
           ready = true;
           EACH(k, AT_ONCE) EACH(half, 2) {
@@ -368,7 +370,7 @@ struct Worker {
                                   : (u64)(c + 1) << 32;
             ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
           }
-          if (!ready) wait_more(spin_count);
+          if (!ready) wait_more(wait, c);
         }
         __syncwarp();
         EACH(k, AT_ONCE) EACH(row, ROWS)

@@ -1,5 +1,6 @@
 """Launches of the Triton kernels: one for all steps, one a step, or a CUDA graph of steps."""
 
+from collections.abc import Callable
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...cells import Cell
 from ...plan import Plan, Slice, power_of_2, slices
 from ...types import Layout
+from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
@@ -112,6 +114,34 @@ def launch(
     launch_steps(cell, plan, layout, steps, tensors, s0)
 
 
+def _launch_once(
+    kind: Kind,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants_of: Callable[[], dict[str, Any]],
+) -> None:
+    """Launch a kernel, compiled if it was not yet."""
+    key = kind, arguments[0] is None
+    compiled, values = _compiled.get(key, (None, ()))
+    with faults_of(kind.plan, kind.device):
+        if compiled is not None:
+            compiled[grid](*arguments, *values)
+            return
+        constants = constants_of()
+        made = kind.kernel[grid](
+            *arguments,
+            **constants,
+            num_warps=kind.plan.warps,
+            num_stages=1,
+            launch_cooperative_grid=kind.barrier,
+            # Without it, which is Triton's default from 3.10 on, time loops take 8 to 16 % longer.
+            enable_fp_fusion=True,
+        )
+    if made is not None:
+        names = kind.kernel.arg_names[len(arguments) :]
+        _compiled[key] = made, [constants[name] for name in names]
+
+
 def launch_steps(
     cell: Cell,
     plan: Plan,
@@ -154,32 +184,21 @@ def launch_steps(
     ) -> None:
         if library:
             multiply(tensors, u)
-        grid = grid_of(part)
         steps_of_launch = part.first, u, u + count, layout.steps
         arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
-        key = kind, table is None
-        compiled, values = _compiled.get(key, (None, ()))
-        if compiled is not None:
-            compiled[grid](*arguments, *values)
-            return
-        constants = _constants(cell, plan, layout, tensors)
-        made = kernel[grid](
-            *arguments,
-            **constants,
-            num_warps=plan.warps,
-            num_stages=1,
-            launch_cooperative_grid=barrier,
-            # Without it, which is Triton's default from 3.10 on, time loops take 8 to 16 % longer.
-            enable_fp_fusion=True,
+        _launch_once(
+            kind, grid_of(part), arguments, lambda: _constants(cell, plan, layout, tensors)
         )
-        if made is not None:
-            _compiled[key] = made, [constants[name] for name in kernel.arg_names[len(arguments) :]]
 
     with torch.cuda.device_of(s0), precision_of_products(plan):
         if plan.scope in ("launch", "library") and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
-            fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
             graph = step_graph(kind, B, stream)
+            if graph.graph is None:
+                # No step, but it loads the kernel that a user's capture will launch: nothing can be
+                # loaded then.
+                run(None, 0, tensors, 0)
+            fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
             graph.run(run, steps, (layout.steps, R), device, tensors, fixed)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1

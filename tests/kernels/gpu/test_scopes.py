@@ -1,12 +1,15 @@
 """Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in
 here)."""
 
+import gc
+import itertools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
@@ -29,6 +32,68 @@ def useless(t: torch.Tensor | None) -> torch.Tensor | None:
     return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
 
+class Driver:
+    """The part of the CUDA driver's library that captures: graphs are lists of launches, by
+    handle. Handles that were destroyed are gone."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self.machine = machine
+        self.made = itertools.count(1)
+        self.streams = set[int]()
+        self.captured = dict[int, list[Any]]()
+        self.executables = dict[int, list[Any]]()
+        self.modes = list[int]()
+
+    def cuStreamCreate(self, to: Any, flags: int) -> int:
+        assert flags == 1, "it would wait for the legacy default stream"
+        to._obj.value = next(self.made)
+        self.streams.add(to._obj.value)
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        self.streams.remove(stream.value)
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:
+        if stream.value not in self.streams:
+            return 400
+        self.modes.append(mode)
+        self.machine.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, to: Any) -> int:
+        to._obj.value = next(self.made)
+        self.captured[to._obj.value] = self.machine.capturing or []
+        self.machine.capturing = None
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, to: Any, graph: Any, flags: Any) -> int:
+        assert flags.value == 0
+        to._obj.value = next(self.made)
+        self.executables[to._obj.value] = self.captured[graph.value]
+        self.machine.graphs.append(self.captured[graph.value])
+        return 0
+
+    def cuGraphDestroy(self, graph: Any) -> int:
+        del self.captured[graph.value]
+        return 0
+
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self.executables[executable.value]
+        return 0
+
+    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
+        assert (stream.value or 0) == self.machine.stream
+        self.machine.replays += 1
+        for launch in self.executables[executable.value]:
+            launch()
+        return 0
+
+    def cuGetErrorName(self, status: int, to: Any) -> int:
+        to._obj.value = b"CUDA_ERROR_INVALID_HANDLE"
+        return 0
+
+
 class Machine:
     """Kernels that run in the interpreter, except while a graph captures them. With a table, the
     tensors they are called with hold nothing but NaN: what they need must come from the table."""
@@ -37,25 +102,16 @@ class Machine:
         self.graphs = list[list[Any]]()
         self.replays = 0
         self.plain = 0
+        self.loaded = 0
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        self.driver = Driver(self)
         machine = self
 
-        class Graph:
-            def capture_begin(self, capture_error_mode: str) -> None:
-                machine.capturing = self.launches = list[Any]()
-
-            def capture_end(self) -> None:
-                machine.graphs.append(self.launches)
-                machine.capturing = None
-
-            def replay(self) -> None:
-                machine.replays += 1
-                for launch in self.launches:
-                    launch()
-
         class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
             @property
             def cuda_stream(self) -> int:
                 return machine.stream
@@ -72,9 +128,13 @@ class Machine:
                     self.kernel[grid], arguments, options
                 )
 
+        def registers_a_generator(*_: Any) -> None:
+            pytest.fail("other threads could not draw random numbers meanwhile")
+
         for name, value in (
-            ("CUDAGraph", Graph),
-            ("Stream", Stream),
+            ("CUDAGraph", registers_a_generator),
+            ("graph", registers_a_generator),
+            ("ExternalStream", Stream),
             ("current_stream", Stream),
             ("stream", lambda stream: stream),
             ("set_stream", lambda _: None),
@@ -82,6 +142,7 @@ class Machine:
             ("is_current_stream_capturing", lambda: self.by_user),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(cuda_graph, "_library", lambda: self.driver)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
         monkeypatch.setattr(torch, "bmm", self.multiply)
@@ -98,7 +159,9 @@ class Machine:
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
         if table is None:
-            self.plain += 1
+            _, _, start, end, *_ = rest
+            self.plain += end > start
+            self.loaded += end == start
         else:
             tensors = tensors._make(map(useless, tensors))
         if self.capturing is None:
@@ -108,8 +171,12 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    # graphs are destroyed by the driver that made them
+    cuda_graph.step_graph.cache_clear()
+    cuda_graph._capture_stream.cache_clear()
+    gc.collect()
 
 
 def check(
@@ -152,6 +219,7 @@ def test_library_products_in_graphs(machine: Machine, cell: str, form: str, rese
     for count, T in enumerate((9, 6)):
         check(T, cell, form, resets, seed=count, scope="library")
     assert machine.plain == 0
+    assert len(machine.driver.streams) == 1, "of all captures for this stream"
     # of each step a product and a kernel
     assert [len(launches) for launches in machine.graphs] == [8, 8]
 
@@ -193,6 +261,10 @@ def test_few_steps_are_launched(machine: Machine) -> None:
 
 
 def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
+    """Of kernels that the calls before it loaded, whatever they launched."""
+    check(5)
+    assert machine.loaded == len(machine.graphs) == 2 and machine.plain == 0
+    machine.graphs.clear()
     machine.by_user = True
     check(5)
     assert not machine.graphs and machine.plain == 5 + 6
@@ -234,9 +306,55 @@ def test_a_capture_that_failed_is_made_again(
     monkeypatch.setattr(machine, "launch", fail)
     with pytest.raises(torch.OutOfMemoryError):
         check(6)
-    assert machine.capturing is None
+    assert machine.capturing is None and not machine.driver.captured
     monkeypatch.setattr(machine, "launch", launch)
     check(6)
+
+
+def test_what_triton_refuses_names_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error too, which is none of Python's kinds; memory that is short stays that."""
+
+    def refuse(error: Exception) -> None:
+        class Kernel:
+            arg_names = gpu.forward_kernel.arg_names
+
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def launch(*_: Any, **__: Any) -> None:
+                    raise error
+
+                return launch
+
+        monkeypatch.setattr(gpu, "forward_kernel", Kernel())
+
+    words = r"cpu does not run the plan backend=triton scope=launch"
+    for error in (RuntimeError("Triton Error [CUDA]: too large"), OutOfResources(9, 8, "shared")):
+        refuse(error)
+        with pytest.raises(RuntimeError, match=words) as caught:
+            check(3)
+        assert caught.value.__cause__ is error and str(error) in str(caught.value)
+    refuse(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        check(3)
+
+
+def test_what_a_capture_leaves(machine: Machine) -> None:
+    """Graphs that are let go are freed, and so are the stream and the graph of each capture; what
+    other threads do meanwhile does not end it."""
+    check(6)
+    driver = machine.driver
+    assert driver.modes == [2, 2] and len(driver.executables) == 2
+    assert not driver.streams and not driver.captured
+    cuda_graph.step_graph.cache_clear()
+    cuda_graph._capture_stream.cache_clear()
+    gc.collect()
+    assert not driver.executables
+
+
+def test_a_refused_capture(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.driver, "cuStreamBeginCapture_v2", lambda *_: 400)
+    with pytest.raises(RuntimeError, match=r"cuStreamBeginCapture_v2 failed: CUDA_ERROR_INVALID"):
+        check(6)
+    assert not machine.driver.streams
 
 
 def rows_of(count: int, *shape: int) -> torch.Tensor:
