@@ -173,7 +173,7 @@ def kernels_of(scope: str) -> list[str]:
     if scope in CUDA:
         return ["backward.cu", "forward.cu"]
     # alone, and in a graph of steps
-    kinds = 2 if scope == "launch" else 1
+    kinds = 2 if scope in ("launch", "library") else 1
     return sorted(kinds * ["backward_kernel", "forward_kernel"])
 
 
