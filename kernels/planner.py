@@ -55,7 +55,9 @@ def _with_room(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> Plan | None:
     """A plan for CUDA C++ with its weights in registers, or with the rest of them in shared
     memory. None where they do not fit."""
     if not _fits_registers(cell, plan, size, gpu):
-        if plan.warps > 8 or plan.sequences > 8:
+        # in three parts a product takes registers too
+        spills = plan.precision == "tf32x3" and plan.scope != "grid"
+        if plan.warps > 8 or plan.sequences > 8 or spills:
             return None
         plan = plan._replace(weight_registers=WEIGHT_REGISTERS)
     shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
