@@ -192,6 +192,20 @@ def check_layer(
     check_masks(x, masks, T, B)
 
 
+def _check_range(lengths: Tensor, T: int, plain: bool) -> None:
+    """Raises RuntimeError for lengths that are not in [0, T]. On a GPU this does not wait: wrong
+    lengths stop the device with an assertion."""
+    if plain and lengths.is_cuda:
+        # in one launch: an index that is out of range fails there
+        if lengths.numel():
+            lengths[:1].expand(T + 1).index_select(0, lengths)
+        return
+    lengths = transforms.unwrapped(lengths)
+    torch._assert_async(
+        ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
+    )
+
+
 def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> None:
     """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B
     sequences; with batch_sizes T is ignored, and B may be None if it is not known otherwise."""
@@ -209,17 +223,14 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
         if B is None and batch_sizes is not None:
             B = int(batch_sizes[0])
         expect("resets", resets, (T, B), (torch.bool,), device)
-    # On a GPU this does not wait: wrong lengths stop the device with an assertion
     if lengths is not None:
         expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
         if lengths.is_meta and not x.is_meta:
             raise RuntimeError(f"Expected lengths with numbers, got {lengths.device}")
-        if not transforms.traced(lengths) and not transforms.active_transform():
+        plain = not transforms.traced(lengths) and not transforms.active_transform()
+        if plain:
             alive([lengths])
-        lengths = transforms.unwrapped(lengths)
-        torch._assert_async(
-            ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
-        )
+        _check_range(lengths, T, plain)
     if batch_sizes is not None:
         expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
         if batch_sizes.is_meta and not x.is_meta:

@@ -16,7 +16,6 @@ from .device_copies import kept_on_device, on_device
 from .dispatch import choose_plan, module
 from .kernels.cells import Cell
 from .kernels.plan import Plan
-from .kernels.states import join_states, part_states
 from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .resets import requested_steps
 
@@ -99,7 +98,6 @@ class LayerCall:
         self.plan: Plan = plan or choose_plan(cell, x, *first, reverse)
         if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
             raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
-        self.on_host = self.plan.backend not in _AROUND
         self.index: Tensor | None = None
         self.order: Tensor | None = None
         if lengths is not None and self.plan.scope == "host":
@@ -154,32 +152,20 @@ class LayerCall:
     def context(self, x: Tensor) -> AbstractContextManager[Any]:
         return device_context(self.plan.backend, x)
 
-    def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Any:
-        """The states before the first step, which are `ready`, as the backend takes them."""
-        N = len(self.reverse)
-        if not states:
-            if self.on_host:
-                return None
-            return like.new_zeros((N * self.cell.states, self.layout.sequences, like.shape[1]))
-        sorted_states = [self.sort(s) for s in states]
-        return sorted_states if self.on_host else join_states(sorted_states, N)
+    def first(self, states: Sequence[Tensor] | None) -> Any:
+        """The states before the first step, which are `ready`, as the backend takes them; None for
+        zeros."""
+        return [self.sort(s) for s in states] if states else None
 
     def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
         """The gradients of the last states, likewise; None if there are none."""
-        some = next((grad for grad in grads if grad is not None), None)
-        if some is None:
+        if all(grad is None for grad in grads):
             return None
-        found = [None if grad is None else self.sort(grad) for grad in grads]
-        if self.on_host:
-            return found
-        return join_states(
-            [torch.zeros_like(some) if grad is None else grad for grad in found], len(self.reverse)
-        )
+        return [None if grad is None else self.sort(grad) for grad in grads]
 
-    def last(self, states: Any) -> list[Tensor]:
+    def last(self, states: Any) -> Any:
         """The last states, or the gradients of the first ones, as the caller takes them."""
-        parted = states if self.on_host else part_states(states, self.cell.states)
-        return parted if self.order is None else [self.sort(s, back=True) for s in parted]
+        return states if self.order is None else [self.sort(s, back=True) for s in states]
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
@@ -222,7 +208,7 @@ def forward(
     """What the call gives for x in the caller's layout, and S states [N, B, H] before the first
     step, zeros if None."""
     rows, w_ih, w_hh, b_ih, b_hh, *first = ready((call.flat(x), *weights, *(states or ())))
-    s0 = call.first(first, w_hh)
+    s0 = call.first(first)
     whole = Weights(w_ih, w_hh, b_ih, b_hh)
     with call.context(x):
         found = call.backend().forward(call.cell, call.plan, call.layout, rows, whole, s0, save)
@@ -259,7 +245,7 @@ def backward(
         *(states or ()),
     )
     rows, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(given, like=x)
-    s0 = call.first(ends[S:], w_hh)
+    s0 = call.first(ends[S:])
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)
     if call.layout.resets is not None:

@@ -20,6 +20,7 @@ FLOORS = [
         "kernels.cells",
         "kernels.forks",
         "kernels.build_cache",
+        "kernels.gpu.products",
         "kernels.gpu.tensors",
         "kernels.types",
         "kernels.costs",

@@ -27,8 +27,8 @@ _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "B
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
 PORTABLE_CLUSTER = 8
 NON_PORTABLE_CLUSTER_SIZE = 14
-# After which blocks that wait for each other give up: whatever held one up is an error by then.
-WAIT_SECONDS = 180
+# After which blocks that wait for each other give up, three minutes: in units of 2^32 ns.
+WAIT_LIMIT = 42
 
 
 def program(
@@ -59,7 +59,7 @@ def program(
         EVEN=even,
         PRECISE=dtype == torch.float32 and plan.precision == "tf32x3",
         PLAN=json.dumps(plan_text(plan)),
-        WAIT_SECONDS=WAIT_SECONDS,
+        WAIT_LIMIT=WAIT_LIMIT,
     )
     values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
     defines = "".join(f"#define {k} {v}\n" for k, v in values.items())

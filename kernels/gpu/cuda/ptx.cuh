@@ -123,23 +123,24 @@ DEVICE u64 load_flagged(const u64* p) {
   return v;
 }
 
-struct Wait {
-  u32 polls;
-  // nanoseconds, when the clock was first looked at
-  u64 since;
-};
-// Between two polls of a step. Minutes of them are an error, which ends the kernel; as of a failed
-// assert, the driver prints the text, with the step in place of a line's number. (NVRTC declares
-// the function.)
-DEVICE void wait_more(Wait& wait, int step) {
-  if (++wait.polls % 1024) return;
-  u64 now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  if (!wait.since) wait.since = now;
-  if (now - wait.since <= WAIT_SECONDS * 1000000000ull) return;
+// Between two polls of a step; `wait` begins with 0. Its upper 20 bits are the time when the clock
+// was first looked at, in units of 2^32 ns, its lower 12 bits count polls. Minutes are an error.
+DEVICE void wait_more(u32& wait, int step) {
+  wait = (wait & ~0xFFFu) | (wait + 1 & 0xFFFu);
+  if (wait & 0xFFF) return;
+  u32 now;
+  asm volatile("mov.u32 %0, %globaltimer_hi;" : "=r"(now));
+  if (!wait) wait = now << 12;
+  if ((now << 12) - wait <= WAIT_LIMIT << 12) return;
+#if PRECISE
+  // the call below would take registers that these kernels do not have
+  asm volatile("trap;");
+#else
+  // As a failed assert (NVRTC declares the function): the driver prints the text, with the step in
+  // place of a line's number. Nothing comes after, for which registers would have to be kept.
   __assertfail("the other blocks' h came in time for " PLAN, "step", step, "recurrence", 1);
-  // so that no register is kept for what would come after
   __builtin_unreachable();
+#endif
 }
 
 #if SCOPE == CLUSTER

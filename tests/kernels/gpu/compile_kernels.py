@@ -111,7 +111,7 @@ def launches(
     w_ih = new(N * G * H, I)
     w = new(N * G * H, H)
     b = new(N * G * H)
-    s = new(N * S, B, H)
+    s = [new(N, B, H) for _ in range(S)]
     y = new(T * B, N * H)
     real: Any = triton_launch.forward_kernel, triton_launch.backward_kernel
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(

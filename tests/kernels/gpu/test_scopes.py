@@ -304,9 +304,9 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     plan = plan_for("launch", 18)
     rows = Layout(5, [0])
     odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
-    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
+    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), [s], 0).y
     assert len(machine.graphs) == 1 and machine.plain == 0
-    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), s, 0).y
+    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), [s], 0).y
     assert torch.equal(got, want)
     assert machine.plain == 5
 
@@ -470,7 +470,7 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
         )
         w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
         weights = Weights(w_ih, w, None, None)
-        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, s, 0)
+        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, [s], 0)
 
     run(5, 3)
     run(1, 1)
