@@ -116,8 +116,9 @@ struct Worker {
   const i64* offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
-  // its first sequence within the block
+  // its first sequence within the block; the address of its words in the inbox, for ldmatrix
   const int sequence0;
+  const u32 inbox;
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
   // first sequence of the block; pitches of [A, R, N, H] and [N, S, B, H]; where the thread's first
@@ -142,12 +143,15 @@ struct Worker {
         n(blockIdx.z),
         rank(blockIdx.x),
         reverse(reverses >> blockIdx.z & 1),
-        lane(threadIdx.x % 32),
+        lane(pin_register(threadIdx.x % 32)),
         wm(threadIdx.x / 32 % WM),
         wk(threadIdx.x / 32 / WM),
         unit(rank * U + wm * 16 + lane / 4 * 2),
         // pinned: the compiler would compute them again in each step
         sequence0(pin_register((u32)(wk * P / 2 * 8 + lane % 4 * 2 + wk * P % 2))),
+        inbox(pin_register(shared_address(
+            &shared.inbox[0][SCOPE == GRID ? 0 : lane % 8]
+                         [SCOPE == GRID ? 0 : wk * KS * 8 + lane / 8 * 4]))),
         x_row(pin_register((u32)(gridDim.z * GATES * H))),
         y_row(pin_register((u32)(gridDim.z * H))),
         b0((i64)blockIdx.y * NB),
@@ -321,15 +325,20 @@ struct Worker {
   }
 #endif
 
-  // The sums of step c, once all blocks have published their part.
-  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
+  // Until all blocks of the cluster have published their part of step c.
+  DEVICE void wait(int c) {
 #if SCOPE == CLUSTER
     u32 spin_count = 0;
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
     while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);
-    if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
+    acquire_shared();
+    if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
 #endif
+  }
+
+  // The sums of step c, after the wait for it.
+  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
     float d[CHAINS][ROWS][NT][4] = {};
     EACH(j, NT) {
 #if SCOPE == GRID
@@ -356,8 +365,7 @@ struct Worker {
             product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
       }
 #else
-      const u32 from =
-          shared_address(&shared.inbox[c & 1][j * 8 + lane % 8][wk * KS * 8 + lane / 8 * 4]);
+      const u32 from = inbox + ((c & 1) * NB + j * 8) * 4 * PITCH;
 #pragma unroll
       for (int k = 0; k < KS; k += 2) {
         u32 words[4];

@@ -63,6 +63,8 @@ DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   warp.rows[lane] = emulate::memory(address);
   warp.barrier.wait();
   for (int m = 0; m < 4; ++m) memcpy(&r[m], warp.rows[m * 8 + lane / 4] + lane % 4 * 4, 4);
+  // what a relaxed wait does not order
+  if (emulate::self->unacquired) memset(r, ~0, 16);
   warp.barrier.wait();
 }
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -97,7 +99,11 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   a.bytes += bytes, --a.pending;
   a.settle();
 }
-DEVICE bool barrier_passed(u32 barrier, u32 parity) { return (emulate::arrivals(barrier).phase & 1) != parity; }
+DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+  emulate::self->unacquired = true;
+  return (emulate::arrivals(barrier).phase & 1) != parity;
+}
+DEVICE void acquire_shared() { emulate::self->unacquired = false; }
 DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
   emulate::in_flight.push_back([=] {
     memcpy(emulate::memory(address), &v, 16);

@@ -131,9 +131,15 @@ FAULTS = {
         "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);",
         "",
     ),
+    "no fence after the wait": ("cluster", "    acquire_shared();\n", ""),
+    "weights of the neighbour": (
+        "block",
+        "to[1] = select_bytes(row, next, 0x7632);",
+        "to[1] = to[0];",
+    ),
     "barrier never set again": (
         "cluster",
-        "if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);",
+        "if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);",
         "",
     ),
     "wrong number of bytes": ("cluster", "4 * NB * WORDS);\n    }", "4 * NB * WORDS + 16);\n    }"),
@@ -167,6 +173,8 @@ def test_planted_faults_are_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     scope, *change = FAULTS[fault]
+    # both kernels have it
+    assert change[0] in cuda.text("worker.cuh")
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
     plan = plan_for(scope, 64, BRAIN, 1 if scope == "block" else 2, 2)
     with pytest.raises((AssertionError, RuntimeError)):
