@@ -83,6 +83,13 @@ DEVICE u32 rest(u32 v, u32 high) {
 #if TYPE == FLOAT32
 // What of a number takes part in products.
 DEVICE u32 operand(u32 v) { return PRECISE ? v : tf32(v); }
+// Rounded once here, not by each warp that receives it.
+DEVICE Pair sent(float a, float b) {
+  return {__uint_as_float(operand(__float_as_uint(a))),
+          __uint_as_float(operand(__float_as_uint(b)))};
+}
+#else
+DEVICE Pair sent(float a, float b) { return narrow(a, b); }
 #endif
 // d += w v of 16 x 8 numbers over 8 words.
 DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
@@ -101,8 +108,6 @@ DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
   mma(d, low, finite(h0), finite(h1));
   mma(d, high, rest(b0, h0), rest(b1, h1));
   mma(d, high, h0, h1);
-#elif TYPE == FLOAT32
-  mma(d, w, tf32(b0), tf32(b1));
 #else
   mma(d, w, b0, b1);
 #endif
@@ -277,7 +282,7 @@ struct Worker {
   DEVICE void publish(int c, const float (&values)[VECTORS][P][2]) {
     EACH(v, VECTORS) EACH(p, P) {
       if (!owner()) continue;
-      const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
+      const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
       const int word = (v * C * U + unit) / WORD, b = sequence(p);
 #if SCOPE == BLOCK
       *(Pair*)&shared.inbox[c & 1][b][word] = pair;
