@@ -11,6 +11,7 @@ DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(
 DEVICE void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
+DEVICE bool any_of_warp(bool v) { return __any_sync(~0u, v); }
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // The value in a register, hidden from the compiler, which neither moves nor repeats what made it.
 DEVICE u32 pin_register(u32 v) { asm volatile("" : "+r"(v)); return v; }

@@ -74,12 +74,6 @@ DEVICE void cell_forward(const float* x, const float* r, const float* s, float* 
 #endif
 { CELL }
 
-#if PRECISE
-DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
-DEVICE u32 rest(u32 v, u32 high) {
-  return finite(tf32(__float_as_uint(__uint_as_float(v) - __uint_as_float(high))));
-}
-#endif
 #if TYPE == FLOAT32
 // What of a number takes part in products.
 DEVICE u32 operand(u32 v) { return PRECISE ? v : tf32(v); }
@@ -91,27 +85,59 @@ DEVICE Pair sent(float a, float b) {
 #else
 DEVICE Pair sent(float a, float b) { return narrow(a, b); }
 #endif
-// d += w v of 16 x 8 numbers over 8 words.
-DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
+// The products of a 16 x 8 tile of W over 8 words with those words of 8 sequences, b0 and b1.
 #if PRECISE
-  const u32 h0 = tf32(b0);
-  const u32 h1 = tf32(b1);
+// Of a number that is not finite.
+DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
+DEVICE u32 difference(u32 a, u32 b) {
+  return __float_as_uint(__uint_as_float(a) - __uint_as_float(b));
+}
+// A number as the sum of two that TF32 holds: of `high` the unit ignores the low 13 bits, which are
+// in `low`. Of an infinite number `low` is NaN.
+struct Parts {
+  u32 high;
+  u32 low;
+};
+DEVICE Parts truncated(u32 v) { return {v, difference(v, v & 0xFFFFE000)}; }
+DEVICE Parts rounded(u32 v) {
+  const u32 high = v + 0x1000;
+  return {high, difference(v, high & 0xFFFFE000)};
+}
+// The same where numbers may be infinite: such a one has no low part, and multiplies none.
+DEVICE Parts exact_parts(u32 v) {
+  const u32 high = tf32(v);
+  return {high, finite(tf32(difference(v, high)))};
+}
+template <bool EXACT>
+struct Tile {
   u32 high[4];
   u32 low[4];
-  EACH(e, 4) {
-    // not split before the loop: the parts would take twice the registers
-    const u32 v = pin_register(w[e]);
-    high[e] = tf32(v);
-    low[e] = rest(v, high[e]);
+  DEVICE Tile(const u32 (&w)[4]) {
+    EACH(e, 4) {
+      // not split before the loop: the parts would take twice the registers
+      const u32 v = pin_register(w[e]);
+      const Parts parts = EXACT ? exact_parts(v) : truncated(v);
+      high[e] = parts.high;
+      low[e] = parts.low;
+    }
   }
-  // an infinite number has no low part, and multiplies none
-  mma(d, low, finite(h0), finite(h1));
-  mma(d, high, rest(b0, h0), rest(b1, h1));
-  mma(d, high, h0, h1);
+  // d += the products
+  DEVICE void multiply(float (&d)[4], u32 b0, u32 b1) const {
+    const Parts v0 = EXACT ? exact_parts(b0) : rounded(b0);
+    const Parts v1 = EXACT ? exact_parts(b1) : rounded(b1);
+    mma(d, low, EXACT ? finite(v0.high) : v0.high, EXACT ? finite(v1.high) : v1.high);
+    mma(d, high, v0.low, v1.low);
+    mma(d, high, v0.high, v1.high);
+  }
+};
 #else
-  mma(d, w, b0, b1);
+template <bool EXACT>
+struct Tile {
+  const u32 (&w)[4];
+  DEVICE Tile(const u32 (&w)[4]) : w(w) {}
+  DEVICE void multiply(float (&d)[4], u32 b0, u32 b1) const { mma(d, w, b0, b1); }
+};
 #endif
-}
 
 // A thread's place, its weights, and its exchange with other threads.
 struct Worker {
@@ -342,11 +368,12 @@ struct Worker {
 #endif
   }
 
-  // The sums of step c, after the wait for it.
-  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
+  // The warp's sums of products with what was published for step c.
+  template <bool EXACT>
+  DEVICE void multiply(int c, float (&total)[ROWS][NT][4]) {
     float d[CHAINS][ROWS][NT][4] = {};
-    EACH(j, NT) {
 #if SCOPE == GRID
+    EACH(j, NT) {
       const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + j * 64 + lane;
       constexpr int AT_ONCE = KS < 8 ? KS : 8;
 #pragma unroll
@@ -367,25 +394,51 @@ struct Worker {
         __syncwarp();
         EACH(k, AT_ONCE) EACH(row, ROWS)
           if (k0 + k < KS)
-            product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
+            Tile<EXACT>(w[row][k0 + k]).multiply(d[k % CHAINS][row][j], (u32)seen[k][0],
+                                                 (u32)seen[k][1]);
       }
-#else
-      const u32 from = inbox + ((c & 1) * NB + j * 8) * 4 * PITCH;
-#pragma unroll
-      for (int k = 0; k < KS; k += 2) {
-        u32 words[4];
-        load_matrices(words, from + k * 32);
-        EACH(row, ROWS) {
-          product(d[0][row][j], w[row][k], words[0], words[1]);
-          product(d[CHAINS - 1][row][j], w[row][k + 1], words[2], words[3]);
-        }
-      }
-#endif
     }
+#else
+    const u32 from = inbox + (c & 1) * NB * 4 * PITCH;
+#pragma unroll
+    for (int k = 0; k < KS; k += 2) {
+      u32 words[NT][4];
+      EACH(j, NT) load_matrices(words[j], from + j * 8 * 4 * PITCH + k * 32);
+      EACH(half, 2) EACH(row, ROWS) {
+        const Tile<EXACT> tile(w[row][k + half]);
+        EACH(j, NT)
+          tile.multiply(d[(k + half) % CHAINS][row][j], words[j][2 * half], words[j][2 * half + 1]);
+      }
+    }
+#endif
+    EACH(row, ROWS) EACH(i, 4 * NT) {
+      total[row][i / 4][i % 4] = d[0][row][i / 4][i % 4];
+      EACH(chain, CHAINS) if (chain)
+        total[row][i / 4][i % 4] += d[chain][row][i / 4][i % 4];
+    }
+  }
+
+  // The sums of step c, after the wait for it.
+  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
+    float total[ROWS][NT][4];
+    multiply<false>(c, total);
+#if PRECISE
+    bool nan = false;
+    EACH(row, ROWS) EACH(i, 4 * NT)
+      nan |= total[row][i / 4][i % 4] != total[row][i / 4][i % 4];
+    // maybe of an infinite number; a sum that is none stays, as it depends on no other sequence
+    if (any_of_warp(nan)) {
+      float exact[ROWS][NT][4];
+      multiply<true>(c, exact);
+      EACH(row, ROWS) EACH(i, 4 * NT) {
+        float& sum = total[row][i / 4][i % 4];
+        sum = sum == sum ? sum : exact[row][i / 4][i % 4];
+      }
+    }
+#endif
     auto& partial = shared.sums[SCOPE == GRID ? c & 1 : 0];
     EACH(row, ROWS) EACH(i, 4 * NT) {
-      const float sum =
-          d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
+      const float sum = total[row][i / 4][i % 4];
       if (WK > 1) partial[wm][wk][row][i][lane] = sum;
       else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
     }

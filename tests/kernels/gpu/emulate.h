@@ -17,6 +17,15 @@ inline struct { emulate::Index<+[] { return emulate::tiles; }> y; emulate::Index
 DEVICE void __syncthreads() { emulate::block().all.wait(); }
 DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
 DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
+DEVICE bool any_of_warp(bool v) {
+  auto& warp = emulate::warp();
+  warp.b[emulate::self->thread % 32][0] = v;
+  warp.barrier.wait();
+  bool any = false;
+  for (auto& b : warp.b) any |= b[0];
+  warp.barrier.wait();
+  return any;
+}
 DEVICE void prefetch_l2(const void*) {}
 DEVICE u32 pin_register(u32 v) { return v; }
 DEVICE i64 pin_register(i64 v) { return v; }

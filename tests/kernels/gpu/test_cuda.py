@@ -17,7 +17,7 @@ import torch
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
-from tests.cases import check_recurrence
+from tests.cases import check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
 from tests.kernels.gpu.emulator import COMPILER, library, loader
 
@@ -179,6 +179,28 @@ def test_planted_faults_are_found(
     plan = plan_for(scope, 64, BRAIN, 1 if scope == "block" else 2, 2)
     with pytest.raises((AssertionError, RuntimeError)):
         check_recurrence("rnn_tanh", plan, (6, 9, 2, 64), dtype=BRAIN)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["", "if (any_of_warp(nan)) {", "EXACT ? finite(v1.high) : "])
+@pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
+def test_infinite_numbers(
+    fault: str, scope: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """In three parts a product of an infinite number is what it is in one; without the second try,
+    or with the parts of an infinite number multiplied too, it is not."""
+    change = (fault, "if (false) {" if fault.startswith("if") else "") if fault else ("", "")
+    monkeypatch.setattr(cuda, "load", loader(folder, change))
+    given = operands("rnn_relu", (2, 9, 2, 32), (False,))
+    given.given[5][0, 3, 7] = float("inf")
+    # exact in TF32: their low parts are 0
+    given.given[2][::3] = given.given[2][::3].sign() / 4
+    want = evaluate(given, dtype=torch.float64, oracle=True)["y"]
+    assert want.isinf().any()
+    plan = plan_for(scope, 32, SINGLE, 1 if scope == "block" else 2, 2)
+    got = evaluate(given, plan)["y"]
+    same = torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert same == (not fault)
 
 
 @needs_compiler
