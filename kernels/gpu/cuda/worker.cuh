@@ -49,7 +49,7 @@ constexpr int PEERS = 32 / CHUNK_LANES;
 // k-steps whose weights a thread loads at a time: 32 words, or, in halves, 16
 constexpr int K_LOADED = (ROWS > 1 ? 2 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap
-constexpr int CHAINS = ROWS * NT < 4 ? 2 : 1;
+constexpr int CHAINS = ROWS * NT == 1 ? 4 : ROWS * NT < 4 ? 2 : 1;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
 

@@ -131,6 +131,7 @@ FAULTS = {
         "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);",
         "",
     ),
+    "a chain of products left out": ("block", "if (chain)\n", "if (chain > 1)\n"),
     "no fence after the wait": ("cluster", "    acquire_shared();\n", ""),
     "weights of the neighbour": (
         "block",
