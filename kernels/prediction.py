@@ -101,7 +101,9 @@ def _products(cell: Cell, plan: Plan, size: int, H: int, costs: Costs, adjoint: 
     read = plan.warps * plan.sequences * depth * 32
     if plan.backend == "cuda":
         read += plan.warps * columns * 512 * stored_fragments(cell, plan, size, adjoint)
-    sums = rows * columns * (2 if rows * columns < 4 else 1)
+    tiles = rows * columns
+    # sums of a warp that do not wait for each other
+    sums = tiles * {1: 4, 2: 2, 3: 2}.get(tiles, 1)
     exact = plan.precision == "tf32x3"
     each = costs.product_in_parts if exact else costs.product
     latency = (3 if exact else 1) * costs.product_latency

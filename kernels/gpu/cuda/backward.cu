@@ -30,8 +30,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   bool cuts[P];
   bool cuts_later[P];
   float d[P][STATES][2] = {};
-  auto fetch = [&](Inputs (&inputs)[P], bool (&cuts)[P], int t, i64 row) {
-    row *= worker.y_row;
+  auto fetch = [&](Inputs (&inputs)[P], bool (&cuts)[P], int t, i64 offset) {
     worker.find_cuts(cuts, t);
     EACH(p, P) {
       inputs[p] = {};
@@ -43,31 +42,34 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       }
       EACH(k, STATES) {
         const T* from = k ? states + (k - 1) * worker.plane : y;
-        inputs[p].s[k] = worker.load(from + row + worker.at(p, worker.y_row));
+        inputs[p].s[k] = worker.load(from + offset + worker.at(p, worker.y_row));
       }
-      inputs[p].d[0] = worker.load(dy + row + worker.at(p, worker.y_row));
+      inputs[p].d[0] = worker.load(dy + offset + worker.at(p, worker.y_row));
       EACH(k, STATES) if (k && dstates)
         inputs[p].d[k] =
-            worker.load(dstates + (k - 1) * worker.plane + row + worker.at(p, worker.y_row));
+            worker.load(dstates + (k - 1) * worker.plane + offset + worker.at(p, worker.y_row));
       EACH(k, SAVED)
         inputs[p].saved[k] =
-            worker.load(saved + k * worker.plane + row + worker.at(p, worker.y_row));
+            worker.load(saved + k * worker.plane + offset + worker.at(p, worker.y_row));
     }
   };
   EACH(p, P) EACH(k, STATES)
     if (worker.inside(p)) worker.load(d[p][k], ds + k * worker.layer + worker.at(p, H));
   int t = worker.time(0, !worker.reverse);
   i64 row = worker.row(t);
-  fetch(now, cuts, t, row);
+  fetch(now, cuts, t, row * worker.y_row);
   for (int u = 0;; ++u) {
     const int before = worker.time(u + 1, !worker.reverse);
     const i64 row_before = worker.row(before);
     const i64 prefetch_row = worker.prefetch_row(u);
-    fetch(later, cuts_later, before, row_before);
+    const i64 y_before = pin_register(row_before * worker.y_row);
     worker.prefetch(dy, prefetch_row, worker.y_row);
     EACH(k, STATES)
       worker.prefetch(k ? states + (k - 1) * worker.plane : y, prefetch_row, worker.y_row);
     EACH(k, SAVED) worker.prefetch(saved + k * worker.plane, prefetch_row, worker.y_row);
+    // in this order, as the wait is also for all loads in flight
+    if (u) worker.wait(u - 1);
+    fetch(later, cuts_later, before, y_before);
     if (u) {
       worker.accumulate(u - 1, sums);
       EACH(p, P) {

@@ -20,8 +20,8 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   Pair now[P][GATES];
   Pair later[P][GATES];
   bool cuts[P];
-  auto fetch = [&](Pair (&inputs)[P][GATES], int t, i64 row) {
-    const T* from = x + row * worker.x_row;
+  auto fetch = [&](Pair (&inputs)[P][GATES], int t, i64 offset) {
+    const T* from = x + offset;
     worker.find_cuts(cuts, t);
     EACH(p, P) EACH(g, GATES) {
       inputs[p][g] = {};
@@ -45,7 +45,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (worker.inside(p)) worker.load(s[p][k], state + k * worker.layer + worker.at(p, H));
   int t = worker.time(0, worker.reverse);
   i64 row = worker.row(t);
-  fetch(now, t, row);
+  fetch(now, t, row * worker.x_row);
   enter();
   worker.publish(0, outgoing);
   for (int u = 0; u < worker.steps; ++u) {
@@ -53,8 +53,11 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     const i64 next_row = worker.row(next);
     const i64 prefetch_row = worker.prefetch_row(u);
     const i64 at = row * worker.y_row;
-    fetch(later, next, next_row);
+    const i64 next_x = pin_register(next_row * worker.x_row);
     EACH(g, GATES) worker.prefetch(x + g * H, prefetch_row, worker.x_row);
+    // in this order, as the wait is also for all loads in flight
+    worker.wait(u);
+    fetch(later, next, next_x);
     worker.accumulate(u, sums);
     EACH(p, P) {
       float a[2][SAVED + 1];

@@ -11,6 +11,7 @@ DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(
 DEVICE void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
+DEVICE bool any_of_warp(bool v) { return __any_sync(~0u, v); }
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // The value in a register, hidden from the compiler, which neither moves nor repeats what made it.
 DEVICE u32 pin_register(u32 v) { asm volatile("" : "+r"(v)); return v; }
@@ -162,13 +163,23 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(barrier), "r"(bytes) : "memory");
 }
+// What others sent is visible only after acquire_shared(): acquired here, each wait would end in
+// throwing away the L1 cache. (CUDA before 13 has no such fence.)
+#if __CUDACC_VER_MAJOR__ >= 13
+#define WAIT_ORDER "relaxed"
+#define ACQUIRE_SHARED "fence.acquire.sync_restrict::shared::cluster.cluster;"
+#else
+#define WAIT_ORDER "acquire"
+#define ACQUIRE_SHARED ""
+#endif
 DEVICE bool barrier_passed(u32 barrier, u32 parity) {
   u32 passed;
   asm volatile("{\n.reg .pred p;\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+               "mbarrier.try_wait.parity." WAIT_ORDER ".cluster.shared::cta.b64 p, [%1], %2;\n"
                "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
   return passed;
 }
+DEVICE void acquire_shared() { asm volatile(ACQUIRE_SHARED ::: "memory"); }
 DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
                " [%0], {%1, %2, %3, %4}, [%5];"

@@ -55,9 +55,12 @@ constexpr int PEERS = 32 / CHUNK_LANES;
 // k-steps whose weights a thread loads at a time: 32 words, or, in halves, 16
 constexpr int K_LOADED = (ROWS > 1 ? 2 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap
-constexpr int CHAINS = ROWS * NT < 4 ? 2 : 1;
+constexpr int CHAINS = ROWS * NT == 1 ? 4 : ROWS * NT < 4 ? 2 : 1;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
+
+// a thread's part of a 16 x 8 tile of W
+typedef u32 Words[4];
 
 struct __align__(128) Shared {
   u32 inbox[SCOPE == GRID ? 1 : 2][NB][SCOPE == GRID ? 4 : PITCH];
@@ -82,39 +85,70 @@ DEVICE void cell_forward(const float* x, const float* r, const float* s, float* 
 #endif
 { CELL }
 
-#if PRECISE
-DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
-DEVICE u32 rest(u32 v, u32 high) {
-  return finite(tf32(__float_as_uint(__uint_as_float(v) - __uint_as_float(high))));
-}
-#endif
 #if TYPE == FLOAT32
 // What of a number takes part in products.
 DEVICE u32 operand(u32 v) { return PRECISE ? v : tf32(v); }
+// Rounded once here, not by each warp that receives it.
+DEVICE Pair sent(float a, float b) {
+  return {__uint_as_float(operand(__float_as_uint(a))),
+          __uint_as_float(operand(__float_as_uint(b)))};
+}
+#else
+DEVICE Pair sent(float a, float b) { return narrow(a, b); }
 #endif
-// d += w v of 16 x 8 numbers over 8 words.
-DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
+// The products of a 16 x 8 tile of W over 8 words with those words of 8 sequences, b0 and b1.
 #if PRECISE
-  const u32 h0 = tf32(b0);
-  const u32 h1 = tf32(b1);
+// Of a number that is not finite.
+DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
+DEVICE u32 difference(u32 a, u32 b) {
+  return __float_as_uint(__uint_as_float(a) - __uint_as_float(b));
+}
+// A number as the sum of two that TF32 holds: of `high` the unit ignores the low 13 bits, which are
+// in `low`. Of an infinite number `low` is NaN.
+struct Parts {
+  u32 high;
+  u32 low;
+};
+DEVICE Parts truncated(u32 v) { return {v, difference(v, v & 0xFFFFE000)}; }
+DEVICE Parts rounded(u32 v) {
+  const u32 high = v + 0x1000;
+  return {high, difference(v, high & 0xFFFFE000)};
+}
+// The same where numbers may be infinite: such a one has no low part, and multiplies none.
+DEVICE Parts exact_parts(u32 v) {
+  const u32 high = tf32(v);
+  return {high, finite(tf32(difference(v, high)))};
+}
+template <bool EXACT>
+struct Tile {
   u32 high[4];
   u32 low[4];
-  EACH(e, 4) {
-    // not split before the loop: the parts would take twice the registers
-    const u32 v = pin_register(w[e]);
-    high[e] = tf32(v);
-    low[e] = rest(v, high[e]);
+  DEVICE Tile(const u32 (&w)[4]) {
+    EACH(e, 4) {
+      // not split before the loop: the parts would take twice the registers
+      const u32 v = pin_register(w[e]);
+      const Parts parts = EXACT ? exact_parts(v) : truncated(v);
+      high[e] = parts.high;
+      low[e] = parts.low;
+    }
   }
-  // an infinite number has no low part, and multiplies none
-  mma(d, low, finite(h0), finite(h1));
-  mma(d, high, rest(b0, h0), rest(b1, h1));
-  mma(d, high, h0, h1);
-#elif TYPE == FLOAT32
-  mma(d, w, tf32(b0), tf32(b1));
+  // d += the products
+  DEVICE void multiply(float (&d)[4], u32 b0, u32 b1) const {
+    const Parts v0 = EXACT ? exact_parts(b0) : rounded(b0);
+    const Parts v1 = EXACT ? exact_parts(b1) : rounded(b1);
+    mma(d, low, EXACT ? finite(v0.high) : v0.high, EXACT ? finite(v1.high) : v1.high);
+    mma(d, high, v0.low, v1.low);
+    mma(d, high, v0.high, v1.high);
+  }
+};
 #else
-  mma(d, w, b0, b1);
+template <bool EXACT>
+struct Tile {
+  const u32 (&w)[4];
+  DEVICE Tile(const u32 (&w)[4]) : w(w) {}
+  DEVICE void multiply(float (&d)[4], u32 b0, u32 b1) const { mma(d, w, b0, b1); }
+};
 #endif
-}
 
 // A thread's place, its weights, and its exchange with other threads.
 struct Worker {
@@ -124,8 +158,9 @@ struct Worker {
   const i64* offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
-  // its first sequence within the block
+  // its first sequence within the block; the address of its words in the inbox, for ldmatrix
   const int sequence0;
+  const u32 inbox;
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
   // first sequence of the block, where the launch begins at tile `first` of the batch; pitches of
@@ -133,7 +168,7 @@ struct Worker {
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
-  u32 w[ROWS][HELD][4];
+  Words w[ROWS][HELD];
   // steps of its pairs' sequences, 0 for those outside
   int end[P];
 
@@ -151,12 +186,15 @@ struct Worker {
         n(blockIdx.z),
         rank(blockIdx.x),
         reverse(reverses >> blockIdx.z & 1),
-        lane(threadIdx.x % 32),
+        lane(pin_register(threadIdx.x % 32)),
         wm(threadIdx.x / 32 % WM),
         wk(threadIdx.x / 32 / WM),
         unit(rank * U + wm * 16 + lane / 4 * 2),
         // pinned: the compiler would compute them again in each step
         sequence0(pin_register((u32)(wk * P / 2 * 8 + lane % 4 * 2 + wk * P % 2))),
+        inbox(pin_register(shared_address(
+            &shared.inbox[0][SCOPE == GRID ? 0 : lane % 8]
+                         [SCOPE == GRID ? 0 : wk * KS * 8 + lane / 8 * 4]))),
         x_row(pin_register((u32)(gridDim.z * GATES * H))),
         y_row(pin_register((u32)(gridDim.z * H))),
         b0((first + blockIdx.y) * NB),
@@ -235,17 +273,17 @@ struct Worker {
   }
 #endif
 
-  DEVICE void keep_weights(int row, int k, const u32 (&words)[4]) {
+  DEVICE void keep_weights(int row, int k, const Words& words) {
     if (k < HELD) EACH(e, 4) w[row][k][e] = words[e];
     else shared.weights[(k - HELD) * ROWS + row][threadIdx.x] =
         uint4{words[0], words[1], words[2], words[3]};
   }
-  // d += the product of k-step k, of row `row` of tiles.
-  DEVICE void multiply(float (&d)[4], int row, int k, u32 b0, u32 b1) {
-    if (k < HELD) return product(d, w[row][k], b0, b1);
-    const uint4 kept = shared.weights[(k - HELD) * ROWS + row][threadIdx.x];
-    u32 words[4] = {kept.x, kept.y, kept.z, kept.w};
-    product(d, words, b0, b1);
+  // Those of k-step k and row `row` of tiles, read into `stored` where they are not in registers.
+  DEVICE const Words& weights(int row, int k, Words& stored) const {
+    if (k < HELD) return w[row][k];
+    const uint4 words = shared.weights[(k - HELD) * ROWS + row][threadIdx.x];
+    stored[0] = words.x, stored[1] = words.y, stored[2] = words.z, stored[3] = words.w;
+    return stored;
   }
 
   // Its pairs are of the columns wk * P + p of its tiles: a sequence each.
@@ -295,7 +333,7 @@ struct Worker {
   DEVICE void publish(int c, const float (&values)[VECTORS][P][2]) {
     EACH(v, VECTORS) EACH(p, P) {
       if (!owner()) continue;
-      const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
+      const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
       const int word = (v * C * U + unit) / WORD, b = sequence(p);
 #if SCOPE == BLOCK
       *(Pair*)&shared.inbox[c & 1][b][word] = pair;
@@ -343,18 +381,24 @@ struct Worker {
   }
 #endif
 
-  // The sums of step c, once all blocks have published their part.
-  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
+  // Until all blocks of the cluster have published their part of step c.
+  DEVICE void wait(int c) {
 #if SCOPE == CLUSTER
     u32 wait = 0;
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
     while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(wait, c);
-    if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
+    acquire_shared();
+    if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
 #endif
+  }
+
+  // The warp's sums of products with what was published for step c.
+  template <bool EXACT>
+  DEVICE void multiply(int c, float (&total)[ROWS][NT][4]) {
     float d[CHAINS][ROWS][NT][4] = {};
-    EACH(j, NT) {
 #if SCOPE == GRID
+    EACH(j, NT) {
       const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + j * 64 + lane;
       constexpr int AT_ONCE = KS < 8 ? KS : 8;
 #pragma unroll
@@ -374,27 +418,55 @@ struct Worker {
         }
         __syncwarp();
         EACH(k, AT_ONCE) EACH(row, ROWS)
-          if (k0 + k < KS)
-            multiply(d[k % CHAINS][row][j], row, k0 + k, (u32)seen[k][0], (u32)seen[k][1]);
+          if (k0 + k < KS) {
+            Words stored;
+            Tile<EXACT>(weights(row, k0 + k, stored))
+                .multiply(d[k % CHAINS][row][j], (u32)seen[k][0], (u32)seen[k][1]);
+          }
       }
-#else
-      const u32 from =
-          shared_address(&shared.inbox[c & 1][j * 8 + lane % 8][wk * KS * 8 + lane / 8 * 4]);
-#pragma unroll
-      for (int k = 0; k < KS; k += 2) {
-        u32 words[4];
-        load_matrices(words, from + k * 32);
-        EACH(row, ROWS) {
-          multiply(d[0][row][j], row, k, words[0], words[1]);
-          multiply(d[CHAINS - 1][row][j], row, k + 1, words[2], words[3]);
-        }
-      }
-#endif
     }
+#else
+    const u32 from = inbox + (c & 1) * NB * 4 * PITCH;
+#pragma unroll
+    for (int k = 0; k < KS; k += 2) {
+      u32 words[NT][4];
+      EACH(j, NT) load_matrices(words[j], from + j * 8 * 4 * PITCH + k * 32);
+      EACH(half, 2) EACH(row, ROWS) {
+        Words stored;
+        const Tile<EXACT> tile(weights(row, k + half, stored));
+        EACH(j, NT)
+          tile.multiply(d[(k + half) % CHAINS][row][j], words[j][2 * half], words[j][2 * half + 1]);
+      }
+    }
+#endif
+    EACH(row, ROWS) EACH(i, 4 * NT) {
+      total[row][i / 4][i % 4] = d[0][row][i / 4][i % 4];
+      EACH(chain, CHAINS) if (chain)
+        total[row][i / 4][i % 4] += d[chain][row][i / 4][i % 4];
+    }
+  }
+
+  // The sums of step c, after the wait for it.
+  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
+    float total[ROWS][NT][4];
+    multiply<false>(c, total);
+#if PRECISE
+    bool nan = false;
+    EACH(row, ROWS) EACH(i, 4 * NT)
+      nan |= total[row][i / 4][i % 4] != total[row][i / 4][i % 4];
+    // maybe of an infinite number; a sum that is none stays, as it depends on no other sequence
+    if (any_of_warp(nan)) {
+      float exact[ROWS][NT][4];
+      multiply<true>(c, exact);
+      EACH(row, ROWS) EACH(i, 4 * NT) {
+        float& sum = total[row][i / 4][i % 4];
+        sum = sum == sum ? sum : exact[row][i / 4][i % 4];
+      }
+    }
+#endif
     auto& partial = shared.sums[SCOPE == GRID ? c & 1 : 0];
     EACH(row, ROWS) EACH(i, 4 * NT) {
-      const float sum =
-          d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
+      const float sum = total[row][i / 4][i % 4];
       if (WK > 1) partial[wm][wk][row][i][lane] = sum;
       else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
     }

@@ -17,6 +17,15 @@ inline struct { emulate::Index<+[] { return emulate::tiles; }> y; emulate::Index
 DEVICE void __syncthreads() { emulate::block().all.wait(); }
 DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
 DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
+DEVICE bool any_of_warp(bool v) {
+  auto& warp = emulate::warp();
+  warp.b[emulate::self->thread % 32][0] = v;
+  warp.barrier.wait();
+  bool any = false;
+  for (auto& b : warp.b) any |= b[0];
+  warp.barrier.wait();
+  return any;
+}
 DEVICE void prefetch_l2(const void*) {}
 DEVICE u32 pin_register(u32 v) { return v; }
 DEVICE i64 pin_register(i64 v) { return v; }
@@ -63,6 +72,8 @@ DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   warp.rows[lane] = emulate::memory(address);
   warp.barrier.wait();
   for (int m = 0; m < 4; ++m) memcpy(&r[m], warp.rows[m * 8 + lane / 4] + lane % 4 * 4, 4);
+  // what a relaxed wait does not order
+  if (emulate::self->unacquired) memset(r, ~0, 16);
   warp.barrier.wait();
 }
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -97,7 +108,11 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   a.bytes += bytes, --a.pending;
   a.settle();
 }
-DEVICE bool barrier_passed(u32 barrier, u32 parity) { return (emulate::arrivals(barrier).phase & 1) != parity; }
+DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+  emulate::self->unacquired = true;
+  return (emulate::arrivals(barrier).phase & 1) != parity;
+}
+DEVICE void acquire_shared() { emulate::self->unacquired = false; }
 DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
   emulate::in_flight.push_back([=] {
     memcpy(emulate::memory(address), &v, 16);

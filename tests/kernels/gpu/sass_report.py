@@ -251,12 +251,38 @@ def timeline(path: Iterable[Instruction]) -> Timeline:
     return Timeline(begins, distances, most)
 
 
+def _reaches(graph: list[Block], first: int, goals: set[int], header: int) -> bool:
+    seen = {first, header}
+    stack = [first]
+    while stack:
+        i = stack.pop()
+        if i in goals:
+            return True
+        following = {*graph[i].successors} - seen
+        seen |= following
+        stack += following
+    return False
+
+
+def without_repeats(graph: list[Block], products: set[int], header: int) -> list[Block]:
+    """Without the products that follow the vote of a warp: they are done again, exactly, where
+    numbers are not finite."""
+    found = []
+    for block in graph:
+        after = block.successors
+        if any(x.name.startswith("VOTE") for x in block.instructions):
+            after = [j for j in after if not _reaches(graph, j, products, header)]
+        found.append(Block(block.instructions, after))
+    return found
+
+
 def measure(cubin: bytes, log: str, scope: str, sends: int = 1) -> Report:
     graph = blocks(disassemble(cubin))
     loops = natural_loops(graph)
     products = {i for i, b in enumerate(graph) if any("MMA" in x.name for x in b.instructions)}
     header = max((h for h in loops if products & loops[h]), key=lambda h: len(loops[h]))
-    path = costliest_path(graph, loops, header, loops[header], sends)
+    once = without_repeats(graph, products, header)
+    path = costliest_path(once, loops, header, loops[header], sends)
     times = timeline(path)
     end = times.begins[-1] + path[-1].stall
     # what waits for other blocks: a barrier of the cluster, flags of the grid

@@ -134,8 +134,8 @@ def test_weights_in_shared_memory(run: tuple[Any, ...]) -> None:
     "fault",
     [
         (
-            "shared.weights[(k - HELD) * ROWS + row][threadIdx.x];",
-            "shared.weights[0][threadIdx.x];",
+            "words = shared.weights[(k - HELD) * ROWS + row]",
+            "words = shared.weights[0]",
         ),
         ("* ROWS + row][threadIdx.x] =", "* ROWS + row][threadIdx.x ^ 1] ="),
     ],
@@ -242,9 +242,16 @@ FAULTS = {
         "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(wait, c);",
         "",
     ),
+    "a chain of products left out": ("block", "if (chain)\n", "if (chain > 1)\n"),
+    "no fence after the wait": ("cluster", "    acquire_shared();\n", ""),
+    "weights of the neighbour": (
+        "block",
+        "to[1] = select_bytes(row, next, 0x7632);",
+        "to[1] = to[0];",
+    ),
     "barrier never set again": (
         "cluster",
-        "if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);",
+        "if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);",
         "",
     ),
     "wrong number of bytes": ("cluster", "4 * NB * WORDS);\n    }", "4 * NB * WORDS + 16);\n    }"),
@@ -278,10 +285,34 @@ def test_planted_faults_are_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     scope, *change = FAULTS[fault]
+    # both kernels have it
+    assert change[0] in cuda.text("worker.cuh")
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
     plan = plan_for(scope, 64, BRAIN, 1 if scope == "block" else 2, 2)
     with pytest.raises((AssertionError, RuntimeError)):
         check_recurrence("rnn_tanh", plan, (6, 9, 2, 64), dtype=BRAIN)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["", "if (any_of_warp(nan)) {", "EXACT ? finite(v1.high) : "])
+@pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
+def test_infinite_numbers(
+    fault: str, scope: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """In three parts a product of an infinite number is what it is in one; without the second try,
+    or with the parts of an infinite number multiplied too, it is not."""
+    change = (fault, "if (false) {" if fault.startswith("if") else "") if fault else ("", "")
+    monkeypatch.setattr(cuda, "load", loader(folder, change))
+    given = operands("rnn_relu", (2, 9, 2, 32), (False,))
+    given.given[5][0, 3, 7] = float("inf")
+    # exact in TF32: their low parts are 0
+    given.given[2][::3] = given.given[2][::3].sign() / 4
+    want = evaluate(given, dtype=torch.float64, oracle=True)["y"]
+    assert want.isinf().any()
+    plan = plan_for(scope, 32, SINGLE, 1 if scope == "block" else 2, 2)
+    got = evaluate(given, plan)["y"]
+    same = torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert same == (not fault)
 
 
 @needs_compiler
