@@ -111,3 +111,12 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, precision: str) -> Tensor:
     if not _differs(a, precision):
         return torch.addmm(out, a, b)
     return _gemm(a, b, out, precision, True)
+
+
+def bmm(a: Tensor, b: Tensor, out: Tensor, precision: str) -> None:
+    """`out` [N, M, J] = a b, each of N products."""
+    if not _differs(a, precision):
+        torch.bmm(a, b, out=out)
+        return
+    for a_n, b_n, out_n in zip(a, b, out):
+        _gemm(a_n, b_n, out_n, precision, False)

@@ -16,7 +16,7 @@ from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
-from .library import OPERANDS, multiply, precision_of_products, with_operands
+from .library import OPERANDS, multiply, with_operands
 
 
 class Kind(NamedTuple):
@@ -183,14 +183,14 @@ def launch_steps(
         table: Tensor | None, u: int, tensors: Any, count: int = 1, part: Slice = whole
     ) -> None:
         if library:
-            multiply(tensors, u)
+            multiply(tensors, u, plan.precision)
         steps_of_launch = part.first, u, u + count, layout.steps
         arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
         _launch_once(
             kind, grid_of(part), arguments, lambda: _constants(cell, plan, layout, tensors)
         )
 
-    with torch.cuda.device_of(s0), precision_of_products(plan):
+    with torch.cuda.device_of(s0):
         if plan.scope in ("launch", "library") and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
             graph = step_graph(kind, B, stream)

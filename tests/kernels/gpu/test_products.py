@@ -110,6 +110,22 @@ def test_gradients(size: tuple[int, int, int], cublas: Cublas) -> None:
         torch.testing.assert_close(products.mm(d, w, "tf32").double(), right)
 
 
+@pytest.mark.parametrize("N", [1, 2])
+def test_products_of_a_step(N: int, cublas: Cublas) -> None:
+    """Scope library's, forward and of the adjoint."""
+    B, G, H = 5, 3, 4
+    h = randn(N, B, H)
+    dr = randn(N, B, G * H)
+    w = randn(N, G * H, H)
+    for a, b in ((h, w.mT), (dr, w)):
+        out = torch.full((N, B, b.shape[2]), float("nan"))
+        products.bmm(a, b, out, "tf32")
+        torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+        products.bmm(a, b, out.fill_(float("nan")), "tf32x3")
+        torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+    assert cublas.types == [TF32] * 2 * N
+
+
 @pytest.mark.parametrize(
     ("switch", "precision", "types"),
     [

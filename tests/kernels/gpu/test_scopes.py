@@ -18,7 +18,7 @@ from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Slice
 from rnn.kernels.types import Layout, Weights
-from tests.cases import check_recurrence, evaluate, operands
+from tests.cases import check_recurrence
 from tests.kernels.gpu.test_gpu import plan_for
 
 pytestmark = pytest.mark.interpreted
@@ -240,37 +240,13 @@ def test_a_library_graph_with_a_callers_tensors_is_found(
         check_two_layers()
 
 
-@pytest.mark.parametrize(("precision", "want"), [("tf32", "tf32"), ("tf32x3", "ieee")])
-def test_library_products_are_in_the_precision_of_the_plan(
-    precision: str, want: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever torch's switch is for others, which is as before afterwards."""
-    switch: Any = torch.backends.cuda.matmul
-    multiply = gpu.multiply
-    seen = set[str]()
-
-    def noted(*given: Any) -> None:
-        seen.add(switch.fp32_precision)
-        multiply(*given)
-
-    monkeypatch.setattr(gpu, "multiply", noted)
-    plan = plan_for("library", 18)._replace(precision=precision)
-    o = operands("gru", (5, 3, 3, 18))
-    first = switch.fp32_precision
-    try:
-        for before in ("tf32", "ieee"):
-            switch.fp32_precision = before
-            evaluate(o, plan)
-            assert seen == {want} and switch.fp32_precision == before
-    finally:
-        switch.fp32_precision = first
-
-
 def test_a_step_without_its_product_is_found(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiply = gpu.multiply
-    monkeypatch.setattr(gpu, "multiply", lambda tensors, u: u % 4 and multiply(tensors, u))
+    monkeypatch.setattr(
+        gpu, "multiply", lambda tensors, u, *precision: u % 4 and multiply(tensors, u, *precision)
+    )
     with pytest.raises(AssertionError):
         check_two_layers()
 
