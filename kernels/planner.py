@@ -28,8 +28,10 @@ FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it doe
 # Of a row of W_hh, all gates: what a program of the grid holds without spilling
 GRID_ROW_BYTES = 768
 MOST_TILES = 2**16 - 1  # of a launch
-# Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling.
+# Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling. Fewer of several
+# gates in float32 from capability 10.0 on.
 WEIGHT_REGISTERS = 64
+FEWER_REGISTERS = 32
 
 
 def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
@@ -59,7 +61,8 @@ def _with_room(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> Plan | None:
         spills = plan.precision == "tf32x3" and plan.scope != "grid"
         if plan.warps > 8 or plan.sequences > 8 or spills:
             return None
-        plan = plan._replace(weight_registers=WEIGHT_REGISTERS)
+        few = gpu.capability >= 100 and size == 4 and cell.gates > 1
+        plan = plan._replace(weight_registers=FEWER_REGISTERS if few else WEIGHT_REGISTERS)
     shared = max(shared_bytes(cell, plan, size, adjoint) for adjoint in (False, True))
     return plan if shared <= gpu.shared_memory else None
 
