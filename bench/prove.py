@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 SUITES = (
     "core",
+    "defaults",
     "must-not-lose",
     "cliffs",
     "cells",
