@@ -204,7 +204,7 @@ def make_plan(
     G = cell.gates
     units = power_of_2(H, 16)
     if gpu is None:
-        return Plan("native" if native and dtype == "float32" else "numpy")
+        return Plan("native" if native and dtype in ("float32", "float64") else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
     if gpu.cuda:

@@ -101,15 +101,17 @@ def module(name: str) -> Any:
 
 
 @lru_cache
-def native_available(cell: Cell) -> bool:
-    """Whether the cell's C++ can be compiled. A compiler that fails, or that $CXX names and is not
-    there, is reported once."""
+def native_available(cell: Cell, dtype: torch.dtype) -> bool:
+    """Whether there is C++ for the dtype, and the cell's can be compiled. A compiler that fails, or
+    that $CXX names and is not there, is reported once."""
     native = module("native")
+    if dtype not in native.NUMBERS:
+        return False
     command = native.compiler()
     named = os.environ.get("CXX")
     if command:
         try:
-            return native.load(cell) is not None
+            return native.load(cell, dtype) is not None
         except RuntimeError as error:
             _report(
                 command[0],
@@ -147,7 +149,7 @@ def _plan(
         gpu = Gpu(
             10 * found.major + found.minor, found.multi_processor_count, shared, _available("cupy")
         )
-    native = device.type == "cpu" and dtype == torch.float32 and native_available(cell)
+    native = device.type == "cpu" and native_available(cell, dtype)
     plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native)
     return (
         Plan("cupy")
@@ -177,14 +179,14 @@ def choose_plan(cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequenc
 def torch_operator(
     cell: Cell, x: Tensor, reverse: Sequence[int], plan: Plan | None, whole_sequences: bool
 ) -> Any:
-    """torch's own operator for a call on the CPU, where C++ cannot do it and that can: a layer of
-    torch.nn's, in float32 or float64. None elsewhere.
+    """torch's own operator for a call on the CPU, where there is no compiler and that can do it: a
+    layer of torch.nn's, in float32 or float64. None elsewhere.
 
     `whole_sequences`: none is padded, packed or reset, of the states only the last are asked for,
     and nothing is to be computed once more in backward."""
     if plan or not whole_sequences or not x.is_cpu:
         return None
-    if x.dtype is torch.float32 and native_available(cell):
+    if native_available(cell, x.dtype):
         return None
     if [*reverse] not in ([False], [False, True]):
         return None

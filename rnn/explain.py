@@ -39,10 +39,8 @@ def _words(
     if found is None:
         return f"{start}the formula in torch operations, slow ({why})"
     if x.is_cpu and not plan:
-        compiler = dispatch.native_available(cell)
-        other = "C++ is for float32" if compiler else "there is no C++ compiler"
-        ours = found.backend == "native"
-        whys.append("there is a C++ compiler" if ours else other)
+        compiler = "a" if found.backend == "native" else "no"
+        whys.append(f"there is {compiler} C++ compiler")
     if operator is not None:
         words = "; ".join(filter(None, [why, *whys]))
         return f"{start}torch's own operator, {operator.__name__} ({words})"

@@ -26,14 +26,16 @@ SHARED = (3, 50, 3, 200)
 
 
 def available(name: str, plan: Plan) -> None:
-    if plan.backend == "native" and not dispatch.native_available(getattr(cells, name)):
+    if plan.backend == "native" and not dispatch.native_available(
+        getattr(cells, name), torch.float32
+    ):
         pytest.skip("there is no C++ compiler that works")
 
 
 def suited(plan: Plan, dtype: torch.dtype) -> Plan | None:
     """The plan, or the layer's own choice where that is not for the dtype or the machine."""
     dtypes = (torch.float32,) if plan.backend == "native" else (torch.float32, torch.float64)
-    works = plan.backend != "native" or dispatch.native_available(cells.rnn_tanh)
+    works = plan.backend != "native" or dispatch.native_available(cells.rnn_tanh, torch.float32)
     return plan if dtype in dtypes and works else None
 
 

@@ -50,7 +50,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_route(case: Case, monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setattr(dispatch, "native_available", lambda cell: case.compiler)
+    monkeypatch.setattr(dispatch, "native_available", lambda cell, dtype: case.compiler)
     cell = cells.lstm
     if case.own_cell:
         cell = cells.Cell("own", cells.lstm.forward, cells.lstm.backward, 4, 2)

@@ -211,9 +211,9 @@ def test_explain_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And what then happens is that."""
-    if compiler and not dispatch.native_available(cells.rnn_tanh):
+    if compiler and not dispatch.native_available(cells.rnn_tanh, torch.float32):
         pytest.skip("there is no C++ compiler that works")
-    monkeypatch.setattr(dispatch, "native_available", lambda cell: compiler)
+    monkeypatch.setattr(dispatch, "native_available", lambda cell, dtype: compiler)
     if compiler:
         others = "NumPy", "torch's own", "whole sequences"
         texts = [

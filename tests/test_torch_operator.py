@@ -28,7 +28,7 @@ def used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(operator.__name__)
         return by_torch(operator, *rest)
 
-    monkeypatch.setattr(dispatch, "native_available", lambda cell: False)
+    monkeypatch.setattr(dispatch, "native_available", lambda cell, dtype: False)
     monkeypatch.setattr(functional, "by_torch", noted)
     return names
 
