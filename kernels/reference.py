@@ -113,6 +113,8 @@ def backward(
     zeros = xp.zeros((layout.sequences, H), x.dtype)
     s0 = _arrays(xp, *(first or (None,) * S))
     ds_last = _arrays(xp, *(dlast or (None,) * S))
+    # At least float64, or the sums over many rows would lose digits.
+    sums = xp.result_type(x, "f8")
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
@@ -151,9 +153,9 @@ def backward(
         if dw_hh is not None:
             dw_hh[gates] = dr_all.T @ h_all
         if db_ih is not None:
-            db_ih[gates] = dx_all.sum(0, dtype="f8")  # or many rows would lose digits
+            db_ih[gates] = dx_all.sum(0, dtype=sums)
         if db_hh is not None:
-            db_hh[gates] = dr_all.sum(0, dtype="f8")
+            db_hh[gates] = dr_all.sum(0, dtype=sums)
 
 
 def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:

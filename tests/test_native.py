@@ -205,22 +205,28 @@ def test_nothing_to_warn_of(cell: str, dtype: torch.dtype, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("H", [1, 31, 32, 65])
 @pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_memory(
-    bidirectional: bool, H: int, name: str, window: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    bidirectional: bool,
+    H: int,
+    name: str,
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It keeps to the memory that it asks for, and reads nothing there that it has not written."""
     pieces: list[Tensor] = []
 
     def scratch(like: Tensor, size: int) -> Tensor:
-        pieces.append(torch.full((size + 4096,), torch.nan))
+        pieces.append(torch.full((size + 4096,), torch.nan, dtype=like.dtype))
         pieces.append(pieces[-1][size:])
         return pieces[-2]
 
     monkeypatch.setattr(native, "scratch", scratch)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 1)
-    layer = getattr(rnn, name)(5, H, bidirectional=bidirectional, plan=NATIVE)
-    x = torch.randn(4, 3, 5, requires_grad=True)
+    layer = getattr(rnn, name)(5, H, bidirectional=bidirectional, plan=NATIVE, dtype=dtype)
+    x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
     for lengths in (None, torch.tensor([2, 4, 1])):
         y = layer(x, lengths=lengths)[0]
         found = y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])

@@ -1,4 +1,4 @@
-"""torch's own operators, for what C++ cannot do: where there is no compiler, and in float64."""
+"""torch's own operators, in float32 and float64, where there is no compiler for C++."""
 
 from typing import Any
 
