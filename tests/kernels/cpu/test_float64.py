@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Operands, evaluate, operands
+from cases import Operands, evaluate, operands, recurrence
 from torch import Tensor, nn
 
 import rnn
@@ -174,6 +174,7 @@ def test_derivatives(cell: str, form: str) -> None:
     sizes = None
     lengths = o.lengths
     if form == "packed":
+        assert o.lengths is not None
         running = torch.arange(3)[:, None] < o.lengths
         sizes = running.sum(1)
         given[0] = given[0].detach()[running].requires_grad_()
@@ -181,7 +182,7 @@ def test_derivatives(cell: str, form: str) -> None:
 
     def run(*given: Tensor) -> list[Tensor]:
         masks = lengths, sizes, o.resets
-        found = rnn.functional.recurrence(function, *given, *masks, o.reverse, 1, NATIVE)
+        found = recurrence(function, *given, *masks, o.reverse, 1, NATIVE)
         return [t for t in found if t is not None]
 
     assert torch.autograd.gradcheck(run, given)
