@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Operands, evaluate, operands, recurrence
 from torch import Tensor, nn
 
 import rnn
@@ -16,6 +15,7 @@ from rnn.kernels import cells, reference
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Weights
+from tests.cases import Operands, evaluate, operands, recurrence
 
 pytestmark = [
     pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler"),
@@ -96,11 +96,9 @@ def exact(o: Operands) -> dict[str, Any]:
     )
     given = cell, Plan("numpy"), layout, flat(x), weights, parted(s0)
     reference.forward(*given, outputs)
-    found: Any = Gradients(
-        np.zeros_like(flat(x)),
-        *(np.full_like(w, np.nan) for w in weights),
-        [empty(N, B, H) for _ in range(S)],
-    )
+    of_weights = [np.full_like(w, np.nan) for w in weights]
+    first = [empty(N, B, H) for _ in range(S)]
+    found: Any = Gradients._make([np.zeros_like(flat(x)), *of_weights, first])
     d = flat(o.d[0]), None if S == 1 else flat(o.d[1][0])[None], parted(o.d[-1])
     reference.backward(*given, outputs, OutputGrads(*d), found)
 
