@@ -22,7 +22,12 @@ FLOORS = [
         "kernels.gpu.tensors",
         "kernels.types",
     ],
-    ["kernels.plan", "kernels.codegen", "kernels.gpu.triton_kernels.cuda_graph"],
+    [
+        "kernels.plan",
+        "kernels.codegen",
+        "kernels.gpu.triton_kernels.cuda_graph",
+        "kernels.gpu.triton_kernels.tiles",
+    ],
     [
         "kernels.cpu.workspace",
         "kernels.reference",
