@@ -147,7 +147,7 @@ def _initial(
 
 
 def _resets(
-    layer: Any, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None
+    layer: Any, resets: Tensor, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None
 ) -> Tensor:
     """`resets` [T, B], in the order of the batch."""
     unbatched = batch_sizes is None and input.dim() == 2

@@ -4,6 +4,7 @@ done by torch.nn's own code, with the parameters of ours."""
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -36,7 +37,7 @@ def torch_class(layer: nn.Module) -> Any:
     )
 
 
-def leaf(forward: Any) -> Any:
+def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of one of torch.nn's cells, of which torch.fx makes one node under our name as
     well."""
 
@@ -123,7 +124,7 @@ def _has_expanded_weights(layer: nn.Module) -> bool:
     return "ExpandedWeight" in found
 
 
-def scriptable(layer: Any) -> Any:
+def scriptable(layer: nn.Module) -> nn.Module:
     """What torch.jit.script compiles in place of a layer: torch.nn's, with the same parameters. (It
     leaves that in the model which it was given, whose layer becomes ours again once it is called
     from Python.)"""

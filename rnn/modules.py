@@ -99,7 +99,7 @@ class _Stack(nn.RNNBase):
             self._update_flat_weights()
         if self._given_weights is not None:
             given = iter(self._given_weights)
-            weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
+            weights: list[list[Any]] = [[*islice(given, len(names))] for names in self._all_weights]
         else:
             # Asked directly: attributes take long. What is parametrized is not in it
             own = self._parameters

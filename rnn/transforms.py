@@ -5,7 +5,7 @@ Read in torch 2.10 to 2.15. A name that a later version lacks raises at import, 
 else."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def active_transform() -> Any:
     )
 
 
-def without_autocast(device: torch.device) -> Any:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """What ran in one precision stays in it going backward."""
     return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()
 
