@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from .cells import Cell, bind
 from .plan import Plan
@@ -255,7 +256,7 @@ class _Borrowed:
         return dict(version=3, shape=shape, typestr=kind, data=(self.tensor.data_ptr(), False))
 
     def __dlpack__(self, **_: Any) -> Any:
-        return torch._C._to_dlpack(self.tensor)
+        return to_dlpack(self.tensor)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)

@@ -1,7 +1,6 @@
 """From torch.nn's recurrent modules to ours and back: in a model that is there, or in torch.nn
 itself."""
 
-import importlib
 import threading
 from types import TracebackType
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from . import modules
 from .interop import TORCH
+from .transforms import dynamo_config
 
 Model = TypeVar("Model", bound=nn.Module)
 _OURS: dict[type, type] = {theirs: getattr(modules, name) for name, theirs in TORCH.items()}
@@ -133,7 +133,7 @@ def patch() -> _Patch:
     meanwhile can be loaded without it, and the other way round. torch.compile, which refuses
     torch.nn's RNN, LSTM and GRU by name, does not while this lasts."""
     global _depth
-    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo = dynamo_config()
     with _lock:
         _depth += 1
         if _depth == 1:
@@ -148,7 +148,7 @@ def patch() -> _Patch:
 def unpatch() -> None:
     """Undo one `patch`. Raises RuntimeError where there is none."""
     global _depth
-    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo = dynamo_config()
     with _lock:
         if _depth == 0:
             raise RuntimeError("There is no rnn.patch() to be undone")

@@ -9,11 +9,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-
-# torch.jit.script reads the source of a cell's forward with the names of this file: _VF.
-from torch import _VF, Tensor, fx, nn  # noqa: F401
+from torch import Tensor, fx, nn
 
 from .boundary import PLAIN, alive
+
+# torch.jit.script reads the source of a cell's forward with the names of this file: _VF.
+from .transforms import torch_cells as _VF  # noqa: F401
 from .transforms import tracing_state
 
 # Taken now: `convert.patch` puts ours in torch.nn under these names.

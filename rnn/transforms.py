@@ -1,11 +1,12 @@
-"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch): what is at work around a
-call.
+"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch, dispatch modes, Dynamo's
+configuration): what is at work around a call.
 
 Read in torch 2.10 to 2.15. A name that a later version lacks raises at import, here and nowhere
-else."""
+else; where it is read only when it is needed, the function says so."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import unwrap_batched
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils import _python_dispatch
 
+# What torch.nn's cells call.
+torch_cells: Any = torch._VF
 is_batched = functorch.is_legacy_batchedtensor
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 mkldnn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
@@ -48,6 +52,33 @@ vars(_depth)["_dynamo_marked_constant"] = True
 def under_dispatch_mode() -> bool:
     """Whether a dispatch mode sees what is computed now."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes that see what is computed now, the outermost first."""
+    return _python_dispatch._get_current_dispatch_mode_stack()
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """No dispatch mode sees what is computed in it."""
+    return _python_dispatch._disable_current_modes()
+
+
+def count_flops(mode: Any, operator: Any, arguments: Sequence[Any]) -> None:
+    """Have a torch.utils.flop_counter.FlopCounterMode count a call of `operator` that it did not
+    see. Raises AttributeError where the mode has no `_count_flops` any more."""
+    mode._count_flops(operator, None, tuple(arguments), {})
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raises RuntimeError if the condition is false; on a GPU, which the host does not wait for,
+    the device stops instead."""
+    torch._assert_async(condition, message)
+
+
+def dynamo_config() -> Any:
+    """The settings of torch.compile. Imported when asked for, as all of Dynamo comes with them."""
+    return import_module("torch._dynamo.config")
 
 
 def active_transform() -> Any:
