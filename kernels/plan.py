@@ -64,7 +64,9 @@ class Plan(NamedTuple):
     units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or
     "tf32x3", which is as good as float32. In Triton products are over `depth` units at a time, and
     `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a
-    sequence."""
+    sequence. Nothing is checked here: a layer or `recurrence` that is given the plan raises
+    TypeError for what is no Plan, ValueError for a backend, scope or tile that there is not, and
+    RuntimeError for tensors that the backend cannot take."""
 
     backend: str
     scope: str = "host"

@@ -91,14 +91,15 @@ def replace(model: Model, verbose: bool = True) -> Model:
     """Make every RNN, LSTM, GRU and cell of torch.nn in the model one of ours, in place.
 
     The modules stay the objects that they are, with their parameters, hooks and state: optimizers
-    and references go on working. Subclasses are left alone, and what TorchScript has compiled. Says
-    so in a line for each, unless not `verbose`. Returns the model."""
+    and references go on working; shapes and dtypes stay. Subclasses are left alone, and what
+    TorchScript has compiled. Says so in a line for each, unless not `verbose`. Returns the model.
+    Raises TypeError for what is no torch.nn.Module, before anything is changed."""
     return _swap(model, _OURS, verbose)
 
 
 def restore(model: Model, verbose: bool = True) -> Model:
-    """The inverse of `replace`, also for layers that were ours from the start (they lose their
-    plan)."""
+    """The inverse of `replace`, also for layers that were ours from the start: these compute
+    without their plan. Returns the model. Raises TypeError for what is no torch.nn.Module."""
     return _swap(model, _THEIRS, verbose)
 
 

@@ -57,6 +57,9 @@ def recurrence(  # noqa: PLR0913  the public operator
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """N recurrences over the same sequences, each in its own direction: one layer.
 
+    Step t of each is s_t = cell(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh, s_{t-1}), with h the first of
+    the S states; `cell` has the formula and its source.
+
     Args:
         cell: `rnn.kernels.cells.rnn_tanh`, `rnn_relu`, `lstm`, `gru`, or one of your own.
         x: [T, B, I], or [R, I] with `batch_sizes`. All tensors have its device and floating-point

@@ -55,6 +55,16 @@ def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
                 f"Expected input and hx of a shape that {type(self).__name__} takes: {error}"
             ) from error
 
+    call.__doc__ = """One step.
+
+        Args:
+            input: [B, I], or [I] for one sequence, of the parameters' dtype and device.
+            hx: the states before it, zeros if None: [B, H], or [H] for one sequence; of an LSTM
+                two, h and c.
+
+        Returns the states after it, like `hx`.
+        Raises TypeError for what is no tensor, and ValueError and RuntimeError for a shape, dtype
+        or device that torch.nn's cell refuses."""
     return call
 
 
@@ -149,6 +159,7 @@ class _Eager:
 
 
 def _get_qconfig(module: nn.Module) -> Any:
+    """What quantization has set. Raises AttributeError where it has not."""
     try:
         return module.__dict__["qconfig"]
     except KeyError:
