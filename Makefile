@@ -16,7 +16,7 @@ check: .venv/test
 
 # The tests with other versions, each in an environment of its own: see the file. Downloads gigabytes.
 matrix:
-	$(PYTHON) tests/matrix.py
+	$(PYTHON) tests/project/matrix.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -52,15 +52,6 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
         f"import sys; sys.path.insert(0, 'bench'); import run; print(run.environment({device!r}))"
     )
     constants = ["--out", out] if device == "cuda" else ["--compile", "sm_90"]
-    script = next(
-        (
-            path
-            for path in (ROOT / "tests/sanitize.py", ROOT / "tests/sanitize.sh")
-            if path.exists()
-        ),
-        None,
-    )
-    sanitize = ["sh", str(script)] if script and script.suffix == ".sh" else python(script)
     no = {name: "" if find_spec(name) else f"there is no {name}" for name in ("cupy", "pytest")}
     no |= {
         name: "" if shutil.which(name) else f"there is no {name}"
@@ -73,12 +64,7 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
         Step("baseline", 4, bench(suites[0], "--baseline", "--seconds", 0.2)),
         Step("tests", 10, python("-m", "pytest", "-q", "-m", "gpu"), no["pytest"]),
         *(Step(suite, 6, bench(suite)) for suite in suites),
-        Step(
-            "sanitize",
-            10,
-            sanitize,
-            no["compute-sanitizer"] if script else "there is no tests/sanitize",
-        ),
+        Step("sanitize", 10, python("-m", "tests.kernels.gpu.sanitize"), no["compute-sanitizer"]),
     ]
 
 

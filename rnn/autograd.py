@@ -35,15 +35,19 @@ class _Layer(torch.autograd.Function):
         call, save, count, lengths, batch_sizes, resets, x, *rest = inputs
         weights = rest[:count]
         states = rest[count:]
+        matrices = weights[:2]
+        biases = weights[2:]
         if count > 4:
             alive(weights)
+            matrices = [t for k, t in enumerate(weights) if k % 4 < 2]
+            biases = [t for k, t in enumerate(weights) if k % 4 > 1]
         joined = join_weights(weights)
         y, others, last, saved = layer_call.forward(call, x, joined, states, save)
         # An ordinary backward pass reads no biases: as those of torch.nn's RNN and GRU they may
         # change before it.
         ctx.call = call
-        ctx.biases = [t for k, t in enumerate(weights) if k % 4 > 1]
-        ctx.versions = versions(ctx.biases)
+        ctx.biases = biases
+        ctx.versions = versions(biases)
         ctx.count = count
         kept = () if count == 4 else joined[:2]
         ctx.save_for_backward(
@@ -54,7 +58,7 @@ class _Layer(torch.autograd.Function):
             others,
             saved,
             x,
-            *(t for k, t in enumerate(weights) if k % 4 < 2),
+            *matrices,
             *states,
             *kept,
         )

@@ -152,7 +152,7 @@ def check_layer(
     H = w_hh.shape[1]
     if states:
         H = states[-1].shape[-1] if states[-1].dim() else 0
-    elif per and not (per * H == w_hh.shape[0] and weights[0].shape[:1] == w_hh.shape[:1]):
+    elif per and not (per * H == w_hh.shape[0] and weights[0].shape == (per * H, size[-1])):
         rows = [w.shape[0] for w in weights if w is not None and w.dim()]
         H = max(rows, key=rows.count) // per  # what most of them say
     dtype = x.dtype
@@ -171,11 +171,12 @@ def check_layer(
     GH = per * H
     shapes = (GH, I), (GH, H), (GH,), (GH,)
     parts = len(weights) // 4
+    on_cpu = x.is_cpu
     for weight, shape, name in zip(weights, parts * shapes, parts * NAMES):
         if weight is None or (
             weight.dtype is dtype
             and weight.shape == shape
-            and weight.device == device
+            and (weight.is_cpu if on_cpu else weight.device == device)
             and weight.layout is torch.strided
             and floats
         ):

@@ -98,11 +98,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def needs_composite(grads: Sequence[Any]) -> bool:
     """Whether a backward pass has to be differentiable itself, or runs under a transform."""
-    return bool(
-        torch.is_grad_enabled()
-        or active_transform()
-        or any(t is not None and is_batched(t) for t in grads)
-    )
+    for t in grads:
+        if t is not None and is_batched(t):
+            return True
+    return torch.is_grad_enabled() or bool(active_transform())
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

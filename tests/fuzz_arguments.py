@@ -2,8 +2,8 @@
 replace, restore and explain; and tensors whose memory is gone, before a call or between forward and
 backward.
 
-python tests/fuzz_arguments.py --cases N --seed S --jobs J      so many cases in J processes
-python tests/fuzz_arguments.py --seed S --only K                one of them
+python -m tests.fuzz_arguments --cases N --seed S --jobs J      so many cases in J processes
+python -m tests.fuzz_arguments --seed S --only K                one of them
 
 They are refused with TypeError, ValueError or RuntimeError, in the type that torch.nn has for the
 same (where that is one of these), and by name; or what comes out is right: as torch.nn's, or as
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fuzzing import ByCells, Finding, main, sweep
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests.fuzzing import ByCells, Finding, main, sweep
 
 REFUSED = object()  # what an argument means that means nothing
 RIGHT = (TypeError, ValueError, RuntimeError)
@@ -1290,4 +1290,4 @@ def describe(seed: int, index: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(check, describe, __file__))
+    sys.exit(main(check, describe, "tests.fuzz_arguments"))

@@ -1,8 +1,8 @@
 """Random layers and operators, all of whose tensors, the incoming gradients too, come in random
 memory layouts.
 
-python tests/fuzz_layouts.py --cases N --seed S --jobs J      so many cases in J processes
-python tests/fuzz_layouts.py --seed S --only K                one of them
+python -m tests.fuzz_layouts --cases N --seed S --jobs J      so many cases in J processes
+python -m tests.fuzz_layouts --seed S --only K                one of them
 
 Values are judged against float64, by torch's own error in the same dtype; the form of what is
 returned (strides, views, storages, versions) against torch.nn's for the same call."""
@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from cases import Case, build, close
-from fuzzing import ByCells, Finding, main, place, plain, sweep
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests.cases import Case, build, close
+from tests.fuzzing import ByCells, Finding, main, place, plain, sweep
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32,) * 4 + (torch.float64,) * 2 + HALF
@@ -783,4 +783,4 @@ def check(seed: int, index: int) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(check, describe, __file__))
+    sys.exit(main(check, describe, "tests.fuzz_layouts"))

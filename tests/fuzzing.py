@@ -341,8 +341,8 @@ def _child(check: Check, seed: int, first: int, step: int, cases: int) -> None:
 class _Watch:
     """A child after the other, until all cases of one in `step` from `first` on are done."""
 
-    def __init__(self, script: str, seed: int, first: int, step: int, cases: int) -> None:
-        self.script = script
+    def __init__(self, module: str, seed: int, first: int, step: int, cases: int) -> None:
+        self.module = module
         self.seed = seed
         self.step = step
         self.cases = cases
@@ -357,7 +357,8 @@ class _Watch:
     def _one_child(self) -> None:
         command = [
             sys.executable,
-            self.script,
+            "-m",
+            self.module,
             "--seed",
             str(self.seed),
             "--cases",
@@ -425,9 +426,9 @@ class _Watch:
         self.next = at + self.step
 
 
-def run(script: str, seed: int, cases: int, jobs: int) -> list[tuple[int, Finding]]:
+def run(module: str, seed: int, cases: int, jobs: int) -> list[tuple[int, Finding]]:
     """All that is found in so many cases, by so many children."""
-    watches = [_Watch(script, seed, first, jobs, cases) for first in range(jobs)]
+    watches = [_Watch(module, seed, first, jobs, cases) for first in range(jobs)]
     threads = [threading.Thread(target=watch.run) for watch in watches]
     for thread in threads:
         thread.start()
@@ -437,7 +438,7 @@ def run(script: str, seed: int, cases: int, jobs: int) -> list[tuple[int, Findin
     return sorted(found for watch in watches for found in watch.findings)
 
 
-def report(findings: Sequence[tuple[int, Finding]], script: str, seed: int) -> str:
+def report(findings: Sequence[tuple[int, Finding]], module: str, seed: int) -> str:
     """The kinds, the most frequent first, with the first cases of each."""
     kinds: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
     for index, finding in findings:
@@ -448,11 +449,11 @@ def report(findings: Sequence[tuple[int, Finding]], script: str, seed: int) -> s
         lines.append(f"{len(indices):6} {kind} | cases {', '.join(map(str, indices[:4]))}")
         lines.append(f"       {found[0][1][:400]}")
     if lines:
-        lines.append(f"To see one: python {script} --seed {seed} --only CASE")
+        lines.append(f"To see one: python -m {module} --seed {seed} --only CASE")
     return "\n".join(lines)
 
 
-def main(check: Check, describe: Callable[[int, int], str], script: str) -> int:
+def main(check: Check, describe: Callable[[int, int], str], module: str) -> int:
     """The command line of a fuzzer. Returns 1 if anything was found."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=1000)
@@ -473,8 +474,8 @@ def main(check: Check, describe: Callable[[int, int], str], script: str) -> int:
             print(f"{kind} | {text}")
         return int(bool(findings))
     start = time.monotonic()
-    found = run(script, options.seed, options.cases, options.jobs)
-    print(report(found, os.path.relpath(script), options.seed))
+    found = run(module, options.seed, options.cases, options.jobs)
+    print(report(found, module, options.seed))
     wrong = len({index for index, _ in found})
     print(
         f"{options.cases} cases of seed {options.seed} in {time.monotonic() - start:.0f} s: "

@@ -2,8 +2,8 @@
 the offloading of activations leave it), one that is too small, and torch's zero tensors, which have
 none.
 
-python tests/gone.py --cases N --jobs J      N as large as `len(CASES)`
-python tests/gone.py --only K                one of them
+python -m tests.gone --cases N --jobs J      N as large as `len(CASES)`
+python -m tests.gone --only K                one of them
 
 What was freed is refused with RuntimeError, as torch's own operations do; a zero tensor is as good
 as zeros."""
@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from fuzzing import Finding, main
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn
 from rnn.kernels.plan import Plan
+from tests.fuzzing import Finding, main
 
 T = 3
 B = 2
@@ -198,4 +198,4 @@ def describe(seed: int, index: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(check, describe, __file__))
+    sys.exit(main(check, describe, "tests.gone"))

@@ -6,12 +6,15 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..cells import Cell
 from ..plan import Plan
 from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
 from .workspace import pooled_empty
+
+CONTIGUOUS = torch.contiguous_format
 
 
 @cache
@@ -28,14 +31,15 @@ def forward(
     S = cell.states
     H = weights.w_hh.shape[1]
     *leading, _ = x.shape
-    y = x.new_empty((*leading, N * H))  # the caller's: torch's own memory, which can be resized
-    last = [x.new_empty((N, layout.sequences, H)) for _ in range(S)]
+    # The caller's: torch's own memory, which can be resized
+    y = x.new_empty(*leading, N * H)
+    last = [x.new_empty(N, layout.sequences, H) for _ in range(S)]
     states = None
     saved = None
     if save:
         R = math.prod(leading)
         if S > 1:
-            states = x.new_empty((S - 1, R, N * H))
+            states = x.new_empty(S - 1, R, N * H)
         if cell.saved and save == Save.ACTIVATIONS:
             saved = pooled_empty(x, cell.saved, R, N * H)
     outputs = Outputs(y, states, last, saved)
@@ -60,19 +64,19 @@ def backward(
     ds: States = None
     if needs.s0:
         ds = [
-            x.new_empty((len(layout.reverse), layout.sequences, w_hh.shape[1]))
+            x.new_empty(len(layout.reverse), layout.sequences, w_hh.shape[1])
             for _ in range(cell.states)
         ]
     # One gradient serves both biases where it is the same.
     b_ih = needs.b_ih and cell.split
     b_hh = needs.b_hh or (needs.b_ih and not cell.split)
-    bias = w_hh.shape[:1]
+    rows = w_hh.shape[0]
     found: Gradients[Tensor | None] = Gradients(
-        x.new_empty(x.shape) if needs.x else None,
-        x.new_empty(w_ih.shape) if needs.w_ih else None,
-        x.new_empty(w_hh.shape) if needs.w_hh else None,
-        x.new_empty(bias) if b_ih else None,
-        x.new_empty(bias) if b_hh else None,
+        torch.empty_like(x, memory_format=CONTIGUOUS) if needs.x else None,
+        torch.empty_like(w_ih, memory_format=CONTIGUOUS) if needs.w_ih else None,
+        torch.empty_like(w_hh, memory_format=CONTIGUOUS) if needs.w_hh else None,
+        x.new_empty(rows) if b_ih else None,
+        x.new_empty(rows) if b_hh else None,
         ds,
     )
     if len(layout.reverse) > 1 and found.x is not None:
@@ -80,4 +84,5 @@ def backward(
     _kernel(plan.backend).backward(cell, plan, layout, x, weights, s0, outputs, grads, found)
     if cell.split or not needs.b_ih or found.b_hh is None:
         return found
-    return found._replace(b_ih=found.b_hh, b_hh=found.b_hh.clone() if needs.b_hh else None)
+    b_hh_grad = found.b_hh.clone() if needs.b_hh else None
+    return Gradients(found.x, found.w_ih, found.w_hh, found.b_hh, b_hh_grad, ds)

@@ -63,7 +63,7 @@ def pooled_empty(like: Tensor, *shape: int) -> Tensor:
     numbers = math.prod(shape)
     size = numbers * like.element_size()
     if size < POOLED or not like.is_cpu or not hasattr(mmap, "MADV_FREE"):
-        return like.new_empty(shape)
+        return like.new_empty(*shape)
     # Pages that are never written to take no memory.
     rounded = power_of_2(size, 1)
     try:

@@ -1,5 +1,5 @@
 // Instructions that CUDA C++ has no functions for, as inline PTX, without headers.
-// (tests/emulate.h is its counterpart for the CPU.)
+// (tests/kernels/gpu/emulate.h is its counterpart for the CPU.)
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -1,0 +1,210 @@
+"""Every kernel that a plan can choose, compiled ahead of time: it fits its GPU, and what is
+resident stays so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnn.kernels import cells
+from rnn.kernels.plan import BLOCK_UNITS
+
+Row = tuple[str, str, int, int, int, int, list[str]]
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+BYTES = {"ieee": 2, "tf32": 4, "tf32x3": 8}
+MASKS = ["offsets", "resets", "states"]
+
+# One of each kind: block at its largest, fused or not, grid, launch.
+FEW: list[Row] = [
+    ("rnn_tanh", "bfloat16", 8, 256, 256, 1, []),
+    ("rnn_tanh", "float16", 8, 32, 256, 2, ["lengths", "resets"]),
+    ("rnn_tanh", "float32", 8, 128, 128, 2, ["tf32"]),
+    ("rnn_relu", "float32", 8, 128, 128, 1, []),
+    ("lstm", "bfloat16", 8, 128, 128, 1, []),
+    ("lstm", "bfloat16", 8, 32, 128, 1, MASKS),
+    ("lstm", "bfloat16", 8, 300, 100, 1, []),
+    ("lstm", "float32", 64, 1024, 1024, 1, []),
+    ("lstm", "bfloat16", 64, 1024, 1024, 1, ["graph"]),
+    ("gru", "bfloat16", 8, 128, 128, 1, []),
+    ("gru", "float32", 8, 32, 64, 2, ["tf32"]),
+    ("rnn_tanh", "bfloat16", 8, 384, 384, 1, []),
+]
+
+
+def all_rows() -> list[Row]:
+    """Of each cell and dtype: block at its smallest and largest, with and without W_ih, grid,
+    launch for few sequences and many; the plain kernels, and those with everything that a layer can
+    be given."""
+    rows: list[Row] = []
+    for name in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
+        gates = getattr(cells, name).gates
+        for dtype, tf32 in (
+            ("bfloat16", []),
+            ("float16", []),
+            ("float32", ["tf32"]),
+            ("float32", []),
+        ):
+            size = 2 if dtype != "float32" else 4 if tf32 else 8
+            largest = BLOCK_UNITS[gates][size]
+            layers = [
+                (8, 16, 13),
+                (8, 32, largest),
+                (8, 100, largest),
+                (8, 300, largest * 3 // 4 + 1),
+                (8, 300, largest * 3 // 2),
+                (2, 1024, 1024),
+                (64, 1024, 1024),
+            ]
+            rows += [
+                (name, dtype, B, I, H, 2, tf32 + masks)
+                for B, I, H in layers
+                for masks in ([], MASKS)
+            ]
+            rows.append((name, dtype, *layers[-1], 2, [*tf32, "graph"]))
+    return rows
+
+
+def compiled(rows: list[Row], capability: int) -> list[dict[str, Any]]:
+    """What the forward and the backward kernel of each row use."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    lines = "".join(json.dumps([*row[:6], capability, row[6]]) + "\n" for row in rows)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "compile_kernels.py"],
+        input=lines,
+        text=True,
+        capture_output=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2 * len(rows)
+    return found
+
+
+def check(row: Row, used: dict[str, Any], capability: int) -> str:
+    """What is wrong with a kernel, if anything."""
+    (name, _, _, _, H, _, options) = row
+    (_, scope, units, sequences, depth, warps, fused, precision, _) = used["plan"]
+    G = getattr(cells, name).gates
+    S = getattr(cells, name).states
+    A = getattr(cells, name).saved
+    forward = used["kernel"] == "forward_kernel"
+    size = BYTES[precision]
+    # A launch of one step may spill a few words, as may what comes before the loop; in the loop
+    # they would be read at every step. Addresses take twice as many registers where nothing is
+    # aligned.
+    if used["stack"] > (256 if H % 16 else 32):
+        return f"spills {used['stack']} bytes"
+    if scope != "launch" and used["local"] > (32 if G == 4 and units == 128 and H % 16 else 0):
+        return f"spills in the time loop: {used['local']} words"
+    # Each product and each operand changes its layout, which takes two barriers: what is loaded
+    # does not.
+    moved = G + 2 + forward * fused * (G + 1 if getattr(cells, name).split else 1)
+    if (
+        scope == "block"
+        and set(options) <= {"tf32"}
+        and not H % 16
+        and size < 8
+        and used["barriers"] > 2 * moved
+    ):
+        return f"waits {used['barriers']} times in a step"
+    if name == "lstm" and scope == "block" and not used["fused"]:
+        return "multiplies and adds apart, as Triton's default is from 3.10 on"
+    if used["shared"] > SHARED_MEMORY[capability]:
+        return f"wants {used['shared']} bytes of shared memory"
+    if scope == "launch":
+        return ""
+    # Loads in the time loop: x, or what the adjoint is given; lengths, offsets and resets; h or dr
+    # of the grid, and its counter. W_hh read again would be many more.
+    streams = (1 if fused else G) if forward else 2 * S + A + 1 + ("states" in options)
+    streams += 5 if {"lengths", "offsets", "resets"} & {*options} else 0
+    if scope == "grid":
+        streams += -(-H // depth) * (1 if forward else G) + 1
+    if H % 16:  # without alignment each number by itself
+        streams *= units * sequences // (32 * warps)
+    if used["LDG"] > streams:
+        return f"reads {used['LDG']} times in the time loop, {streams} expected"
+    # Shared memory read by each thread in a step: an operand and a change of layout, less than W_hh
+    # would be. Only in half precision do instructions of their own read operands, so that there
+    # W_hh would be among them.
+    operand = depth * sequences * size * (1 if forward else G) // 32
+    if scope == "block" and H >= 64 and set(options) <= {"tf32"}:
+        weights = G * units * depth * min(size, 4) // (32 * warps)
+        read = (
+            used["shared_bytes"]["LDSM"]
+            + (used["shared_bytes"]["LDS"] if size > 2 else 0)
+            - operand
+        )
+        if read >= weights:
+            return f"reads {read} bytes in the time loop: is W_hh of {weights} among them?"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "capability"),
+    [
+        pytest.param(FEW, 90, id="few-90"),
+        *(
+            pytest.param(all_rows(), chip, id=f"all-{chip}", marks=pytest.mark.slow)
+            for chip in SHARED_MEMORY
+        ),
+    ],
+)
+def test_kernels(rows: list[Row], capability: int) -> None:
+    found = compiled(rows, capability)
+    wrong = [
+        (row, used["kernel"], used["plan"], text)
+        for k, used in enumerate(found)
+        if (text := check(row := rows[k // 2], used, capability))
+    ]
+    assert not wrong, "\n".join(map(str, wrong))
+    scopes = {used["plan"][1] for used in found}
+    assert scopes == {"block", "grid", "launch"}
+
+
+@pytest.mark.slow
+def test_amd() -> None:
+    """Only compiled: block at its largest, and launch."""
+    rows: list[Row] = [
+        ("lstm", "bfloat16", 8, 64, 64, 1, []),
+        ("rnn_tanh", "float16", 64, 1024, 1024, 2, ["graph"]),
+    ]
+    found = compiled(rows, 942)
+    assert [used["plan"][1] for used in found] == ["block", "block", "launch", "launch"]
+    assert all(used["stack"] == 0 and used["shared"] <= 65536 for used in found)
+
+
+def test_batch_sizes_and_steps_share_a_kernel() -> None:
+    rows = [
+        ("lstm", "bfloat16", 8, 64, 64, 1, ["kinds", "lengths", "resets"]),
+        ("rnn_tanh", "bfloat16", 8, 384, 384, 1, ["kinds"]),
+        ("gru", "float32", 64, 500, 500, 2, ["kinds"]),
+    ]
+    found = compiled(rows, 90)
+    assert [used["plan"][1] for used in found[::2]] == ["block", "grid", "launch"]
+    assert all(used["kinds"] == 1 for used in found), found
+
+
+@pytest.mark.slow
+def test_barrier_gives_up_when_debugging() -> None:
+    """A program that waits in vain traps, instead of hanging, under TRITON_DEBUG=1."""
+    plain, debug = (
+        [
+            used["gives_up"]
+            for used in compiled([("rnn_tanh", "bfloat16", 8, 384, 384, 1, options)], 90)
+        ]
+        for options in ([], ["debug"])
+    )
+    assert not any(plain) and all(debug)
+
+
+def test_resident_layers() -> None:
+    """The sizes up to which W_hh of one layer stays within one block."""
+    assert {2: 256, 4: 128}.items() <= BLOCK_UNITS[1].items()
+    assert BLOCK_UNITS[3][2] >= 128
+    assert BLOCK_UNITS[4][2] >= 128

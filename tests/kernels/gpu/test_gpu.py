@@ -1,0 +1,294 @@
+"""The GPU kernels' numbers, and what they may not depend on: on a GPU if there is one, else in
+Triton's interpreter."""
+
+import itertools
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnn.kernels import cells
+from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, power_of_2
+from tests.cases import CASES, Case, check, check_recurrence, close, evaluate, operands, thrice
+from tests.conftest import GPU, INHERITS_PRECISION, RNN_SWITCH
+from tests.small import NAMES
+
+DEVICE = "cuda" if GPU else "cpu"
+# One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without
+# a GPU these run in test_cuda.py.)
+CUDA = ["cuda block", "cuda cluster", "cuda grid"]
+SCOPES = ["block", "fused", "grid", "launch", *(CUDA if GPU and find_spec("cupy") else [])]
+HALF = (torch.float16, torch.bfloat16)
+MODES = {
+    "ieee": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+FORMS = [("padded", False), ("padded", True), ("lengths", True), ("packed", True)]
+H200 = Gpu(90, 132, 232448)
+
+
+def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
+    """Tiles so small that a layer needs several, but for a block's, and no more than the
+    interpreter is quick with."""
+    precision = "ieee" if dtype in HALF else "tf32x3"
+    tile = 16 if H < 64 else 64
+    if scope in CUDA:
+        capability = 10 * torch.cuda.get_device_capability()[0] if GPU else 90
+        plans = cuda_plans(
+            cells.lstm,
+            (8, H, H, 2),
+            dtype.itemsize,
+            precision,
+            H200._replace(capability=capability),
+        )
+        return next((plan for plan in plans if plan.scope == scope.removeprefix("cuda ")), plans[0])
+    if scope in ("block", "fused") and H <= 128:
+        units = power_of_2(H, 16)
+        return Plan(
+            "triton", "block", units, 8, units, max(1, units // 16), scope == "fused", precision
+        )
+    return Plan(
+        "triton",
+        "grid" if scope == "grid" and H <= 128 else "launch",
+        tile,
+        16,
+        tile,
+        4,
+        False,
+        precision,
+    )
+
+
+def chosen(case: Case, mode: str) -> Plan | None:
+    """On a GPU the layer chooses; the interpreter gets what it would choose there."""
+    cell = (
+        cells.lstm if case.mode == "LSTM" else cells.gru if case.mode == "GRU" else cells.rnn_tanh
+    )
+    sizes = case.B, case.I, case.H, 1 + case.bidirectional
+    return (
+        None
+        if GPU
+        else make_plan(cell, sizes, str(MODES[mode]).removeprefix("torch."), H200, mode == "tf32")
+    )
+
+
+def by_turns(items: list[Any], first: int = 0) -> Any:
+    """Every item in every scope. In the interpreter, which is slow, `make test` has each in one of
+    them, by turns."""
+    params = []
+    for k, item in enumerate(items):
+        scopes = SCOPES if getattr(item, "H", 1) <= 128 else ["launch"]
+        for j, scope in enumerate(scopes):
+            quick = GPU or (first + k + j) % len(scopes) == 0
+            values = item if type(item) is tuple else (item,)
+            name = "-".join(map(str, (*values, scope)))
+            params.append(
+                pytest.param(*values, scope, id=name, marks=[] if quick else pytest.mark.slow)
+            )
+    return params
+
+
+def in_mode(mode: str) -> torch.dtype:
+    """For this test: conftest sets it back."""
+    RNN_SWITCH.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+    return MODES[mode]
+
+
+@pytest.fixture(autouse=True)
+def ieee() -> None:
+    in_mode("ieee")
+
+
+@pytest.mark.parametrize(
+    ("case", "scope"), by_turns([case for case in CASES if case.dtype != torch.float64])
+)
+def test_cases(case: Case, scope: str) -> None:
+    check(case, plan_for(scope, case.H, case.dtype), DEVICE)
+
+
+EVERY = sorted({case._replace(dtype=torch.float32) for case in CASES}, key=str)
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        pytest.param(
+            case,
+            mode,
+            id=f"{case}-{mode}",
+            marks=[] if GPU or case == EVERY[11 * k] else pytest.mark.gpu,
+        )
+        for case in EVERY
+        for k, mode in enumerate(MODES)
+    ],
+)
+def test_cases_in_modes(case: Case, mode: str) -> None:
+    """The plan that is chosen, in every dtype and both precisions of float32."""
+    case = case._replace(dtype=in_mode(mode))
+    thrice(lambda seed: check(case, chosen(case, mode), DEVICE, seed, mode == "tf32"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == torch.float64], ids=str)
+def test_float64(case: Case) -> None:
+    """No kernel has it: the formula does."""
+    check(case, None, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("cell", "form", "resets", "scope"),
+    by_turns([(cell, *form) for cell in ("rnn_tanh", "lstm", "gru") for form in FORMS]),
+)
+def test_cells(cell: str, form: str, resets: bool, scope: str) -> None:
+    check_recurrence(
+        cell, plan_for(scope, 18), (3, 9, 3, 18), (False, True), form, resets, device=DEVICE
+    )
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "scope"), by_turns([*itertools.product(["rnn_tanh", "lstm", "gru"], HALF)])
+)
+def test_half(cell: str, dtype: torch.dtype, scope: str) -> None:
+    check_recurrence(
+        cell, plan_for(scope, 18, dtype), (3, 9, 3, 18), bias=False, dtype=dtype, device=DEVICE
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize(
+    "sizes", [(70, 3, 16, 100), (70, 130, 40, 250), (70, 16, 8, 500), (9, 70, 99, 1030)], ids=str
+)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_chosen_plans(
+    cell: str, sizes: tuple[int, int, int, int], form: str, dtype: torch.dtype
+) -> None:
+    thrice(
+        lambda seed: check_recurrence(
+            cell, None, sizes, (False, True), form, dtype=dtype, device="cuda", seed=seed
+        )
+    )
+
+
+# On a GPU several programs in every direction of the grid, more steps than a graph has, and no more
+# units than a block can have of every cell in float32.
+SIZES = (40, 37, 20, 27) if GPU else (3, 9, 2, 6)
+LAYERS = [(name, *form) for name, form in itertools.product(NAMES, FORMS[1:])]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "resets", "scope"), by_turns(LAYERS if GPU else LAYERS[:1])
+)
+def test_repeatable(name: str, form: str, resets: bool, scope: str) -> None:
+    o = operands(name, SIZES, form=form, resets=resets)
+    plan = plan_for(scope, SIZES[3])
+    torch.testing.assert_close(evaluate(o, plan, DEVICE), evaluate(o, plan, DEVICE), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "form", "resets", "scope"), by_turns(LAYERS, 1))
+def test_a_sequence_depends_on_no_other(name: str, form: str, resets: bool, scope: str) -> None:
+    """Not by a bit: whatever the others hold, which lengths and resets they have, which gradients
+    come into them."""
+    o = operands(name, SIZES, form=form, resets=resets)
+    (T, B, _, H) = SIZES
+    kept = [0, 3, B - 2]  # between are sequences of the same tile, and of another one
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, 0.0])[torch.arange(B) % 5][
+        :, None
+    ]
+    others = torch.ones(B, dtype=torch.bool)
+    others[kept] = False
+
+    def spoilt(t: Tensor) -> Tensor:
+        """Of [..., B, K], the other sequences."""
+        return torch.where(others[:, None], bad.to(t.dtype), t)
+
+    given = [spoilt(t) if k in (0, 5) else t for k, t in enumerate(o.given)]
+    lengths = (
+        o.lengths
+        if o.lengths is None or form == "packed"
+        else torch.where(others, T - o.lengths, o.lengths)
+    )
+    cuts = None if o.resets is None else o.resets ^ others
+    worse = o._replace(given=given, d=[*map(spoilt, o.d)], lengths=lengths, resets=cuts)
+    plan = plan_for(scope, H)
+    found = [
+        {
+            key: t[..., kept, :]
+            for key, t in evaluate(which, plan, DEVICE).items()
+            if key in ("y", "states", "last", "d_x", "d_s0")
+        }
+        for which in (o, worse)
+    ]
+    assert all(t.isfinite().all() for t in found[0].values())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "form", "resets", "scope"), by_turns(LAYERS, 2))
+def test_surroundings_in_memory(name: str, form: str, resets: bool, scope: str) -> None:
+    """Fresh memory is NaN (see conftest) and so is what lies around every tensor, which begins at
+    an odd place."""
+    o = operands(name, SIZES, form=form, resets=resets)
+    plan = plan_for(scope, SIZES[3])
+
+    def surrounded(t: Tensor) -> Tensor:
+        """A view of the same numbers, 1,001 places into a tensor of NaN, True or a length that none
+        has."""
+        bad = float("nan") if t.is_floating_point() else t.dtype == torch.bool or 2**40
+        around = torch.full((1001,), bad, dtype=t.dtype, device=t.device)
+        return torch.cat((around, t.flatten(), around))[1001:-1001].view(t.shape)
+
+    close(
+        evaluate(o, plan, DEVICE, place=surrounded),
+        evaluate(o, oracle=True),
+        evaluate(o, dtype=torch.float64, oracle=True),
+    )
+
+
+PRECISION = """
+import torch, rnn
+torch.backends.{setting}
+plans, choose = [], rnn.dispatch._plan
+rnn.dispatch._plan = lambda *given: plans.append(choose(*given)) or plans[-1]
+layer, x = rnn.RNN(16, 64), torch.randn(5, 3, 16)
+want = layer.double()(x.double())[0]
+error = (layer.to("{device}", torch.float32)(x.to("{device}"))[0].cpu() - want).abs().max().item()
+print(*[plan.precision for plan in plans[1:]], error)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        ("cudnn.rnn.fp32_precision = 'tf32'", "tf32"),
+        ("cudnn.rnn.fp32_precision = 'ieee'", "tf32x3"),
+        ("cudnn.rnn.fp32_precision = 'none'", "tf32x3"),
+        ("cudnn.fp32_precision = 'ieee'", "tf32x3" if INHERITS_PRECISION else "tf32"),
+        ("fp32_precision = 'ieee'", "tf32x3" if INHERITS_PRECISION else "tf32"),
+        ("fp32_precision = 'tf32'", "tf32"),
+        ("cudnn.allow_tf32 = False", "tf32x3"),
+        ("cudnn.allow_tf32 = True", "tf32"),
+        ("cuda.matmul.allow_tf32 = False", "tf32"),
+    ],
+)
+def test_precision_is_torchs_setting(setting: str, precision: str) -> None:
+    """Each way in which it can be set, in a process in which nothing else was; TF32 is torch's
+    default."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISION.format(setting=setting, device=DEVICE)],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stderr
+    chosen, error = done.stdout.split()
+    assert chosen == precision
+    assert float(error) < (5e-3 if precision == "tf32" else 5e-6)

@@ -1,0 +1,283 @@
+"""Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in
+here)."""
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rnn.kernels import cells
+from rnn.kernels import gpu as device
+from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
+from rnn.kernels.gpu.triton_kernels import cuda_graph
+from rnn.kernels.gpu.triton_kernels import launch as gpu
+from rnn.kernels.types import Layout, Weights
+from tests.cases import check_recurrence
+from tests.kernels.gpu.test_gpu import plan_for
+
+pytestmark = pytest.mark.interpreted
+
+
+def useless(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of its kind, of NaN or of a number that is no index."""
+    if t is None:
+        return None
+    shape = t.shape if t.numel() < 2**20 else (1,)
+    return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
+
+
+class Machine:
+    """Kernels that run in the interpreter, except while a graph captures them. With a table, the
+    tensors they are called with hold nothing but NaN: what they need must come from the table."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphs = list[list[Any]]()
+        self.replays = 0
+        self.plain = 0
+        self.stream = 0
+        self.capturing: list[Any] | None = None
+        self.by_user = False
+        machine = self
+
+        class Graph:
+            def capture_begin(self, capture_error_mode: str) -> None:
+                machine.capturing = self.launches = list[Any]()
+
+            def capture_end(self) -> None:
+                machine.graphs.append(self.launches)
+                machine.capturing = None
+
+            def replay(self) -> None:
+                machine.replays += 1
+                for launch in self.launches:
+                    launch()
+
+        class Stream:
+            @property
+            def cuda_stream(self) -> int:
+                return machine.stream
+
+            def __enter__(self) -> None: ...
+            def __exit__(self, *_: Any) -> None: ...
+
+        class Kernel:
+            def __init__(self, kernel: Any) -> None:
+                self.kernel = kernel
+
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                return lambda *arguments, **options: machine.launch(
+                    self.kernel[grid], arguments, options
+                )
+
+        for name, value in (
+            ("CUDAGraph", Graph),
+            ("Stream", Stream),
+            ("current_stream", Stream),
+            ("stream", lambda stream: stream),
+            ("set_stream", lambda _: None),
+            ("current_device", lambda: -1),  # that of these tensors
+            ("is_current_stream_capturing", lambda: self.by_user),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
+        for name in ("forward_kernel", "backward_kernel"):
+            monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
+
+    def launch(self, run: Any, arguments: Any, options: Any) -> None:
+        table, tensors, *rest = arguments
+        if table is None:
+            self.plain += 1
+        else:
+            tensors = tensors._make(map(useless, tensors))
+        if self.capturing is None:
+            run(table, tensors, *rest, **options)
+        else:
+            self.capturing.append(lambda: run(table, tensors, *rest, **options))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def check(
+    T: int, cell: str = "rnn_tanh", form: str = "padded", resets: bool = False, seed: int = 2
+) -> None:
+    reverse = (False, True) if cell == "lstm" else (True,)
+    check_recurrence(cell, plan_for("launch", 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
+
+
+def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
+    for seed, T in enumerate((4, 9, 6)):  # whole blocks and remainders; backward has T + 1 steps
+        before = machine.replays
+        check(T, seed=seed)
+        assert machine.replays - before == -(-T // 4) + -(-(T + 1) // 4)
+    assert [len(launches) for launches in machine.graphs] == [4, 4], (
+        "one for forward, one for backward"
+    )
+    assert machine.plain == 0
+
+
+@pytest.mark.parametrize(
+    ("cell", "form", "resets"), [("lstm", "packed", True), ("gru", "lengths", False)]
+)
+def test_everything_a_layer_is_given(machine: Machine, cell: str, form: str, resets: bool) -> None:
+    check(6, cell, form, resets)
+    assert len(machine.graphs) == 2 and machine.plain == 0
+
+
+def test_a_stream_has_its_own(machine: Machine) -> None:
+    for machine.stream in (1, 2, 1):
+        check(4)
+    assert len(machine.graphs) == 4
+
+
+def test_few_steps_are_launched(machine: Machine) -> None:
+    check(2)
+    assert not machine.graphs and machine.plain == 2 + 3
+
+
+def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
+    machine.by_user = True
+    check(5)
+    assert not machine.graphs and machine.plain == 5 + 6
+
+
+def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> None:
+    x = torch.randn(5 * 3, 7)
+    w_ih = torch.randn(18, 7)
+    w = torch.randn(18, 18) / 5
+    s = torch.zeros(1, 3, 18)
+    plan = plan_for("launch", 18)
+    rows = Layout(5, [0])
+    odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
+    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
+    assert len(machine.graphs) == 1 and machine.plain == 0
+    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), s, 0).y
+    assert torch.equal(got, want)
+    assert machine.plain == 5
+
+
+def test_a_capture_that_failed_is_made_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        if machine.capturing:
+            raise torch.OutOfMemoryError
+        launch(*_)
+
+    launch = machine.launch
+    monkeypatch.setattr(machine, "launch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(6)
+    assert machine.capturing is None
+    monkeypatch.setattr(machine, "launch", launch)
+    check(6)
+
+
+def rows_of(count: int, *shape: int) -> torch.Tensor:
+    """float16 [*shape[:-1], count, shape[-1]], 0, in memory that is there only where it is
+    written."""
+    shape = (*shape[:-1], count, shape[-1])
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, 2 * torch.Size(shape).numel(), flags=flags)
+    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+
+
+def test_more_elements_than_32_bits_count(machine: Machine) -> None:
+    """The last four steps of a sequence so long that each of its tensors has more, as those of a
+    short one."""
+    B = 2
+    H = 16
+    cell = cells.lstm
+    plan = plan_for("launch", 16, torch.float16)
+    w = torch.randn(4 * H, H).half() / 4
+    s0 = torch.randn(2, B, H)
+    data = torch.randn(9, 5 * B, 4 * H).half()
+    found = []
+    for T in (5, 2**31 // H // B + 5):
+        R = T * B
+        x = rows_of(R, 4 * H)
+        dr = rows_of(R, 4 * H)
+        (y, dy) = rows_of(R, 2, H)
+        states = rows_of(R, 1, H)
+        saved = rows_of(R, 4, H)
+        (state, ds) = torch.stack((s0, s0))
+        x[-5 * B :] = data[0]
+        no_masks = None, None, None
+        # In reverse the first steps are the last rows; likewise in the adjoint of a forward pass.
+        results = state, None, y, states, saved
+        forward = ForwardTensors(x, None, w, None, None, *results, *no_masks)
+        gpu.launch_steps(cell, plan, Layout(T, [1]), 4, forward, s0.half())
+        found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
+        for k, t in enumerate((y, dy, states[0], *saved)):
+            t[-5 * B :] = data[1 + k, :, :H]
+        grads = dy, None, ds, None, dr, None
+        backward = BackwardTensors(w, s0.half(), y, states, saved, *grads, *no_masks)
+        gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, s0.half())
+        found[-1] += [ds, dr[-4 * B :].clone()]
+    assert machine.replays == 4 and R * H > 2**31
+    for short, long in zip(*found):
+        assert short.abs().sum() > 0 and torch.equal(short, long)
+
+
+def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any B and T, with what the kernel's own dispatch would have given it; not for tensors of
+    another kind."""
+    made = list[dict[str, Any]]()
+    again = list[tuple[int, dict[str, Any]]]()
+    names = gpu.forward_kernel.arg_names
+
+    class Compiled:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *given: again.append(
+                (self.number, dict(zip(names, given, strict=True), grid=grid))
+            )
+
+    class Kernel:
+        arg_names = names
+
+        def __getitem__(self, grid: Any) -> Callable[..., Compiled]:
+            def launch(*given: Any, **options: Any) -> Compiled:
+                made.append({**dict(zip(names, given)), **options, "grid": grid})
+                return Compiled(len(made) - 1)
+
+            return launch
+
+    monkeypatch.setattr(gpu, "forward_kernel", Kernel())
+
+    def run(
+        T: int,
+        B: int,
+        cell: cells.Cell = cells.rnn_tanh,
+        shift: int = 0,
+        dtype: torch.dtype = torch.float32,
+        reverse: int = 0,
+    ) -> None:
+        x, w_ih, s = (
+            torch.zeros(shape, dtype=dtype) for shape in ((T * B, 7), (18, 7), (1, B, 18))
+        )
+        w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
+        weights = Weights(w_ih, w, None, None)
+        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, s, 0)
+
+    run(5, 3)
+    run(1, 1)
+    run(7, 16)
+    assert len(made) == 1 and [number for number, _ in again] == [0, 0]
+    assert made[0]["enable_fp_fusion"], "whatever Triton's default is"
+    assert {k: again[1][1][k] for k in ("T", "B", "R", "u1")} == dict(T=7, B=16, R=112, u1=7)
+    assert again[1][1]["grid"] == (1, 2, 1)
+    same = set(names) - {"T", "B", "R", "u1", "tensors"}
+    assert all(again[1][1][k] == made[0][k] for k in same)
+    for count, other in enumerate(
+        ({"shift": 1}, {"dtype": torch.float16}, {"cell": cells.rnn_relu}, {"reverse": 1})
+    ):
+        run(5, 3, **other)  # type: ignore[arg-type]
+        assert len(made) == 2 + count
