@@ -123,7 +123,7 @@ def _initial(
     expected = [layer.get_expected_hidden_size(x, batch_sizes)]
     if layer.mode == "LSTM":
         expected.append((*expected[0][:2], layer.hidden_size))
-    found: list[Tensor] = []
+    checked: list[Tensor] = []
     for k, state in enumerate(map(_dense, states)):
         name = "hidden" if len(expected) == 1 else f"hidden[{k}]"
         if order is not None:
@@ -142,8 +142,8 @@ def _initial(
                 f"Input and {name} tensors are not at the same device, found input tensor at "
                 f"{x.device} and {name} tensor at {state.device}"
             )
-        found.append(state)
-    return found
+        checked.append(state)
+    return checked
 
 
 def _resets(

@@ -78,12 +78,12 @@ def _swap(model: Model, classes: dict[type, type], verbose: bool) -> Model:
         if new is not None:
             module.__class__ = new
             _keep_given_weights(module)
-            said = f"is now {_name(new)}"
+            message = f"is now {_name(new)}"
         else:
             why = _left_alone(module, classes)
-            said = f"is left alone: {why}" if why else ""
-        if verbose and said:
-            print(f"{name or 'the model'}, {_name(old)}, {said}")
+            message = f"is left alone: {why}" if why else ""
+        if verbose and message:
+            print(f"{name or 'the model'}, {_name(old)}, {message}")
     return model
 
 
@@ -171,10 +171,10 @@ def _assign(old: type, new: type) -> None:
 def _reduce(module: Any, protocol: Any) -> Any:
     """How torch.nn's own modules are pickled while pickle does not find their class under its
     name."""
-    found: Any = object.__reduce_ex__(module, protocol)
+    reduced: Any = object.__reduce_ex__(module, protocol)
     if type(module) not in _OURS:
-        return found
-    _, _, *state = found
+        return reduced
+    _, _, *state = reduced
     return (_new, (type(module).__name__,), *state)
 
 

@@ -131,8 +131,8 @@ def _fx_node(layer: nn.Module, tracer: Any, input: Any, hx: Any, extra: dict[str
 
 
 def _has_expanded_weights(layer: nn.Module) -> bool:
-    found = {type(weight).__name__ for weight in layer._parameters.values()}
-    return "ExpandedWeight" in found
+    class_names = {type(weight).__name__ for weight in layer._parameters.values()}
+    return "ExpandedWeight" in class_names
 
 
 def scriptable(layer: nn.Module) -> nn.Module:

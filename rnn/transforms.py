@@ -136,15 +136,15 @@ def vmap_rule(
     level = interpreter.level()
     plain, dims = unwrap_batched(tensors, level)
     with interpreter.lower():
-        rows: Any = [
+        batched: Any = [
             t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)
         ]
-        rows = [t if d is None else t.movedim(d, 0) for t, d in zip(rows, dims)]
-        rows[shared] = plain[shared]
+        batched = [t if d is None else t.movedim(d, 0) for t, d in zip(batched, dims)]
+        batched[shared] = plain[shared]
         if plain[0].is_cuda:
-            examples = zip(*([t] * V if t is None or t is plain[shared] else t for t in rows))
+            examples = zip(*([t] * V if t is None or t is plain[shared] else t for t in batched))
             each = zip(*(one(example) for example in examples))
-            found: Any = [None if column[0] is None else torch.stack(column) for column in each]
+            results: Any = [None if column[0] is None else torch.stack(column) for column in each]
         else:
-            found = composite(rows)
-    return tuple(t if t is None else functorch._add_batch_dim(t, 0, level) for t in found)
+            results = composite(batched)
+    return tuple(t if t is None else functorch._add_batch_dim(t, 0, level) for t in results)
