@@ -215,7 +215,7 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
         if not transforms.traced(lengths) and not transforms.active_transform():
             alive([lengths])
         lengths = transforms.unwrapped(lengths)
-        torch._assert_async(
+        transforms.assert_async(
             ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
         )
     if batch_sizes is not None:
@@ -226,7 +226,7 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
         if transforms.traced(batch_sizes) or transforms.active_transform():
             fits = (batch_sizes.sum() == x.shape[0]) & (batch_sizes[-1] > 0)
             fits = fits if B is None else fits & (batch_sizes[0] == B)
-            torch._assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
+            transforms.assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
         else:  # all these operations would take longer than a short sequence
             sizes = batch_sizes.tolist()
             falls = sizes == sorted(sizes, reverse=True)

@@ -57,6 +57,9 @@ def recurrence(  # noqa: PLR0913  the public operator
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """N recurrences over the same sequences, each in its own direction: one layer.
 
+    Step t of each is s_t = cell(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh, s_{t-1}), with h the first of
+    the S states; `cell` has the formula and its source.
+
     Args:
         cell: `rnn.kernels.cells.rnn_tanh`, `rnn_relu`, `lstm`, `gru`, or one of your own.
         x: [T, B, I], or [R, I] with `batch_sizes`. All tensors have its device and floating-point
@@ -83,7 +86,7 @@ def recurrence(  # noqa: PLR0913  the public operator
     computed."""
     seen = x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        whole: Any = handle_torch_function(
+        whole: tuple[Tensor, Tensor | None, Tensor] = handle_torch_function(
             recurrence, seen, cell, *seen, reverse, keep, plan, recompute
         )
         return whole
@@ -116,7 +119,9 @@ def run_layer(  # noqa: PLR0913  as recurrence
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
         options = reverse, keep, plan, recompute, batch_first
         given = cell, x, weights, states, masks, *options
-        whole: Any = handle_torch_function(run_layer, seen, *given)
+        whole: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
+            run_layer, seen, *given
+        )
         return whole
     serves, dtype, reason = dispatch.computing_dtype(x, plan)
     autocast = reason == "autocast"

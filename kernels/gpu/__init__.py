@@ -3,8 +3,8 @@
 Here are the tensors that the kernels write, and the large products before and after them. Each
 language is a module with a function `launch` that runs its kernels."""
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from ..types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .tensors import BackwardTensors, ForwardTensors
 
 
-def _sweep(plan: Plan) -> Any:
+def _launcher(plan: Plan) -> Callable[..., None]:
     """The function that runs a plan's kernels through time."""
     # imported late: Triton may be missing, and takes a while
     module = ".triton_kernels.launch" if plan.backend == "triton" else ".cuda.launch"
-    return import_module(module, __package__).launch
+    launch: Callable[..., None] = import_module(module, __package__).launch
+    return launch
 
 
 def forward(
@@ -55,7 +56,7 @@ def forward(
         offsets=layout.offsets,
         resets=layout.resets,
     )
-    _sweep(plan)(cell, plan, layout, tensors, s0)
+    _launcher(plan)(cell, plan, layout, tensors, s0)
     return Outputs(y, states, state.to(x.dtype), saved)
 
 
@@ -99,27 +100,27 @@ def backward(
         offsets=layout.offsets,
         resets=layout.resets,
     )
-    _sweep(plan)(cell, plan, layout, tensors, s0)
+    _launcher(plan)(cell, plan, layout, tensors, s0)
     if dx is None:
         dx = dr
     if padded:
         # 0 times a NaN in the padding is NaN
         ran = torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
-    found: list[Tensor | None] = [None] * 5
+    gradients: list[Tensor | None] = [None] * 5
     if needs.x:
-        found[0] = torch.mm(dx, w_ih)
+        gradients[0] = torch.mm(dx, w_ih)
     if needs.w_ih:
-        found[1] = torch.mm(dx.T, x)
+        gradients[1] = torch.mm(dx.T, x)
     if needs.w_hh:
-        found[2] = _w_hh_gradient(layout, dr, y, s0[:: cell.states], h_prev)
+        gradients[2] = _w_hh_gradient(layout, dr, y, s0[:: cell.states], h_prev)
     if needs.b_ih:
-        found[3] = dx.sum(0)
+        gradients[3] = dx.sum(0)
     if needs.b_hh:
         # a tensor of its own, also where both biases have the same gradient
-        shared = None if cell.split else found[3]
-        found[4] = dr.sum(0) if shared is None else shared.clone()
-    return Gradients._make([*found, ds.to(y.dtype) if needs.s0 else None])
+        shared = None if cell.split else gradients[3]
+        gradients[4] = dr.sum(0) if shared is None else shared.clone()
+    return Gradients._make([*gradients, ds.to(y.dtype) if needs.s0 else None])
 
 
 def _w_hh_gradient(

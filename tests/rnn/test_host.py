@@ -62,7 +62,7 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.undo()  # no poison, which takes time
     monkeypatch.setattr(device, "forward", forward)
-    monkeypatch.setattr(device, "_sweep", lambda plan: lambda *_: None)
+    monkeypatch.setattr(device, "_launcher", lambda plan: lambda *_: None)
 
     def train(layer: Any) -> None:
         layer(x)[0].backward(dy)

@@ -29,9 +29,9 @@ class StepGraph:
     def __init__(self, *_kind: Any) -> None:
         self.lock = Lock()
         self.table = torch.empty(0)
-        self.graph: Any = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def capture(self, launch: Callable[[Tensor, int], None]) -> Any:
+    def capture(self, launch: Callable[[Tensor, int], None]) -> torch.cuda.CUDAGraph:
         # Does nothing, but loads the kernel, which is not allowed during a capture.
         launch(self.table, 0)
         graph = torch.cuda.CUDAGraph()
