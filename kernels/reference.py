@@ -111,6 +111,8 @@ def backward(
     zeros = xp.zeros((layout.sequences, H), x.dtype)
     starts = _arrays(xp, *(s0 or (None,) * S))
     ds_last = _arrays(xp, *(grads.last or (None,) * S))
+    # At least float64, or the sums over many rows would lose digits.
+    sums = xp.result_type(x, "f8")
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
@@ -142,21 +144,24 @@ def backward(
         elif dx is not None:
             dx += dx_all @ w_ih[gates]
         _write_weight_grads(
-            [None if d is None else d[gates] for d in dweights], x, h_all, dx_all, dr_all
+            [None if d is None else d[gates] for d in dweights], x, h_all, dx_all, dr_all, sums
         )
 
 
 def _write_weight_grads(
-    dweights: Sequence[Array | None], x: Array, h_all: Array, dx_all: Array, dr_all: Array
+    dweights: Sequence[Array | None],
+    x: Array,
+    h_all: Array,
+    dx_all: Array,
+    dr_all: Array,
+    sums: Any,
 ) -> None:
-    """Of one recurrence: w_ih, w_hh, b_ih, b_hh."""
+    """Of one recurrence: w_ih, w_hh, b_ih, b_hh. Biases are summed in the dtype `sums`."""
     dw_ih, dw_hh, db_ih, db_hh = dweights
     if dw_ih is not None:
         dw_ih[...] = dx_all.T @ x
     if dw_hh is not None:
         dw_hh[...] = dr_all.T @ h_all
-    # At least float64, or the sums over many rows would lose digits.
-    sums = np.result_type(x.dtype, "f8")
     if db_ih is not None:
         db_ih[...] = dx_all.sum(0, dtype=sums)
     if db_hh is not None:
