@@ -30,8 +30,9 @@ _REPORTED: set[str] = set()  # compilers that fail
 
 
 class Support(NamedTuple):
-    """What computes tensors of some dtype on some device: "host", "triton", "cupy", or "" where only
-    the composite is right, or autocast is to cast first; the dtype that it computes in; and why."""
+    """What computes tensors of some dtype on some device: "host", "triton", "cupy", or "" where
+    only the composite is right, or autocast is to cast first; the dtype that it computes in; and
+    why."""
 
     kernels: str
     dtype: torch.dtype

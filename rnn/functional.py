@@ -154,7 +154,9 @@ def run_layer(  # noqa: PLR0913  as recurrence
     if decision.operator is not None:
         return by_torch(decision.operator, cell, x, weights, states, reverse, batch_first)
     if decision.plan is None:
-        return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first)
+        return composite_layer(
+            cell, x, weights, states, masks, reverse, keep, batch_first, composite
+        )
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
         save = _kept(True, keep, recompute)
