@@ -38,13 +38,13 @@ class Case(NamedTuple):
     @property
     def options(self) -> str:
         """What is not a size, a cell or a dtype, and not as usual."""
-        said = {
+        unusual = {
             k: v
             for k, v in self._asdict().items()
             if k in Case._fields[6:] and v != Case._field_defaults[k]
         }
         return " ".join(
-            k if v is True else v if k == "form" else f"{k}={v}" for k, v in said.items()
+            k if v is True else v if k == "form" else f"{k}={v}" for k, v in unusual.items()
         )
 
     def flop(self, steps: int) -> int:

@@ -454,7 +454,7 @@ def test_prove_all(tmp_path: Path) -> None:
     done = start("prove.py", "--device", "cpu", "--suite", "smoke", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = {
-        step["step"]: step["said"] for step in json.loads((tmp_path / "prove.json").read_text())
+        step["step"]: step["outcome"] for step in json.loads((tmp_path / "prove.json").read_text())
     }
     assert [*said] == ["versions", "driver", "microbench", "baseline", "tests", "smoke", "sanitize"]
     assert said["baseline"] == said["tests"] == said["smoke"] == "done"
@@ -475,7 +475,7 @@ def test_prove_goes_on(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench.prove, "plan", lambda *_: steps)
     assert bench.prove.main(["--out", str(tmp_path)]) == 1
     told = {
-        step["step"]: (step["status"], step["said"])
+        step["step"]: (step["status"], step["outcome"])
         for step in json.loads((tmp_path / "prove.json").read_text())
     }
     assert told == {
