@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 SUITES = (
     "core",
+    "defaults",
     "must-not-lose",
     "cliffs",
     "cells",
@@ -49,7 +50,7 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
     def bench(suite: str, *options: object) -> list[str]:
         return python("bench/run.py", "--device", device, "--suite", suite, "--out", out, *options)
 
-    tell = (
+    print_versions = (
         f"import sys; sys.path.insert(0, 'bench'); import run; print(run.environment({device!r}))"
     )
     tests = python("-m", "pytest", "-q", "-p", "tests.on_gpu", "--told", out / TOLD)
@@ -62,7 +63,7 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
         for name in ("nvidia-smi", "compute-sanitizer")
     }
     return [
-        Step("versions", 2, python("-c", tell)),
+        Step("versions", 2, python("-c", print_versions)),
         Step("driver", 1, ["nvidia-smi"], no["nvidia-smi"]),
         Step("microbench", 2, python("bench/microbench.py", *constants), no["cupy"]),
         Step("baseline", 4, bench(suites[0], "--baseline", "--seconds", 0.2)),
@@ -153,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{', '.join(step.name for step in steps)}"
         )
     end = time.monotonic() + 60 * options.minutes
-    told = list[dict[str, Any]]()
+    outcomes = list[dict[str, Any]]()
     for step in steps:
         if options.only and step.name not in options.only:
             continue
@@ -161,35 +162,37 @@ def main(arguments: list[str] | None = None) -> int:
         log = out / f"prove-{step.name}.log"
         left = (end - start) / 60
         code = None
-        said = step.missing
-        if not said:
-            code, said = (
+        outcome = step.missing
+        if not outcome:
+            code, outcome = (
                 do(step, min(step.minutes, left), log) if left > 0.2 else (None, "no time left")
             )
         seconds = time.monotonic() - start
-        told.append(
+        outcomes.append(
             dict(
                 step=step.name,
                 status=code,
-                said=said,
+                outcome=outcome,
                 seconds=round(seconds, 1),
                 command=step.command,
             )
         )
         if step.name == "tests" and (out / TOLD).exists() and not step.missing:
-            told[-1]["tests"] = tested(out / TOLD)
-            said += f"; {summary(told[-1]['tests'])}"
-        (out / "prove.json").write_text(json.dumps(told, indent=1) + "\n")
+            outcomes[-1]["tests"] = tested(out / TOLD)
+            outcome += f"; {summary(outcomes[-1]['tests'])}"
+        (out / "prove.json").write_text(json.dumps(outcomes, indent=1) + "\n")
         tail = (
             log.read_text(errors="replace").splitlines()[-12:]
             if log.exists() and not step.missing
             else []
         )
         print(
-            "\n".join([f"{step.name}: {said}, {seconds:.0f} s", *(f"    {line}" for line in tail)]),
+            "\n".join(
+                [f"{step.name}: {outcome}, {seconds:.0f} s", *(f"    {line}" for line in tail)]
+            ),
             flush=True,
         )
-    return int(any(entry["status"] for entry in told))
+    return int(any(entry["status"] for entry in outcomes))
 
 
 if __name__ == "__main__":

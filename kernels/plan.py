@@ -75,7 +75,11 @@ class Plan(NamedTuple):
     `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a
     sequence. The batch is done in slices of `slice_tiles` tiles, one after another; 0 is all at
     once. In CUDA C++ W_hh has so many `weight_registers` of a thread, and else shared memory; 0 is
-    all of it in registers."""
+    all of it in registers.
+
+    Nothing is checked here: a layer or `recurrence` that is given the plan raises
+    TypeError for what is no Plan, ValueError for a backend, scope or tile that there is not, and
+    RuntimeError for tensors that the backend cannot take."""
 
     backend: str
     scope: str = "host"
@@ -113,12 +117,12 @@ def plan_of(text: str) -> Plan:
     """The inverse of `plan_text`. Programs that were exported before have a list in JSON."""
     if text.startswith("["):
         return Plan(*json.loads(text))
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for part in text.split():
         name, _, value = part.partition("=")
         kind = Plan.__annotations__[name]
-        found[name] = value == "True" if kind is bool else kind(value)
-    return Plan(**found)
+        fields[name] = value == "True" if kind is bool else kind(value)
+    return Plan(**fields)
 
 
 def window(layout: Layout, width: int, share: int = 1) -> int:

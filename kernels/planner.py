@@ -143,7 +143,7 @@ def make_plan(
     `gpu` (of capability 80 or more); `tf32` allows that precision for float32; `native` says that
     C++ can be compiled."""
     if gpu is None:
-        return Plan("native" if native and dtype == "float32" else "numpy")
+        return Plan("native" if native and dtype in ("float32", "float64") else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
     found = triton_plans(cell, sizes, size, precision, gpu)

@@ -201,7 +201,7 @@ def _check_range(lengths: Tensor, T: int, plain: bool) -> None:
             lengths[:1].expand(T + 1).index_select(0, lengths)
         return
     lengths = transforms.unwrapped(lengths)
-    torch._assert_async(
+    transforms.assert_async(
         ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
     )
 
@@ -239,7 +239,7 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
         if transforms.traced(batch_sizes) or transforms.active_transform():
             fits = (batch_sizes.sum() == x.shape[0]) & (batch_sizes[-1] > 0)
             fits = fits if B is None else fits & (batch_sizes[0] == B)
-            torch._assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
+            transforms.assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
         else:  # all these operations would take longer than a short sequence
             sizes = batch_sizes.tolist()
             falls = sizes == sorted(sizes, reverse=True)

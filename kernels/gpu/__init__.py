@@ -3,9 +3,8 @@
 Here are the tensors that the kernels write, and the large products before and after them. Each
 language is a module with a function `launch` that runs its kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,12 @@ from . import products
 from .tensors import BackwardTensors, ForwardTensors
 
 
-def _sweep(plan: Plan) -> Any:
+def _launcher(plan: Plan) -> Callable[..., None]:
     """The function that runs a plan's kernels through time."""
     # imported late: Triton may be missing, and takes a while
     module = ".triton_kernels.launch" if plan.backend == "triton" else ".cuda.launch"
-    return import_module(module, __package__).launch
+    launch: Callable[..., None] = import_module(module, __package__).launch
+    return launch
 
 
 def _joined(
@@ -33,15 +33,12 @@ def _joined(
     """A new tensor [N*S, B, H] where `like` is, of S states [N, B, H]; 0 for None. In one launch,
     whatever their dtype."""
     N, S, B, H = size
-    found = [] if states is None else [k for k, s in enumerate(states) if s is not None]
-    new = like.new_empty if len(found) == S else like.new_zeros
+    given = [(k, s) for k, s in enumerate(states or ()) if s is not None]
+    new = like.new_empty if len(given) == S else like.new_zeros
     joined = new((N * S, B, H), dtype=dtype)
-    if found:
-        places = [(n, k) for n in range(N) for k in found]
-        given: Any = states
-        torch._foreach_copy_(
-            [joined[n * S + k] for n, k in places], [given[k][n] for n, k in places]
-        )
+    if given:
+        to = [joined[n * S + k] for n in range(N) for k, _ in given]
+        torch._foreach_copy_(to, [s[n] for n in range(N) for _, s in given])
     return joined
 
 
@@ -111,7 +108,7 @@ def forward(
     )
     # the first h, in its own dtype, is exchanged in some of Triton's scopes
     read = plan.backend == "triton" and plan.scope != "block"
-    _sweep(plan)(cell, plan, layout, tensors, _initial(plan, s0, size, x, read))
+    _launcher(plan)(cell, plan, layout, tensors, _initial(plan, s0, size, x, read))
     return Outputs(y, states, _parted(state, S, x.dtype), saved)
 
 
@@ -157,7 +154,7 @@ def backward(
         offsets=layout.offsets,
         resets=layout.resets,
     )
-    _sweep(plan)(cell, plan, layout, tensors, initial)
+    _launcher(plan)(cell, plan, layout, tensors, initial)
     if dx is None:
         dx = dr
     if padded and needs.w_ih:
@@ -165,22 +162,22 @@ def backward(
         ran = torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
     precision = plan.precision
-    found: list[Tensor | None] = [None] * 5
+    gradients: list[Tensor | None] = [None] * 5
     if needs.x:
-        found[0] = products.mm(dx, w_ih, precision)
+        gradients[0] = products.mm(dx, w_ih, precision)
     if needs.w_ih:
-        found[1] = products.mm(dx.T, x, precision)
+        gradients[1] = products.mm(dx.T, x, precision)
     if needs.w_hh:
         firsts = initial[:: cell.states]
-        found[2] = _w_hh_gradient(layout, dr, y, firsts, h_prev, precision)
+        gradients[2] = _w_hh_gradient(layout, dr, y, firsts, h_prev, precision)
     if needs.b_ih:
-        found[3] = dx.sum(0)
+        gradients[3] = dx.sum(0)
     if needs.b_hh:
         # a tensor of its own, also where both biases have the same gradient
-        shared = None if cell.split else found[3]
-        found[4] = dr.sum(0) if shared is None else shared.clone()
+        shared = None if cell.split else gradients[3]
+        gradients[4] = dr.sum(0) if shared is None else shared.clone()
     first = _parted(ds, cell.states, y.dtype) if needs.s0 else None
-    return Gradients._make([*found, first])
+    return Gradients._make([*gradients, first])
 
 
 def _w_hh_gradient(

@@ -1,9 +1,11 @@
 """Integers that callers have on the CPU, on a GPU (a stand-in here): copied once, and never while
 a CUDA graph is captured."""
 
+import importlib
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -149,7 +151,7 @@ class Input(NamedTuple):
 
 def layout_of(x: Input, *masks: Any) -> Layout:
     plan = Plan("cuda", "block", 16, 8, 0, 1)
-    call = LayerCall(cells.lstm, plan, x, torch.zeros(64, 16), masks, [0])  # type: ignore[arg-type]
+    call = LayerCall(cells.lstm, plan, x, masks, [0])  # type: ignore[arg-type]
     return call.layout
 
 
@@ -178,6 +180,35 @@ def test_padded_calls(gpu: Gpu, dtype: torch.dtype) -> None:
     assert len(gpu.copies) == 1
     with pytest.raises(RuntimeError, match=r"captured, and the lengths of this call"):
         layout_of(Input((4, 2, 3)), torch.tensor([4, 2], dtype=dtype), None, None)
+
+
+def test_graphs_of_the_benchmark(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls a packed case before it captures it: nothing is copied in the capture."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    graphed: Any = importlib.import_module("measure").graphed
+    copies = list[int]()
+
+    @contextmanager
+    def capture(_: Any) -> Iterator[None]:
+        gpu.capturing = True
+        yield
+        gpu.capturing = False
+
+    def call() -> None:
+        layout_of(Input((9, 3)), None, torch.tensor([5, 3, 1]), None)
+        copies.append(len(gpu.copies))
+
+    stream = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None, cuda_stream=1)
+    for name, value in (
+        ("Stream", lambda: stream),
+        ("current_stream", lambda: stream),
+        ("stream", lambda _: nullcontext()),
+        ("CUDAGraph", lambda: SimpleNamespace(replay=None)),
+        ("graph", capture),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphed(call)
+    assert copies == [1, 1, 1, 1]
 
 
 def test_lists(gpu: Gpu) -> None:

@@ -133,7 +133,7 @@ DEVICE void wait_more(u32& wait, int step) {
   asm volatile("mov.u32 %0, %globaltimer_hi;" : "=r"(now));
   if (!wait) wait = now << 12;
   if ((now << 12) - wait <= WAIT_LIMIT << 12) return;
-#if PRECISE
+#if PRECISE || SCOPE == GRID && GATES > 3
   // the call below would take registers that these kernels do not have
   asm volatile("trap;");
 #else

@@ -8,7 +8,6 @@ JSON line for each kernel. The options:
 "tf32"
 "launch", "library"  the plan of that scope, whatever is faster
 "graph"  what a CUDA graph launches
-"debug"
 "kinds"  how many kernels Triton would make for several B and T
 "lengths", "offsets", "resets", "states"  what else the kernels are given"""
 
@@ -192,8 +191,6 @@ def measure(
             if capability == AMD
             else GPUTarget("cuda", capability, 32)
         )
-        if "debug" in options:
-            chosen["debug"] = True
         built = triton.compile(
             source(kernel, arguments, launch, make_backend(target)), target=target, options=chosen
         )
@@ -202,9 +199,8 @@ def measure(
             if capability == AMD
             else read_cubin(built.asm["cubin"])
         )
-        used |= dict(
-            plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"]
-        )
+        gives_up = "@too_long trap" in built.asm.get("ptx", "")
+        used |= dict(plan=plan, shared=built.metadata.shared, gives_up=gives_up)
         print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
 
 

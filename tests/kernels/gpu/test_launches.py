@@ -69,7 +69,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # no poison, which fills what is allocated
     monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_sweep", lambda plan: lambda *_: None)
+        patch.setattr(device, "_launcher", lambda plan: lambda *_: None)
         yield
 
 
@@ -90,7 +90,7 @@ def counted(cell: cells.Cell, dtype: torch.dtype, form: str, hx: bool) -> tuple[
     weights = Weights(w_ih, w_hh, b_ih, b_hh)
     states = [torch.randn(1, B, H, dtype=dtype) for _ in range(cell.states)] if hx else None
     plan = Plan("cuda", "cluster", 16, 8, 0, 1, precision="tf32")
-    call = LayerCall(cell, plan, x, w_hh, masks, [0])
+    call = LayerCall(cell, plan, x, masks, [0])
     with Launches() as forward:
         y, others, last, saved = layer_call.forward(call, x, weights, states, Save.ACTIVATIONS)
     dlast = [torch.randn_like(s) for s in last] if hx else [None] * cell.states
