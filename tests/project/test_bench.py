@@ -234,6 +234,19 @@ def test_cases(bench: Any) -> None:
                 )
 
 
+def test_defaults_set_no_switch(bench: Any) -> None:
+    """Also where a case before set one."""
+    switches: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    suite = bench.suites.SUITES["cuda"]["defaults"]
+    assert {case.dtype for case in suite} == {"default"}
+    for mode in ("tf32", "float32"):
+        bench.measure.set_precision(mode)
+        before = [switch.fp32_precision for switch in switches]
+        work = bench.measure.Workload(bench.suites.Case(2, 3, 4, dtype="default"), "cpu")
+        assert work.dtype == torch.float32
+        assert [switch.fp32_precision for switch in switches] == before
+
+
 @pytest.mark.parametrize(
     "options", [{}, dict(cell="lstm", layers=2, bidirectional=True), dict(cell="gru", I=5)]
 )

@@ -10,6 +10,8 @@
 //   SPLITS                    warps that share a sum
 //   MASKS                     there are lengths, offsets or resets
 //   EVEN                      H is even, and pairs of numbers are aligned
+//   PLAN                      its text
+//   WAIT_LIMIT                in units of 2^32 ns, after which a wait for other blocks is an error
 //   CELL                      the statements of cell_forward or cell_backward
 //
 // In each step a block multiplies its rows of W_hh (W_hh^T in the adjoint), which its warps hold in
@@ -274,9 +276,9 @@ struct Worker {
   // The sums of step c, once all blocks have published their part.
   DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
 #if SCOPE == CLUSTER
-    u32 spin_count = 0;
+    u32 wait = 0;
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
-    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);
+    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(wait, c);
     if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
 #endif
@@ -288,7 +290,7 @@ struct Worker {
 #pragma unroll
       for (int k0 = 0; k0 < KS; k0 += AT_ONCE) {
         u64 seen[AT_ONCE][2];
-        u32 spin_count = 0;
+        u32 wait = 0;
         for (bool ready = false; !ready;) {
           ready = true;
           EACH(k, AT_ONCE) EACH(half, 2) {
@@ -298,7 +300,7 @@ struct Worker {
                                   : (u64)(c + 1) << 32;
             ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
           }
-          if (!ready) wait_more(spin_count);
+          if (!ready) wait_more(wait, c);
         }
         __syncwarp();
         EACH(k, AT_ONCE) EACH(row, ROWS)

@@ -222,17 +222,25 @@ def barrier(counter, count):
         tl.debug_barrier()
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
         seen = target - 1
-        polls = 0
+        began = tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+        )
         while seen < target:
+            # a program that has not come for three minutes is an error
             seen = tl.inline_asm_elementwise(
-                "ld.acquire.gpu.global.b32 $0, [$1];",
-                "=r,l",
-                [counter],
+                """{
+                    .reg .u64 waited;
+                    .reg .pred too_long;
+                    mov.u64 waited, %globaltimer;
+                    sub.u64 waited, waited, $2;
+                    setp.gt.s64 too_long, waited, 180000000000;
+                    @too_long trap;
+                    ld.acquire.gpu.global.b32 $0, [$1];
+                }""",
+                "=r,l,l",
+                [counter, began],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
-            polls += 1
-            # compiled in only under TRITON_DEBUG=1
-            tl.device_assert(polls < 2**24, "a program did not come to the barrier")
         tl.debug_barrier()
