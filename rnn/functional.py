@@ -28,6 +28,7 @@ from .layer_call import LayerCall, batch_size
 from .torch_operators import by_torch
 from .transforms import (
     active_transform,
+    any_autocast,
     autocast_dtype,
     is_vmap,
     traced,
@@ -123,7 +124,8 @@ def run_layer(  # noqa: PLR0913  as recurrence
         )
         return whole
     options = reverse, keep, plan, recompute, batch_first
-    autocast = autocast_dtype(x.device.type)
+    # Asked first whether there is any: the type of a device takes as long as a check.
+    autocast = autocast_dtype(x.device.type) if any_autocast() else None
     if autocast is not None:
         return _run_in(autocast, cell, x, weights, states, masks, *options)
     try:
