@@ -128,6 +128,11 @@ def expect(
         )
 
 
+def _rows_of_most(weights: Sequence[Any]) -> int:
+    rows: list[int] = [w.shape[0] for w in weights if w is not None and w.dim()]
+    return max(rows, key=rows.count)
+
+
 def check_layer(
     cell: Cell,
     x: Tensor,
@@ -155,8 +160,7 @@ def check_layer(
     if states:
         H = states[-1].shape[-1] if states[-1].dim() else 0
     elif per and not (per * H == w_hh.shape[0] and weights[0].shape == (per * H, size[-1])):
-        rows = [w.shape[0] for w in weights if w is not None and w.dim()]
-        H = max(rows, key=rows.count) // per  # what most of them say
+        H = _rows_of_most(weights) // per
     dtype = x.dtype
     strided = x.layout is torch.strided
     floats = (dtype,) if (strided and dtype.is_floating_point) or dtype.is_complex else ()
@@ -185,10 +189,9 @@ def check_layer(
             continue
         expect(name, weight, shape, floats, device)
     if states is not None:
-        for k, state in enumerate(states):
-            expect(
-                "hidden" if len(states) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device
-            )
+        names = ["hidden"] if len(states) == 1 else [f"hidden[{k}]" for k in range(len(states))]
+        for name, state in zip(names, states):
+            expect(name, state, (N, B, H), floats, device)
     check_masks(x, masks, T, B)
 
 

@@ -1,4 +1,4 @@
-// The first touch of fresh memory by small pages takes up to a tenth of a call that trains.
+// The first touch of fresh memory by small pages takes up to a third of a call that trains.
 #pragma once
 #include "simd.h"
 #ifdef __linux__
