@@ -13,6 +13,7 @@ from ..cells import Cell
 from ..plan import Plan
 from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
 from . import products
+from .products import differing
 from .tensors import BackwardTensors, ForwardTensors
 
 
@@ -33,7 +34,9 @@ def _joined(
     """A new tensor [N*S, B, H] where `like` is, of S states [N, B, H]; 0 for None. In one launch,
     whatever their dtype."""
     N, S, B, H = size
-    given = [(k, s) for k, s in enumerate(states or ()) if s is not None]
+    if states is None:
+        return like.new_zeros((N * S, B, H), dtype=dtype)
+    given = [(k, s) for k, s in enumerate(states) if s is not None]
     new = like.new_empty if len(given) == S else like.new_zeros
     joined = new((N * S, B, H), dtype=dtype)
     if given:
@@ -53,15 +56,12 @@ def _parted(joined: Tensor, S: int, dtype: torch.dtype) -> list[Tensor]:
     return parts
 
 
-def _initial(
-    plan: Plan, states: States, size: tuple[int, int, int, int], like: Tensor, read: bool
-) -> Tensor:
-    """The initial states [N*S, B, H] in the dtype of `like`; of their size alone where they are not
-    read."""
-    N, S, B, H = size
-    if not read:
-        return like.new_empty(()).expand(N * S, B, H)
-    return states[0] if states is not None and S == 1 else _joined(states, size, like, like.dtype)
+def _initial(states: States, size: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """The initial states [N*S, B, H] in the dtype of `like`."""
+    if states is not None and size[1] == 1:
+        first: Tensor = states[0]
+        return first
+    return _joined(states, size, like, like.dtype)
 
 
 def _set_to_zero(tensors: Sequence[Tensor | None]) -> None:
@@ -92,7 +92,7 @@ def forward(
     if _is_padded(layout):
         _set_to_zero((y, states, saved))
     tensors = ForwardTensors(
-        x=x if plan.fused else products.linear(x, w_ih, b_ih, plan.precision),
+        x=x if plan.fused else products.linear(x, w_ih, b_ih, differing(x, plan.precision)),
         w_ih=w_ih if plan.fused else None,
         w_hh=w_hh,
         b_ih=b_ih if plan.fused else None,
@@ -106,9 +106,14 @@ def forward(
         offsets=layout.offsets,
         resets=layout.resets,
     )
-    # the first h, in its own dtype, is exchanged in some of Triton's scopes
-    read = plan.backend == "triton" and plan.scope != "block"
-    _launcher(plan)(cell, plan, layout, tensors, _initial(plan, s0, size, x, read))
+    # some of Triton's scopes exchange the first h in its own dtype; else only its size counts
+    if plan.backend == "triton" and plan.scope != "block":
+        initial = _initial(s0, size, x)
+    elif x.dtype == state.dtype:
+        initial = state
+    else:
+        initial = x.new_empty(()).expand(state.shape)
+    _launcher(plan)(cell, plan, layout, tensors, initial)
     return Outputs(y, states, _parted(state, S, x.dtype), saved)
 
 
@@ -133,7 +138,7 @@ def backward(
     padded = _is_padded(layout)
     dr = y.new_empty(len(y), len(w_hh))
     ds = _joined(dlast, size, y, torch.float32)
-    initial = _initial(plan, s0, size, y, True)
+    initial = _initial(s0, size, y)
     dx = y.new_empty(dr.shape) if cell.split else None
     h_prev = None if layout.lengths is None and layout.resets is None else y.new_empty(y.shape)
     if padded:
@@ -161,7 +166,7 @@ def backward(
         # 0 times a NaN in the padding is NaN
         ran = torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
-    precision = plan.precision
+    precision = differing(x, plan.precision)
     gradients: list[Tensor | None] = [None] * 5
     if needs.x:
         gradients[0] = products.mm(dx, w_ih, precision)

@@ -40,11 +40,12 @@ def _library() -> Any:
         return None
 
 
-def _differs(x: Tensor, precision: str) -> bool:
-    """Whether torch's own product would have another precision than that of the plan."""
+def differing(x: Tensor, precision: str) -> str:
+    """The precision of a plan where torch's own products with `x` would have another, or ""."""
     if x.dtype != torch.float32 or not x.is_cuda:
-        return False
-    return (precision == "tf32") != (_SWITCH.fp32_precision == "tf32") and _library() is not None
+        return ""
+    differs = (precision == "tf32") != (_SWITCH.fp32_precision == "tf32")
+    return precision if differs and _library() is not None else ""
 
 
 def _gemm(a: Tensor, b: Tensor, out: Tensor, precision: str, add: bool) -> Tensor:
@@ -91,8 +92,8 @@ def _gemm(a: Tensor, b: Tensor, out: Tensor, precision: str, add: bool) -> Tenso
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> Tensor:
-    """x [R, I] times w^T [I, K], plus b."""
-    if not _differs(x, precision):
+    """x [R, I] times w^T [I, K], plus b; here and below `precision` is that of `differing`."""
+    if not precision:
         return F.linear(x, w, b)
     if b is None:
         return _gemm(x, w.T, x.new_empty(len(x), len(w)), precision, False)
@@ -101,14 +102,14 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> Tensor:
 
 def mm(a: Tensor, b: Tensor, precision: str) -> Tensor:
     """[M, K] times [K, N]."""
-    if not _differs(a, precision):
+    if not precision:
         return torch.mm(a, b)
     return _gemm(a, b, a.new_empty(a.shape[0], b.shape[1]), precision, False)
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, precision: str) -> Tensor:
     """`out` + a b, which may be in `out`'s memory."""
-    if not _differs(a, precision):
+    if not precision:
         return torch.addmm(out, a, b)
     return _gemm(a, b, out, precision, True)
 

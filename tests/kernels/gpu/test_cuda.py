@@ -492,7 +492,7 @@ def test_a_wait_that_does_not_end() -> None:
     assert 60 < cuda.WAIT_LIMIT * 2**32 / 1e9 < 600
     for scope in ("cluster", "grid"):
         plan = plan_for(scope, 64, BRAIN, 2, 2)
-        code = cuda.program(cuda.text("ptx.cuh"), cells.lstm, plan, BRAIN, True, False, True)
+        code = cuda.program(cuda.text("ptx.cuh"), cells.gru, plan, BRAIN, True, False, True)
         cubin, _ = cuda.build(code, 90)
         assert f"came in time for {plan_text(plan)}".encode() in cubin
         assert "wait_more(wait, c)" in code and f"#define WAIT_LIMIT {cuda.WAIT_LIMIT}" in code

@@ -77,6 +77,12 @@ def cublas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cublas]:
     switch.fp32_precision = before
 
 
+def product(function: Any, precision: str, *tensors: Tensor) -> Tensor:
+    """In this precision of a plan."""
+    found: Tensor = function(*tensors, products.differing(tensors[0], precision))
+    return found
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape)
 
@@ -88,7 +94,7 @@ def test_linear(size: tuple[int, int, int], bias: bool, cublas: Cublas) -> None:
     x, w, b = randn(R, I), randn(K, I), randn(K) if bias else None
     right = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
     before = None if b is None else b.clone()
-    found = products.linear(x, w, b, "tf32")
+    found = products.linear(x, w, b, products.differing(x, "tf32"))
     torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=1e-6)
     assert found.is_contiguous() and cublas.types == [TF32] * bool(R)
     assert b is None or (before is not None and torch.equal(b, before))
@@ -102,12 +108,12 @@ def test_gradients(size: tuple[int, int, int], cublas: Cublas) -> None:
         h = randn(R, 2 * H).chunk(2, 1)[1]
         w = randn(K, H)
         exact = d.double().T @ h.double()
-        torch.testing.assert_close(products.mm(d.T, h, "tf32").double(), exact)
+        torch.testing.assert_close(product(products.mm, "tf32", d.T, h).double(), exact)
         more = randn(*exact.shape)
         right = more.double() + exact
-        torch.testing.assert_close(products.addmm(more, d.T, h, "tf32").double(), right)
+        torch.testing.assert_close(product(products.addmm, "tf32", more, d.T, h).double(), right)
         right = d.double() @ w.double()
-        torch.testing.assert_close(products.mm(d, w, "tf32").double(), right)
+        torch.testing.assert_close(product(products.mm, "tf32", d, w).double(), right)
 
 
 @pytest.mark.parametrize("N", [1, 2])
@@ -144,10 +150,10 @@ def test_who_multiplies(switch: str, precision: str, types: list[int], cublas: C
     if switch != "none":
         matmul.fp32_precision = switch
     state = matmul.fp32_precision
-    products.mm(randn(3, 4), randn(4, 5), precision)
+    product(products.mm, precision, randn(3, 4), randn(4, 5))
     assert cublas.types == types and matmul.fp32_precision == state
-    products.mm(randn(3, 4).double(), randn(4, 5).double(), precision)
-    products.mm(randn(3, 4).half(), randn(4, 5).half(), "ieee")
+    product(products.mm, precision, randn(3, 4).double(), randn(4, 5).double())
+    product(products.mm, "ieee", randn(3, 4).half(), randn(4, 5).half())
     assert cublas.types == types
 
 
@@ -155,9 +161,9 @@ def test_the_older_switch(cublas: Cublas) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        products.mm(randn(3, 4), randn(4, 5), "tf32")
+        product(products.mm, "tf32", randn(3, 4), randn(4, 5))
         assert cublas.types == []
-        products.mm(randn(3, 4), randn(4, 5), "tf32x3")
+        product(products.mm, "tf32x3", randn(3, 4), randn(4, 5))
         assert cublas.types == [PEDANTIC]
     finally:
         torch.set_float32_matmul_precision(before)
@@ -166,7 +172,7 @@ def test_the_older_switch(cublas: Cublas) -> None:
 def test_what_cublas_refuses(cublas: Cublas) -> None:
     cublas.status = 13
     with pytest.raises(RuntimeError, match="cublasGemmEx failed with status 13"):
-        products.mm(randn(3, 4), randn(4, 5), "tf32")
+        product(products.mm, "tf32", randn(3, 4), randn(4, 5))
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +186,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products.ctypes, "CDLL", missing)
     a, b = randn(3, 4), randn(4, 5)
     with pytest.warns(UserWarning, match=r"follow torch.backends.cuda.matmul.*cannot open"):
-        found = products.mm(a, b, "tf32")
+        found = product(products.mm, "tf32", a, b)
     assert torch.equal(found, torch.mm(a, b))
-    assert torch.equal(products.mm(a, b, "tf32"), found)
+    assert torch.equal(product(products.mm, "tf32", a, b), found)
     products._library.cache_clear()
