@@ -116,7 +116,7 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, precision: str) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor, out: Tensor, precision: str) -> None:
     """`out` [N, M, J] = a b, each of N products."""
-    if not _differs(a, precision):
+    if not precision:
         torch.bmm(a, b, out=out)
         return
     for a_n, b_n, out_n in zip(a, b, out):

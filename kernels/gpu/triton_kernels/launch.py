@@ -179,16 +179,15 @@ def launch_steps(
     reverse = tuple(layout.reverse)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
 
-    def run(
-        table: Tensor | None, u: int, tensors: Any, count: int = 1, part: Slice = whole
-    ) -> None:
+    def constants() -> dict[str, Any]:
+        return _constants(cell, plan, layout, tensors)
+
+    def run(table: Any, u: int, tensors: Any, count: int = 1, part: Slice = whole) -> None:
         if library:
             multiply(tensors, u, plan.precision)
         steps_of_launch = part.first, u, u + count, layout.steps
         arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
-        _launch_once(
-            kind, grid_of(part), arguments, lambda: _constants(cell, plan, layout, tensors)
-        )
+        _launch_once(kind, grid_of(part), arguments, constants)
 
     with torch.cuda.device_of(s0):
         if plan.scope in ("launch", "library") and can_replay(steps, tensors):

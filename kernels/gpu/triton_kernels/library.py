@@ -5,7 +5,7 @@ The kernel does the rest of the step. Operands lie [N, B, K], so that one call s
 from torch import Tensor
 
 from ...cells import Cell
-from ..products import bmm
+from ..products import bmm, differing
 from ..tensors import BackwardTensors, ForwardTensors
 
 # What a captured product reads and writes.
@@ -29,6 +29,7 @@ def multiply(tensors: ForwardTensors | BackwardTensors, u: int, precision: str) 
     assert tensors.product is not None
     N, H = len(tensors.product), tensors.w_hh.shape[1]
     w = tensors.w_hh.view(N, -1, H)
+    precision = differing(w, precision)
     if isinstance(tensors, ForwardTensors):
         assert tensors.hidden is not None
         bmm(tensors.hidden[u % 2], w.mT, tensors.product, precision)
