@@ -160,29 +160,42 @@ def backward(
         resets=layout.resets,
     )
     _launcher(plan)(cell, plan, layout, tensors, initial)
-    if dx is None:
-        dx = dr
     if padded and needs.w_ih:
         # 0 times a NaN in the padding is NaN
         ran = torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths
         x = torch.where(ran.view(-1, 1), x, 0)
+    first = _parted(ds, cell.states, y.dtype) if needs.s0 else None
+    return _products(cell, plan, layout, x, w_ih, tensors, needs)._replace(s0=first)
+
+
+def _products(
+    cell: Cell,
+    plan: Plan,
+    layout: Layout,
+    x: Tensor,
+    w_ih: Tensor,
+    tensors: BackwardTensors,
+    needs: Gradients[bool],
+) -> Gradients[Tensor | None]:
+    """Of x and the weights, from those of the pre-activations, which the kernel wrote."""
+    dr = tensors.dr
+    dx = dr if tensors.dx is None else tensors.dx
     precision = differing(x, plan.precision)
-    gradients: list[Tensor | None] = [None] * 5
+    gradients: list[Tensor | None] = [None] * 6
     if needs.x:
         gradients[0] = products.mm(dx, w_ih, precision)
     if needs.w_ih:
         gradients[1] = products.mm(dx.T, x, precision)
     if needs.w_hh:
-        firsts = initial[:: cell.states]
-        gradients[2] = _w_hh_gradient(layout, dr, y, firsts, h_prev, precision)
+        firsts = tensors.state[:: cell.states]
+        gradients[2] = _w_hh_gradient(layout, dr, tensors.y, firsts, tensors.h_prev, precision)
     if needs.b_ih:
         gradients[3] = dx.sum(0)
     if needs.b_hh:
         # a tensor of its own, also where both biases have the same gradient
         shared = None if cell.split else gradients[3]
         gradients[4] = dr.sum(0) if shared is None else shared.clone()
-    first = _parted(ds, cell.states, y.dtype) if needs.s0 else None
-    return Gradients._make([*gradients, first])
+    return Gradients._make(gradients)
 
 
 def _w_hh_gradient(
