@@ -50,6 +50,9 @@ constexpr int PEERS = 32 / CHUNK_LANES;
 constexpr int K_LOADED = (ROWS > 1 ? 2 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap
 constexpr int CHAINS = ROWS * NT == 1 ? 4 : ROWS * NT < 4 ? 2 : 1;
+// k-steps that a warp of a grid polls at a time, and how often
+constexpr int POLLED = KS < 8 ? KS : 8;
+constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
 
@@ -307,7 +310,7 @@ struct Worker {
   // Sends these numbers, for the sums of step c, to all blocks that share the sequences.
   DEVICE void publish(int c, const float (&values)[VECTORS][P][2]) {
     EACH(v, VECTORS) EACH(p, P) {
-      if (!owner()) continue;
+      if (!owner() || (SCOPE == GRID && b0 + sequence(p) >= B)) continue;
       const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
       const int word = (v * C * U + unit) / WORD, b = sequence(p);
 #if SCOPE == BLOCK
@@ -368,34 +371,44 @@ struct Worker {
 #endif
   }
 
+#if SCOPE == GRID
+  // Words of POLLED k-steps of a tile with their flags; for sequences that are none, of the last one
+  // that is, which costs no traffic.
+  DEVICE void poll(int c, int group, u64 (&seen)[POLLED][2]) const {
+    const int b = min((u32)(group / GROUPS * 8 + lane / 4), (u32)(B - b0 - 1));
+    const int k0 = wk * KS + group % GROUPS * POLLED;
+    const u64* from =
+        flags + (((c & 1) * (WORDS / 8) + k0) * NT + b / 8) * 64 + b % 8 * 4 + lane % 4;
+    EACH(k, POLLED) EACH(half, 2) {
+      const bool there = group % GROUPS * POLLED + k < KS &&
+                         (WORDS == 8 * KS * WK || k0 + k < WORDS / 8);
+      seen[k][half] = there ? load_flagged(from + k * NT * 64 + half * 32) : (u64)(c + 1) << 32;
+    }
+  }
+  DEVICE bool arrived(int c, const u64 (&seen)[POLLED][2]) const {
+    bool all = true;
+    EACH(k, POLLED) EACH(half, 2) all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
+    return all;
+  }
+#endif
   // The warp's sums of products with what was published for step c.
   template <bool EXACT>
   DEVICE void multiply(int c, float (&total)[ROWS][NT][4]) {
     float d[CHAINS][ROWS][NT][4] = {};
 #if SCOPE == GRID
-    EACH(j, NT) {
-      const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + j * 64 + lane;
-      constexpr int AT_ONCE = KS < 8 ? KS : 8;
-#pragma unroll
-      for (int k0 = 0; k0 < KS; k0 += AT_ONCE) {
-        u64 seen[AT_ONCE][2];
-        u32 spin_count = 0;
-        for (bool ready = false; !ready;) {
-          ready = true;
-          EACH(k, AT_ONCE) EACH(half, 2) {
-            const bool there =
-                k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
-            seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32)
-                                  : (u64)(c + 1) << 32;
-            ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
-          }
-          if (!ready) wait_more(spin_count);
-        }
-        __syncwarp();
-        EACH(k, AT_ONCE) EACH(row, ROWS)
-          if (k0 + k < KS)
-            Tile<EXACT>(w[row][k0 + k]).multiply(d[k % CHAINS][row][j], (u32)seen[k][0],
-                                                 (u32)seen[k][1]);
+    EACH(group, NT * GROUPS) {
+      u64 seen[POLLED][2];
+      u32 spin_count = 0;
+      for (bool all = false; !all; all ? void() : wait_more(spin_count)) {
+        poll(c, group, seen);
+        all = arrived(c, seen);
+      }
+      __syncwarp();
+      EACH(k, POLLED) EACH(row, ROWS) {
+        const int at = group % GROUPS * POLLED + k;
+        if (at < KS)
+          Tile<EXACT>(w[row][at]).multiply(d[k % CHAINS][row][group / GROUPS], (u32)seen[k][0],
+                                           (u32)seen[k][1]);
       }
     }
 #else

@@ -159,7 +159,8 @@ FAULTS = {
         "const u32 to = (peer + rank) % C;",
         "const u32 to = peer % (C - 1);",
     ),
-    "flags not looked at": ("grid", "ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
+    "flags not looked at": ("grid", "all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
+    "the last sequence left out": ("grid", "(u32)(B - b0 - 1)", "(u32)(B - b0 - 2)"),
     "flags of another step": (
         "grid",
         "((const u32*)&pair)[e], c + 1);",
