@@ -159,6 +159,13 @@ FAULTS = {
         "const u32 to = (peer + rank) % C;",
         "const u32 to = peer % (C - 1);",
     ),
+    "the row of another step": ("block packed", "offsets + t,", "offsets + t / 2,"),
+    "the reset of another sequence": (
+        "block packed",
+        "resets + boundary + sequence(p)",
+        "resets + boundary",
+    ),
+    "a number in place of the next": ("block packed", "load_if(p + 1, two)", "load_if(p, two)"),
     "flags not looked at": ("grid", "all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
     "the last sequence left out": ("grid", "(u32)(B - b0 - 1)", "(u32)(B - b0 - 2)"),
     "flags of another step": (
@@ -174,13 +181,17 @@ FAULTS = {
 def test_planted_faults_are_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    scope, *change = FAULTS[fault]
+    where, *change = FAULTS[fault]
     # both kernels have it
     assert change[0] in cuda.text("worker.cuh")
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
-    plan = plan_for(scope, 64, BRAIN, 1 if scope == "block" else 2, 2)
+    scope = where.split()[0]
+    packed = "packed" in where
+    form = "packed" if packed else "padded"
+    H = 61 if packed else 64
+    plan = plan_for(scope, H, BRAIN, 1 if scope == "block" else 2, 2)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_recurrence("rnn_tanh", plan, (6, 9, 2, 64), dtype=BRAIN)
+        check_recurrence("rnn_tanh", plan, (6, 9, 2, H), form=form, resets=packed, dtype=BRAIN)
 
 
 @needs_compiler
