@@ -26,12 +26,14 @@ BATCH_SECONDS = 0.004
 
 
 def set_precision(dtype: str) -> torch.dtype:
-    """Of a case. float32 has the same mode in every layer: torch.nn follows the first of these
-    switches, ours both."""
+    """Of a case. float32 has the same mode in every layer: torch.nn and ours follow the first of
+    these switches, loops of torch's cells the other. "default" leaves both as they are."""
+    if dtype == "default":
+        return torch.float32
     for backend in (torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
         backend.fp32_precision = "tf32" if dtype == "tf32" else "ieee"  # type: ignore[union-attr]
-    found: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-    return found
+    chosen: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return chosen
 
 
 class Workload:
@@ -130,7 +132,7 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _batch(function: Callable[[], Any], calls: int, device: str) -> tuple[float, float, float]:
-    """Seconds a call: between events on the GPU, until all is done, until the host has asked for
+    """Seconds a call: between events on the GPU, until all is done, until the host has submitted
     all."""
     if device == "cpu":
         start = time.perf_counter()
@@ -143,13 +145,13 @@ def _batch(function: Callable[[], Any], calls: int, device: str) -> tuple[float,
     for _ in range(calls):
         function()
     events[1].record()
-    asked = time.perf_counter()
+    submitted = time.perf_counter()
     synchronize(device)
     done = time.perf_counter()
     return (
         events[0].elapsed_time(events[1]) / 1000 / calls,
         (done - start) / calls,
-        (asked - start) / calls,
+        (submitted - start) / calls,
     )
 
 
@@ -204,8 +206,8 @@ def peak(function: Callable[[], Any], device: str) -> int | None:
     return _status("VmHWM") - before
 
 
-def _distance(found: Tensor, want: Tensor) -> float:
-    error = ((found.double() - want).norm() / want.norm()).item()
+def _distance(value: Tensor, exact: Tensor) -> float:
+    error = ((value.double() - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else sys.float_info.max  # JSON has no infinity
 
 
@@ -240,10 +242,10 @@ def measure(
             if name == "rnn":
                 row["plan"] = work.explain(layer)
             row["memory"][name] = peak(partial(kinds[-1], layer), device)
-            for key, found, exact in zip(
+            for key, value, exact in zip(
                 ("error", "gradient_error"), work.results(layer), want or ()
             ):
-                row[key][name] = _distance(found, exact)
+                row[key][name] = _distance(value, exact)
         except Exception as error:  # one layer's failure leaves the others their figures
             row["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue

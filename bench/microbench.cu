@@ -56,9 +56,9 @@ KERNEL grid_barrier(i64* cycles, int steps, u32* arrived) {
     __syncthreads();
     if (waits) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
     while (waits && !failed) {
-      u32 found;
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(arrived) : "memory");
-      waits = found < i * gridDim.x;
+      u32 arrivals;
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrivals) : "l"(arrived) : "memory");
+      waits = arrivals < i * gridDim.x;
       failed = waits && late(start);
     }
     failed = __syncthreads_or(failed);
@@ -78,8 +78,8 @@ KERNEL grid_exchange(i64* cycles, int steps, u64* all, int words) {
     for (int w = threadIdx.x; w < words; w += blockDim.x)
       store_flagged(buffer + blockIdx.x * words + w, w, i);
     for (int w = threadIdx.x; w < total && !failed; w += blockDim.x)
-      for (u64 found = 0; found >> 32 != i && !failed; failed = failed || (found >> 32 != i && late(start)))
-        found = load_flagged(buffer + w);
+      for (u64 word = 0; word >> 32 != i && !failed; failed = failed || (word >> 32 != i && late(start)))
+        word = load_flagged(buffer + w);
     failed = __syncthreads_or(failed);
   }
   report(cycles, start, failed);

@@ -65,13 +65,15 @@ class Bench:
             path = Path(self.folder.name) / f"{cluster}.cubin"
             path.write_bytes(compile_cubin(f"sm_{self.device.compute_capability}", cluster)[0])
             self.modules[cluster] = [
-                self.cupy.RawModule(path=str(path), enable_cooperative_groups=whole)
-                for whole in (False, True)
+                self.cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
+                for cooperative in (False, True)
             ]
 
-    def kernel(self, name: str, cluster: int = 1, shared: int = 0, whole: bool = False) -> Any:
-        """`whole`: the launch is cooperative, of blocks that are resident together."""
-        kernel = self.modules[cluster][whole].get_function(name)
+    def kernel(
+        self, name: str, cluster: int = 1, shared: int = 0, cooperative: bool = False
+    ) -> Any:
+        """`cooperative`: of a launch whose blocks are all resident together."""
+        kernel = self.modules[cluster][cooperative].get_function(name)
         if cluster > 8:
             self.cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE, 1)
         if shared > 48 * 1024:
@@ -86,14 +88,14 @@ class Bench:
         threads: int = THREADS,
         cluster: int = 1,
         shared: int = 0,
-        whole: bool = False,
+        cooperative: bool = False,
         zero: Any = None,
     ) -> float | None:
         """Cycles a step, the median of five launches; None where the blocks do not fit or gave up
         waiting. `zero` is an array that has to be 0 before each."""
-        kernel = self.kernel(name, cluster, shared, whole)
+        kernel = self.kernel(name, cluster, shared, cooperative)
         driver = self.cupy.cuda.driver
-        if whole:  # CuPy would launch fewer blocks than asked for
+        if cooperative:  # CuPy would launch fewer blocks than asked for
             fit = driver.occupancyMaxActiveBlocksPerMultiprocessor(
                 kernel.kernel.ptr, threads, shared
             )
@@ -113,10 +115,10 @@ class Bench:
             # Refused, as clusters of 16 are where a GPC is too small
             except driver.CUDADriverError:
                 return None
-            found = self.cycles[:blocks].get()
-            if found.min() < 0:
+            cycles = self.cycles[:blocks].get()
+            if cycles.min() < 0:
                 return None
-            taken.append(float(found[0]) / STEPS)
+            taken.append(float(cycles[0]) / STEPS)
         return statistics.median(taken)
 
     def active_clusters(self, cluster: int) -> int | None:
@@ -178,42 +180,47 @@ def constants(bench: Bench) -> dict[str, Any]:
     """All of them, in cycles but for those in microseconds."""
     int32 = bench.cupy.int32
     zeros = bench.cupy.zeros
-    found: dict[str, Any] = dict(
+    results: dict[str, Any] = dict(
         cycles_per_us=bench.clock(), us=bench.launches(), multiprocessors=bench.blocks
     )
-    found["block_barrier"] = {
+    results["block_barrier"] = {
         threads: bench.steps("block_barrier", threads=threads) for threads in (128, 256, 512)
     }
     # Of one warp on one of the four quarters of a multiprocessor
     for name in ("product_bf16", "product_tf32"):
         per_step = {warps: bench.steps(name, threads=32 * warps) for warps in (4, 8, 16)}
-        found[name] = {
+        results[name] = {
             warps: cycles and cycles / 4 / (warps / 4) for warps, cycles in per_step.items()
         }
-    found["grid_barrier"] = {}
-    found["grid_exchange"] = {}
+    results["grid_barrier"] = {}
+    results["grid_exchange"] = {}
     for blocks in (16, 32, 64, bench.blocks):
         arrived = zeros(1, "uint32")
-        found["grid_barrier"][blocks] = bench.steps(
-            "grid_barrier", arrived, blocks=blocks, whole=True, zero=arrived
+        results["grid_barrier"][blocks] = bench.steps(
+            "grid_barrier", arrived, blocks=blocks, cooperative=True, zero=arrived
         )
-        found["grid_exchange"][blocks] = {}
+        results["grid_exchange"][blocks] = {}
         for size in (2048, 8192, 32768, 131072):  # bytes that every block gets, of 4 to a word
             words = max(1, size // 4 // blocks)
             buffers = zeros(2 * words * blocks, "uint64")
-            found["grid_exchange"][blocks][size] = bench.steps(
-                "grid_exchange", buffers, int32(words), blocks=blocks, whole=True, zero=buffers
+            results["grid_exchange"][blocks][size] = bench.steps(
+                "grid_exchange",
+                buffers,
+                int32(words),
+                blocks=blocks,
+                cooperative=True,
+                zero=buffers,
             )
     if bench.modern:
-        found["cluster_barrier"] = {}
-        found["cluster_exchange"] = {}
-        found["active_clusters"] = {}
+        results["cluster_barrier"] = {}
+        results["cluster_exchange"] = {}
+        results["active_clusters"] = {}
         for cluster in CLUSTERS[1:]:
-            running = found["active_clusters"][cluster] = bench.active_clusters(cluster)
-            found["cluster_barrier"][cluster] = bench.steps(
+            running = results["active_clusters"][cluster] = bench.active_clusters(cluster)
+            results["cluster_barrier"][cluster] = bench.steps(
                 "cluster_barrier", blocks=cluster, cluster=cluster
             )
-            found["cluster_exchange"][cluster] = {
+            results["cluster_exchange"][cluster] = {
                 size: [
                     bench.steps(
                         "cluster_exchange",
@@ -227,7 +234,7 @@ def constants(bench: Bench) -> dict[str, Any]:
                 # One cluster alone, and as many as run at once
                 for size in (2048, 4096, 8192, 16384, 32768)
             }
-    return found
+    return results
 
 
 def main(arguments: list[str] | None = None) -> int:

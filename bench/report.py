@@ -25,20 +25,20 @@ Row = dict[str, Any]
 
 
 def newest(folder: Path) -> dict[tuple[str, str], Results]:
-    """By device and suite, of whole suites and both contestants."""
-    found: dict[tuple[str, str], Results] = {}
+    """By device and suite, of complete suites and both contestants."""
+    by_suite: dict[tuple[str, str], Results] = {}
     for path in folder.glob("*-*.json"):
         results = json.loads(path.read_text())
         key = results["kind"], results["suite"]
-        whole = results.get("rows") and not (
+        complete = results.get("rows") and not (
             results.get("baseline")
             or results.get("cell")
             or results.get("dtype")
             or results.get("plan")
         )
-        if whole and (key not in found or results["date"] > found[key]["date"]):
-            found[key] = results
-    return found
+        if complete and (key not in by_suite or results["date"] > by_suite[key]["date"]):
+            by_suite[key] = results
+    return by_suite
 
 
 def ratio(row: Row, figure: str, kind: str = "") -> float | None:
@@ -132,9 +132,9 @@ def summary(suites: dict[str, list[Row]]) -> list[str]:
     )
 
 
-def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
+def section(by_suite: dict[tuple[str, str], Results], kind: str) -> list[str]:
     name = {"cpu": "CPU", "cuda": "GPU"}[kind]
-    core = found.get((kind, "core"))
+    core = by_suite.get((kind, "core"))
     if core is None:
         return [
             f"**{name}: not measured yet.** `python bench/run.py --device {kind} --suite core` "
@@ -158,7 +158,7 @@ def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
         *summary(
             {
                 suite: results["rows"]
-                for (device, suite), results in sorted(found.items())
+                for (device, suite), results in sorted(by_suite.items())
                 if device == kind
             }
         ),
@@ -167,7 +167,7 @@ def section(found: dict[tuple[str, str], Results], kind: str) -> list[str]:
 
 def bars(rows: list[Row]) -> list[tuple[str, list[list[float]]]]:
     """For each form and cell a label and the ratios of all its cases: forward, and in training."""
-    found = []
+    groups = []
     for form in ("padded", "packed", "streaming"):
         for cell, name in CELLS.items():
             group = [row for row in rows if row["form"] == form and row["cell"] == cell]
@@ -179,8 +179,8 @@ def bars(rows: list[Row]) -> list[tuple[str, list[list[float]]]]:
                 values = [value for row in group if (value := ratio(row, kind)) is not None]
                 if values:
                     kinds.append(values)
-            found.append((label, kinds))
-    return found
+            groups.append((label, kinds))
+    return groups
 
 
 def picture(results: Results) -> str:
@@ -251,9 +251,9 @@ def picture(results: Results) -> str:
     )
 
 
-def caption(found: dict[tuple[str, str], Results]) -> list[str]:
+def caption(by_suite: dict[tuple[str, str], Results]) -> list[str]:
     """What the picture shows, and of what nothing is known."""
-    core = found.get(("cpu", "core"))
+    core = by_suite.get(("cpu", "core"))
     if core is None:
         return ["Nothing has been measured yet."]
     what = core["device"], "float32", f"torch {core['versions']['torch']}", core["date"][:10]
@@ -263,7 +263,7 @@ def caption(found: dict[tuple[str, str], Results]) -> list[str]:
         f"{', '.join(what)}, commit {core['commit']};",
         "bars are geometric means, lines go from the least favourable shape to the most.",
     ]
-    if ("cuda", "core") not in found:
+    if ("cuda", "core") not in by_suite:
         lines.append("**No GPU has been measured yet.**")
     return lines
 
@@ -276,21 +276,21 @@ def between_marks(text: str, lines: list[str]) -> str:
 
 def render(text: str, folder: Path) -> str:
     """The text with the tables of the results in the folder between its marks."""
-    found = newest(folder)
-    return between_marks(text, [*section(found, "cpu"), "", *section(found, "cuda")])
+    by_suite = newest(folder)
+    return between_marks(text, [*section(by_suite, "cpu"), "", *section(by_suite, "cuda")])
 
 
 def outputs() -> dict[Path, str]:
     """All that this script writes."""
     folder = ROOT / "bench/results"
-    found = newest(folder)
+    by_suite = newest(folder)
     readme = ROOT / "README.md"
     performance = ROOT / "docs/performance.md"
     texts = {
-        readme: between_marks(readme.read_text(), caption(found)),
+        readme: between_marks(readme.read_text(), caption(by_suite)),
         performance: render(performance.read_text(), folder),
     }
-    core = found.get(("cpu", "core"))
+    core = by_suite.get(("cpu", "core"))
     if core is not None:
         texts[ROOT / "docs/speed.svg"] = picture(core)
     return texts

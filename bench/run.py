@@ -90,18 +90,18 @@ def environment(device: str) -> dict[str, Any]:
 
 def summary(rows: list[Row]) -> list[str]:
     """The geometric mean of the ratios, the least, and whose it is; as calls and as CUDA graphs."""
-    said = []
+    lines = []
     for figure, kind in ((figure, kind) for kind in ("", " graph") for figure in KINDS):
         ratios = [(value, label(row)) for row in rows if (value := ratio(row, figure, kind))]
         if ratios:
             mean = statistics.geometric_mean([value for value, _ in ratios])
             (least, whose) = min(ratios)
-            said.append(
+            lines.append(
                 f"{figure}{kind}: torch.nn's time by ours has the geometric mean {mean:.2f}; the "
                 "least is "
                 f"{least:.2f} ({whose})"
             )
-    return said
+    return lines
 
 
 def label(row: Row) -> str:
@@ -115,10 +115,10 @@ HEADER = f"{'cell':4} {'B':>4} {'T':>5} {'H':>4} {'I':>4} {'dtype':8} options"
 
 def lines(row: Row) -> str:
     """The case, and a line of figures for each layer."""
-    said = [label(row)]
+    lines = [label(row)]
     for name in dict.fromkeys((*row[KINDS[0]], *row["failed"])):
         if name in row["failed"]:
-            said.append(f"    {name:16} n/a: {row['failed'][name]}")
+            lines.append(f"    {name:16} n/a: {row['failed'][name]}")
         if name not in row[KINDS[0]]:
             continue
         text = f"    {name:16}"
@@ -139,8 +139,8 @@ def lines(row: Row) -> str:
             )
             errors = [row[k][name] for k in ("error", "gradient_error") if name in row[k]]
             text += f"error {' '.join(f'{error:.0e}' for error in errors)}"
-        said.append(text)
-    return "\n".join(said)
+        lines.append(text)
+    return "\n".join(lines)
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option(
         "--dtype",
         choices=suites.DTYPES,
-        help="likewise; tf32 is float32 whose products may be in TF32",
+        help="likewise; tf32 is float32 whose products may be in TF32, default what torch does",
     )
     option(
         "--seconds", type=float, default=0.5, help="to spend on each figure (default: %(default)s)"
@@ -304,11 +304,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cold:
         for name in ("TRITON_CACHE_DIR", "CUPY_CACHE_DIR"):
             os.environ[name] = tempfile.mkdtemp()
-    given = {
+    choices = {
         name: getattr(options, name)
         for name in ("suite", "cell", "dtype", "plan", "baseline", "cold", "seconds")
     }
-    results = environment(options.device) | given | dict(failed=[], left_out=[], rows=[])
+    results = environment(options.device) | choices | dict(failed=[], left_out=[], rows=[])
     options.out.mkdir(parents=True, exist_ok=True)
     suite = f"{options.suite}-baseline" if options.baseline else options.suite
     forced = options.plan and "-".join(map(str, options.plan.values()))

@@ -49,13 +49,13 @@ def build_once(
     content if it is not there yet. `use` raises OSError for a file that is no good, which is
     deleted. Raises OSError if a new one is not."""
     shared = _trusted(folder, name, suffix)
-    found = _use_kept(shared, name, suffix, use)
-    if found is not None:
-        return found
+    result = _use_kept(shared, name, suffix, use)
+    if result is not None:
+        return result
     with _alone(shared):
-        found = _use_kept(shared, name, suffix, use)
-        if found is not None:
-            return found
+        result = _use_kept(shared, name, suffix, use)
+        if result is not None:
+            return result
         content = make()
         if shared is not None:
             with suppress(OSError):  # the disk is full or read-only, or nothing on it may be run

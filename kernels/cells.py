@@ -49,7 +49,16 @@ def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
 class Cell:
     """A recurrence of G gates and S states, that saves A activations for its adjoint.
 
-    `split` says that x and r are used apart, so that their gradients differ."""
+    `forward` and `backward` are as the module's docstring says: functions of tuples of arrays of
+    one shape, [..., H], and one floating-point dtype, that use Python's arithmetic and the names of
+    this module alone. Both are called once, with numbers, which sets `saved` to A, and `split` to
+    whether x and r have different gradients. Raises what the functions raise there, and TypeError
+    or ValueError where they do not return as many parts as they should.
+
+    Sources of the four: rnn_tanh and rnn_relu, Elman, Finding Structure in Time, 1990; lstm,
+    Hochreiter and Schmidhuber, Long Short-Term Memory, 1997, with the forget gate of Gers et al.,
+    2000; gru, Cho et al., 2014 (https://arxiv.org/abs/1406.1078v1), with the reset gate after the
+    product; all as torch.nn has them."""
 
     name: str
     forward: Callable[..., Any]

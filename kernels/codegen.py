@@ -80,7 +80,7 @@ def statements(cell: Cell, adjoint: bool) -> str:
     text = []
 
     def word(value: Any) -> str:
-        return str(value) if isinstance(value, Value) else f"number({float(value)!r}f)"
+        return str(value) if isinstance(value, Value) else f"number({float(value)!r})"
 
     for name, given, result in lines:
         between = _INFIX.get(name, ",")

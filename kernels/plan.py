@@ -64,7 +64,9 @@ class Plan(NamedTuple):
     units of every gate by `sequences`. `precision` is that of float32 products: "tf32", or
     "tf32x3", which is as good as float32. In Triton products are over `depth` units at a time, and
     `fused` has W_ih x_t + b computed in the step; in CUDA C++ so many `blocks` share the units of a
-    sequence."""
+    sequence. Nothing is checked here: a layer or `recurrence` that is given the plan raises
+    TypeError for what is no Plan, ValueError for a backend, scope or tile that there is not, and
+    RuntimeError for tensors that the backend cannot take."""
 
     backend: str
     scope: str = "host"
@@ -86,12 +88,12 @@ def plan_of(text: str) -> Plan:
     """The inverse of `plan_text`. Programs that were exported before have a list in JSON."""
     if text.startswith("["):
         return Plan(*json.loads(text))
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for part in text.split():
         name, _, value = part.partition("=")
         kind = Plan.__annotations__[name]
-        found[name] = value == "True" if kind is bool else kind(value)
-    return Plan(**found)
+        fields[name] = value == "True" if kind is bool else kind(value)
+    return Plan(**fields)
 
 
 def window(layout: Layout, width: int, share: int = 1) -> int:
@@ -162,7 +164,7 @@ def cuda_plans(
 ) -> list[Plan]:
     """The plans for CUDA C++ that fit, the fastest by prediction first."""
     (B, _, H, N) = sizes
-    found = []
+    plans = []
     clusters = (2, 4, 8, 16) if 90 <= gpu.capability < 110 else ()
     scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
@@ -181,8 +183,8 @@ def cuda_plans(
             and shared <= gpu.shared_memory
             and tiles < 2**16
         ):
-            found.append(plan)
-    return sorted(found, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
+            plans.append(plan)
+    return sorted(plans, key=lambda plan: _predicted(cell, plan, size, sizes, gpu))
 
 
 def power_of_2(n: int, at_least: int) -> int:
@@ -204,7 +206,7 @@ def make_plan(
     G = cell.gates
     units = power_of_2(H, 16)
     if gpu is None:
-        return Plan("native" if native and dtype == "float32" else "numpy")
+        return Plan("native" if native and dtype in ("float32", "float64") else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
     if gpu.cuda:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from .cells import Cell, bind
 from .plan import Plan
@@ -29,7 +30,8 @@ class Step(NamedTuple):
     size: int
     rows: slice
     before: slice
-    reset: Array | None  # [size, 1], whose state is 0 when it comes in
+    # [size, 1]: the sequences whose state is 0 as the step begins
+    reset: Array | None
 
 
 def forward(
@@ -38,10 +40,10 @@ def forward(
     layout: Layout,
     x: Tensor,
     weights: Weights,
-    first: States,
+    s0: States,
     outputs: Outputs,
 ) -> None:
-    """Writes `outputs`, for x and `first` as in `cpu`."""
+    """Writes `outputs`, for x and `s0` as in `cpu`."""
     w_ih, w_hh, b_ih, b_hh = weights
     y, others, last, saved = outputs
     xp = _library(plan)
@@ -53,34 +55,33 @@ def forward(
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
     zeros = xp.zeros((layout.sequences, H), x.dtype)
-    s0 = _arrays(xp, *(first or (None,) * S))
+    starts = _arrays(xp, *(s0 or (None,) * S))
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
-        w_t = xp.ascontiguousarray(w_hh[gates].T)  # faster products than of the view
+        # A copy: products with it are faster than with the view.
+        w_t = xp.ascontiguousarray(w_hh[gates].T)
         x_all = x @ w_ih[gates].T
         r_bias = None
         if b_ih is not None:
             x_all += b_ih[gates]
             if cell.split:
                 r_bias = b_hh[gates]
-            else:  # x and r meet only as x + r
+            else:
+                # The cell takes nothing but x + r.
                 x_all += b_hh[gates]
         x_all = _by_gates(x_all, G)
-        s = _of(n, s0, zeros)
+        s = _of_recurrence(n, starts, zeros)
         for step in _steps(xp, layout, n):
             s_prev = _cut(xp, step, [state[: step.size] for state in s])
             r = s_prev[0] @ w_t
             if r_bias is not None:
                 r += r_bias
             s_next, a = function(x_all[:, step.rows], _by_gates(r, G), s_prev)
-            for to, value in zip(states, s_next):
-                to[step.rows, units] = value
-            for to, value in zip(activations, a):
-                to[step.rows, units] = value
+            _write([state[step.rows, units] for state in states], s_next)
+            _write([activation[step.rows, units] for activation in activations], a)
             s = _with_ended(xp, s_next, s)
-        for to, value in zip(_arrays(xp, *last), s):
-            to[n] = value
+        _write([state[n] for state in _arrays(xp, *last)], s)
 
 
 def backward(
@@ -89,42 +90,41 @@ def backward(
     layout: Layout,
     x: Tensor,
     weights: Weights,
-    first: States,
+    s0: States,
     outputs: Outputs,
     grads: OutputGrads,
-    found: Gradients[Tensor | None],
+    gradients: Gradients[Tensor | None],
 ) -> None:
-    """The adjoint of `forward`. Writes those of `found` that are not None; with more than one
+    """The adjoint of `forward`. Writes those of `gradients` that are not None; with more than one
     recurrence it adds to that of x."""
-    w_ih, w_hh, _, _ = weights
     y, others, _, saved = outputs
-    dy, dothers, dlast = grads
-    *of_rest, dfirst = found
     xp = _library(plan)
     function = _on_arrays(cell.backward, xp)
     G = cell.gates
     S = cell.states
-    H = w_hh.shape[1]
-    x, w_ih, w_hh, y, dy = _arrays(xp, x, w_ih, w_hh, y, dy)
-    dx, dw_ih, dw_hh, db_ih, db_hh = _arrays(xp, *of_rest)
+    H = weights.w_hh.shape[1]
+    x, w_ih, w_hh, y, dy = _arrays(xp, x, weights.w_ih, weights.w_hh, y, grads.y)
+    dx, *dweights = _arrays(xp, gradients.x, *gradients.of_weights())
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
-    d_states = [dy, *_split(xp, dothers)]
+    d_states = [dy, *_split(xp, grads.states)]
     zeros = xp.zeros((layout.sequences, H), x.dtype)
-    s0 = _arrays(xp, *(first or (None,) * S))
-    ds_last = _arrays(xp, *(dlast or (None,) * S))
+    starts = _arrays(xp, *(s0 or (None,) * S))
+    ds_last = _arrays(xp, *(grads.last or (None,) * S))
+    # At least float64, or the sums over many rows would lose digits.
+    sums = xp.result_type(x, "f8")
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
-        w = w_hh[gates]
-        starts = _of(n, s0, zeros)
-        ds = _of(n, ds_last, zeros)
-        h_all = xp.empty((len(x), H), x.dtype)  # the h that came into each step
-        dx_all = xp.empty((len(x), G * H), x.dtype)  # gradients of the pre-activations
+        s_start = _of_recurrence(n, starts, zeros)
+        ds = _of_recurrence(n, ds_last, zeros)
+        # The h that enters each step, and the gradients of the pre-activations x and r.
+        h_all = xp.empty((len(x), H), x.dtype)
+        dx_all = xp.empty((len(x), G * H), x.dtype)
         dr_all = xp.empty_like(dx_all) if cell.split else dx_all
         for step in reversed(_steps(xp, layout, n)):
-            came = [state[step.before, units] for state in states]
-            s_prev = _cut(xp, step, _with_begun(xp, step, came, starts))
+            s_before = [state[step.before, units] for state in states]
+            s_prev = _cut(xp, step, _with_begun(xp, step, s_before, s_start))
             s_next = [state[step.rows, units] for state in states]
             a = [activation[step.rows, units] for activation in activations]
             ds_next = [d[: step.size] for d in ds]
@@ -133,46 +133,66 @@ def backward(
                     ds_next[k] = ds_next[k] + d[step.rows, units]
             dx_step, dr_step, ds_prev = function(a, s_prev, s_next, ds_next)
             h_all[step.rows] = s_prev[0]
-            for to, value in zip(_by_gates(dx_all[step.rows], G), dx_step):
-                to[...] = value
+            _write(_by_gates(dx_all[step.rows], G), dx_step)
             if cell.split:
-                for to, value in zip(_by_gates(dr_all[step.rows], G), dr_step):
-                    to[...] = value
-            dh_prev = ds_prev[0] + dr_all[step.rows] @ w
+                _write(_by_gates(dr_all[step.rows], G), dr_step)
+            dh_prev = ds_prev[0] + dr_all[step.rows] @ w_hh[gates]
             ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]]), ds)
-        for to, value in zip(_arrays(xp, *(dfirst or ())), ds):
-            to[n] = value
+        _write([d[n] for d in _arrays(xp, *(gradients.s0 or ()))], ds)
         if dx is not None and len(layout.reverse) == 1:
             dx[...] = dx_all @ w_ih
         elif dx is not None:
             dx += dx_all @ w_ih[gates]
-        if dw_ih is not None:
-            dw_ih[gates] = dx_all.T @ x
-        if dw_hh is not None:
-            dw_hh[gates] = dr_all.T @ h_all
-        if db_ih is not None:
-            db_ih[gates] = dx_all.sum(0, dtype="f8")  # or many rows would lose digits
-        if db_hh is not None:
-            db_hh[gates] = dr_all.sum(0, dtype="f8")
+        _write_weight_grads(
+            [None if d is None else d[gates] for d in dweights], x, h_all, dx_all, dr_all, sums
+        )
+
+
+def _write_weight_grads(
+    dweights: Sequence[Array | None],
+    x: Array,
+    h_all: Array,
+    dx_all: Array,
+    dr_all: Array,
+    sums: Any,
+) -> None:
+    """Of one recurrence: w_ih, w_hh, b_ih, b_hh. Biases are summed in the dtype `sums`."""
+    dw_ih, dw_hh, db_ih, db_hh = dweights
+    if dw_ih is not None:
+        dw_ih[...] = dx_all.T @ x
+    if dw_hh is not None:
+        dw_hh[...] = dr_all.T @ h_all
+    if db_ih is not None:
+        db_ih[...] = dx_all.sum(0, dtype=sums)
+    if db_hh is not None:
+        db_hh[...] = dr_all.sum(0, dtype=sums)
+
+
+def _write(targets: Sequence[Array], values: Sequence[Array]) -> None:
+    """Each value into the view at its place; there may be fewer targets."""
+    for target, value in zip(targets, values):
+        target[...] = value
 
 
 def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:
-    """Those of recurrence n, in its order."""
+    """The steps of recurrence n, in its order."""
     T = layout.steps
     sizes = layout.sizes
     back = bool(layout.reverse[n])
     starts = [*accumulate(sizes, initial=0)]
-    some = [] if layout.resets is None else layout.resets.any(1).tolist()
+    has_reset = [] if layout.resets is None else layout.resets.any(1).tolist()
     (resets,) = _arrays(xp, layout.resets)
     steps = []
     for t in reversed(range(T)) if back else range(T):
         t_before = t + 1 if back else t - 1
         ran = min(sizes[t], sizes[t_before]) if 0 <= t_before < T else 0
         before = slice(starts[t_before], starts[t_before] + ran) if ran else slice(0, 0)
-        boundary = t + back  # resets[t] is between t - 1 and t
+        # resets[t] lies between t - 1 and t
+        boundary = t + back
         reset = None
-        if some and boundary < T and some[boundary]:
-            running = min(sizes[t], sizes[boundary])  # past an end nothing is reset
+        if has_reset and boundary < T and has_reset[boundary]:
+            # Past a sequence's end nothing is reset.
+            running = min(sizes[t], sizes[boundary])
             reset = xp.zeros((sizes[t], 1), bool)
             reset[:running, 0] = resets[boundary, :running]
         steps.append(Step(sizes[t], slice(starts[t], starts[t + 1]), before, reset))
@@ -180,30 +200,30 @@ def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:
 
 
 def _cut(xp: Any, step: Step, states: Sequence[Array]) -> Sequence[Array]:
-    """States that come into a step, or their gradients, cut at the resets."""
+    """The states that enter a step, or their gradients, cut at the resets."""
     return states if step.reset is None else [xp.where(step.reset, 0, state) for state in states]
 
 
 def _with_begun(
-    xp: Any, step: Step, came: Sequence[Array], starts: Sequence[Array]
+    xp: Any, step: Step, s_before: Sequence[Array], s_start: Sequence[Array]
 ) -> Sequence[Array]:
-    """What came from the step before, and the first states of the sequences that begin now."""
-    ran = len(came[0])
+    """The states after the step before, and the initial ones of the sequences that begin now."""
+    ran = len(s_before[0])
     if ran == step.size:
-        return came
-    return [xp.concatenate((s, start[ran : step.size])) for s, start in zip(came, starts)]
+        return s_before
+    return [xp.concatenate((s, start[ran : step.size])) for s, start in zip(s_before, s_start)]
 
 
 def _with_ended(xp: Any, running: Sequence[Array], every: Sequence[Array]) -> Sequence[Array]:
-    """What is new of the sequences that run, and what there was of the others."""
+    """The new states of the sequences that run, and those that the others have kept."""
     size = len(running[0])
     if size == len(every[0]):
         return running
     return [xp.concatenate((new, old[size:])) for new, old in zip(running, every)]
 
 
-def _of(n: int, states: Sequence[Array | None], zeros: Array) -> Sequence[Array]:
-    """Of recurrence n, states or their gradients [B, H], from [N, B, H]; zeros for None."""
+def _of_recurrence(n: int, states: Sequence[Array | None], zeros: Array) -> Sequence[Array]:
+    """States of recurrence n, or their gradients: [B, H] of [N, B, H]; zeros for None."""
     return [zeros if state is None else state[n] for state in states]
 
 
@@ -218,7 +238,8 @@ def _on_arrays(function: Callable[..., Any], xp: Any) -> Callable[..., Any]:
     return bind(
         function,
         tanh=xp.tanh,
-        sigmoid=lambda v: xp.tanh(v * 0.5) * 0.5 + 0.5,  # no overflow, and faster than by exp
+        # no overflow, and faster than by exp
+        sigmoid=lambda v: xp.tanh(v * 0.5) * 0.5 + 0.5,
         relu=lambda v: xp.maximum(v, 0),
         relu_grad=lambda d, y: xp.where(y <= 0, 0, d),
         zeros_like=xp.zeros_like,
@@ -231,7 +252,8 @@ class _Borrowed:
     `Tensor.numpy` would forbid the tensor's storage to be resized, as FSDP has to."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor  # lives as long as the array
+        # It lives as long as the array.
+        self.tensor = tensor
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -240,7 +262,7 @@ class _Borrowed:
         return dict(version=3, shape=shape, typestr=kind, data=(self.tensor.data_ptr(), False))
 
     def __dlpack__(self, **_: Any) -> Any:
-        return torch._C._to_dlpack(self.tensor)
+        return to_dlpack(self.tensor)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, self.tensor.get_device()) if self.tensor.is_cuda else (1, 0)
@@ -260,7 +282,8 @@ def _array(xp: Any, t: Tensor) -> Array:
             raise RuntimeError(refused) from error
     if not t.is_cpu or t.dtype not in _TYPES:
         raise RuntimeError(refused)
-    if not t.numel():  # NumPy 2.0 does not take a null pointer
+    if not t.numel():
+        # NumPy 2.0 does not take a null pointer.
         return xp.zeros(tuple(t.shape), _TYPES[t.dtype])
     if not t.data_ptr():
         raise RuntimeError("Expected a tensor whose data is allocated")

@@ -123,7 +123,7 @@ def _initial(
     expected = [layer.get_expected_hidden_size(x, batch_sizes)]
     if layer.mode == "LSTM":
         expected.append((*expected[0][:2], layer.hidden_size))
-    found: list[Tensor] = []
+    checked: list[Tensor] = []
     for k, state in enumerate(map(_dense, states)):
         name = "hidden" if len(expected) == 1 else f"hidden[{k}]"
         if order is not None:
@@ -142,12 +142,12 @@ def _initial(
                 f"Input and {name} tensors are not at the same device, found input tensor at "
                 f"{x.device} and {name} tensor at {state.device}"
             )
-        found.append(state)
-    return found
+        checked.append(state)
+    return checked
 
 
 def _resets(
-    layer: Any, resets: Any, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None
+    layer: Any, resets: Tensor, input: Tensor, batch_sizes: Tensor | None, order: Tensor | None
 ) -> Tensor:
     """`resets` [T, B], in the order of the batch."""
     unbatched = batch_sizes is None and input.dim() == 2

@@ -1,7 +1,6 @@
 """From torch.nn's recurrent modules to ours and back: in a model that is there, or in torch.nn
 itself."""
 
-import importlib
 import threading
 from types import TracebackType
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from . import modules
 from .interop import TORCH
+from .transforms import dynamo_config
 
 Model = TypeVar("Model", bound=nn.Module)
 _OURS: dict[type, type] = {theirs: getattr(modules, name) for name, theirs in TORCH.items()}
@@ -78,12 +78,12 @@ def _swap(model: Model, classes: dict[type, type], verbose: bool) -> Model:
         if new is not None:
             module.__class__ = new
             _keep_given_weights(module)
-            said = f"is now {_name(new)}"
+            message = f"is now {_name(new)}"
         else:
             why = _left_alone(module, classes)
-            said = f"is left alone: {why}" if why else ""
-        if verbose and said:
-            print(f"{name or 'the model'}, {_name(old)}, {said}")
+            message = f"is left alone: {why}" if why else ""
+        if verbose and message:
+            print(f"{name or 'the model'}, {_name(old)}, {message}")
     return model
 
 
@@ -91,14 +91,15 @@ def replace(model: Model, verbose: bool = True) -> Model:
     """Make every RNN, LSTM, GRU and cell of torch.nn in the model one of ours, in place.
 
     The modules stay the objects that they are, with their parameters, hooks and state: optimizers
-    and references go on working. Subclasses are left alone, and what TorchScript has compiled. Says
-    so in a line for each, unless not `verbose`. Returns the model."""
+    and references go on working; shapes and dtypes stay. Subclasses are left alone, and what
+    TorchScript has compiled. Says so in a line for each, unless not `verbose`. Returns the model.
+    Raises TypeError for what is no torch.nn.Module, before anything is changed."""
     return _swap(model, _OURS, verbose)
 
 
 def restore(model: Model, verbose: bool = True) -> Model:
-    """The inverse of `replace`, also for layers that were ours from the start (they lose their
-    plan)."""
+    """The inverse of `replace`, also for layers that were ours from the start: these compute
+    without their plan. Returns the model. Raises TypeError for what is no torch.nn.Module."""
     return _swap(model, _THEIRS, verbose)
 
 
@@ -133,7 +134,7 @@ def patch() -> _Patch:
     meanwhile can be loaded without it, and the other way round. torch.compile, which refuses
     torch.nn's RNN, LSTM and GRU by name, does not while this lasts."""
     global _depth
-    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo = dynamo_config()
     with _lock:
         _depth += 1
         if _depth == 1:
@@ -148,7 +149,7 @@ def patch() -> _Patch:
 def unpatch() -> None:
     """Undo one `patch`. Raises RuntimeError where there is none."""
     global _depth
-    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo = dynamo_config()
     with _lock:
         if _depth == 0:
             raise RuntimeError("There is no rnn.patch() to be undone")
@@ -170,10 +171,10 @@ def _assign(old: type, new: type) -> None:
 def _reduce(module: Any, protocol: Any) -> Any:
     """How torch.nn's own modules are pickled while pickle does not find their class under its
     name."""
-    found: Any = object.__reduce_ex__(module, protocol)
+    reduced: Any = object.__reduce_ex__(module, protocol)
     if type(module) not in _OURS:
-        return found
-    _, _, *state = found
+        return reduced
+    _, _, *state = reduced
     return (_new, (type(module).__name__,), *state)
 
 

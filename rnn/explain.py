@@ -26,46 +26,47 @@ _WORDS = {
 def _words(
     cell: Cell,
     x: Tensor,
-    first: tuple[int, int],
+    batch_and_hidden: tuple[int, int],
     reverse: Sequence[int],
     plan: Plan | None,
     whole_sequences: bool,
 ) -> str:
-    B, H = first
+    B, H = batch_and_hidden
     G = cell.gates
-    found, operator, dtype, why = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
+    chosen, operator, dtype, why = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
     whys = ["plan="] if plan else []
     start = f"{cell.name} B={B} I={x.shape[-1]} H={H} N={len(reverse)} {dtype} on {x.device}: "
-    if found is None:
+    if chosen is None:
         return f"{start}the formula in torch operations, slow ({why})"
     if x.is_cpu and not plan:
-        compiler = dispatch.native_available(cell)
-        other = "C++ is for float32" if compiler else "there is no C++ compiler"
-        ours = found.backend == "native"
-        whys.append("there is a C++ compiler" if ours else other)
+        compiler = "a" if chosen.backend == "native" else "no"
+        whys.append(f"there is {compiler} C++ compiler")
     if operator is not None:
         words = "; ".join(filter(None, [why, *whys]))
         return f"{start}torch's own operator, {operator.__name__} ({words})"
-    if found.backend == "numpy" and not plan:
+    if chosen.backend == "numpy" and not plan:
         whys.append(
             "torch's own operators are for whole sequences alone, of whose states only the last "
             "are asked for"
         )
-    if found.scope == "host":
-        return f"{start}{_WORDS[found.backend]} ({'; '.join(filter(None, [why, *whys]))})"
+    if chosen.scope == "host":
+        return f"{start}{_WORDS[chosen.backend]} ({'; '.join(filter(None, [why, *whys]))})"
     switch = f"torch.backends.cudnn.rnn.fp32_precision is {dispatch._SWITCH.fp32_precision!r}"
-    whys += [switch] if dtype == torch.float32 and not plan else []
-    whys += ["the fastest that fits, by prediction"] if found.backend == "cuda" and not plan else []
-    kept = (
+    if dtype == torch.float32 and not plan:
+        whys.append(switch)
+    if chosen.backend == "cuda" and not plan:
+        whys.append("the fastest that fits, by prediction")
+    registers = (
         0
-        if found.scope == "launch"
-        else G * found.units * H * dtype.itemsize // (128 * found.warps)
+        if chosen.scope == "launch"
+        else G * chosen.units * H * dtype.itemsize // (128 * chosen.warps)
     )
     return (
-        f"{start}{found.backend}, scope {found.scope}, {_WORDS[found.scope]}, "
-        f"{kept} registers of a thread; {found.units} units of {G} gates by {found.sequences} "
-        f"sequences a block, {-(-H // found.units)} blocks to a sequence, {found.warps} warps; "
-        f"W_ih x {'in' if found.fused else 'before'} the steps; products in {found.precision} "
+        f"{start}{chosen.backend}, scope {chosen.scope}, {_WORDS[chosen.scope]}, "
+        f"{registers} registers of a thread; {chosen.units} units of {G} gates by "
+        f"{chosen.sequences} sequences a block, {-(-H // chosen.units)} blocks to a sequence, "
+        f"{chosen.warps} warps; "
+        f"W_ih x {'in' if chosen.fused else 'before'} the steps; products in {chosen.precision} "
         f"({'; '.join(filter(None, [*whys, why]))})"
     )
 

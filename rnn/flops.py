@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils import _python_dispatch
 
 from .kernels import cells
 from .kernels.cells import Cell
+from .transforms import count_flops, dispatch_modes, without_dispatch_modes
 
 
-def _products(shapes: Sequence[Any], reverse: Sequence[int]) -> tuple[int, int, int]:
+def _products(shapes: Sequence[Any]) -> tuple[int, int, int]:
     """Operations of the product with the input, of that with the states, and of that with the first
     states; `shapes` as the operators take their tensors, x first."""
     (*rows, _), w_ih, w_hh, s0 = (shapes[k] for k in (0, 1, 2, 5))
@@ -26,7 +26,7 @@ def forward(
     cell: str, plan: str, reverse: Sequence[int], keep: int, *shapes: Any, out_shape: Any = None
 ) -> int:
     """Of fused_rnn::forward."""
-    of_input, of_states, _ = _products(shapes, reverse)
+    of_input, of_states, _ = _products(shapes)
     return of_input + of_states
 
 
@@ -39,7 +39,7 @@ def backward(
     out_shape: Any = None,
 ) -> int:
     """Of fused_rnn::backward. The first states need no gradient but where one is asked for."""
-    of_input, of_states, of_first = _products(shapes, reverse)
+    of_input, of_states, of_first = _products(shapes)
     x, w_ih, w_hh, _, _, s0 = needs
     total = of_states if s0 else of_states - of_first
     total += of_input * (x + w_ih) + of_states * w_hh
@@ -51,8 +51,7 @@ def backward(
 
 def _counters() -> list[Any]:
     """Those of torch.utils.flop_counter that are counting."""
-    modes = _python_dispatch._get_current_dispatch_mode_stack()
-    counters = [getattr(mode, "counter", None) for mode in modes]
+    counters = [getattr(mode, "counter", None) for mode in dispatch_modes()]
     return [counter for counter in counters if hasattr(counter, "flop_registry")]
 
 
@@ -82,9 +81,8 @@ def of_backward(
         return
     register()
     counters = _counters()
-    with _python_dispatch._disable_current_modes():
+    with without_dispatch_modes():
         yield
     for counter in counters:
-        counter._count_flops(
-            torch.ops.fused_rnn.backward, None, (cell.name, "", reverse, needs, *tensors), {}
-        )
+        arguments = (cell.name, "", reverse, needs, *tensors)
+        count_flops(counter, torch.ops.fused_rnn.backward, arguments)

@@ -24,7 +24,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan, plan_text
 from .kernels.states import join_states, join_weights, part_views
 from .kernels.types import Save
-from .layer_call import LayerCall
+from .layer_call import LayerCall, batch_size
 from .torch_operators import by_torch
 from .transforms import (
     active_transform,
@@ -57,6 +57,9 @@ def recurrence(  # noqa: PLR0913  the public operator
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """N recurrences over the same sequences, each in its own direction: one layer.
 
+    Step t of each is s_t = cell(W_ih x_t + b_ih, W_hh h_{t-1} + b_hh, s_{t-1}), with h the first of
+    the S states; `cell` has the formula and its source.
+
     Args:
         cell: `rnn.kernels.cells.rnn_tanh`, `rnn_relu`, `lstm`, `gru`, or one of your own.
         x: [T, B, I], or [R, I] with `batch_sizes`. All tensors have its device and floating-point
@@ -83,7 +86,7 @@ def recurrence(  # noqa: PLR0913  the public operator
     computed."""
     seen = x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        whole: Any = handle_torch_function(
+        whole: tuple[Tensor, Tensor | None, Tensor] = handle_torch_function(
             recurrence, seen, cell, *seen, reverse, keep, plan, recompute
         )
         return whole
@@ -114,39 +117,36 @@ def run_layer(  # noqa: PLR0913  as recurrence
     zeros if None; with `batch_first` x is [B, T, I] and so is y."""
     seen = x, *weights, *(states or ()), *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        options = reverse, keep, plan, recompute, batch_first
-        given = cell, x, weights, states, masks, *options
-        whole: Any = handle_torch_function(run_layer, seen, *given)
+        given = cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first
+        whole: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
+            run_layer, seen, *given
+        )
         return whole
-    serves, dtype, reason = dispatch.computing_dtype(x, plan)
-    autocast = reason == "autocast"
-    if not autocast:
-        try:
-            check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
-        except RuntimeError:
-            refuse_nested(zip(len(weights) // 4 * NAMES, weights))
-            raise
-    if autocast or dtype != x.dtype:
-        return _run_in(
-            dtype, cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first
-        )
+    options = reverse, keep, plan, recompute, batch_first
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None:
+        return _run_in(autocast, cell, x, weights, states, masks, *options)
+    try:
+        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
+    except RuntimeError:
+        refuse_nested(zip(len(weights) // 4 * NAMES, weights))
+        raise
     transform = active_transform()
-    recorded = traced(x, weights[1])
-    kernels = plan is not None or bool(serves)
-    if transform or recorded or not kernels:
-        operator: Callable[..., Any] = composite
-        if is_vmap(transform):
-            operator = partial(_vmap, plan=plan, recompute=recompute)
-        elif recorded and not transform:
-            operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
-        return composite_layer(
-            cell, x, weights, states, masks, reverse, keep, batch_first, operator
-        )
+    if transform or traced(x, weights[1]):
+        return _seen_by_pytorch(transform, cell, x, weights, states, masks, *options)
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
-    of_torch = dispatch.torch_operator(cell, x, reverse, plan, whole_sequences)
-    if of_torch is not None:
-        return by_torch(of_torch, cell, x, weights, states, reverse, batch_first)
-    call = LayerCall(cell, plan, x, weights[1], masks, reverse, batch_first)
+    B = batch_size(x, masks[1], batch_first)
+    H = weights[1].shape[1]
+    decision = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
+    if decision.dtype != x.dtype:
+        return _run_in(decision.dtype, cell, x, weights, states, masks, *options)
+    if decision.operator is not None:
+        return by_torch(decision.operator, cell, x, weights, states, reverse, batch_first)
+    if decision.plan is None:
+        return composite_layer(
+            cell, x, weights, states, masks, reverse, keep, batch_first, composite
+        )
+    call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
         save = _kept(True, keep, recompute)
         y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))
@@ -155,6 +155,33 @@ def run_layer(  # noqa: PLR0913  as recurrence
         alive(weights)
     y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
+
+
+def _seen_by_pytorch(  # noqa: PLR0913  as run_layer
+    transform: Any,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor] | None,
+    masks: Sequence[Any],
+    reverse: Sequence[int],
+    keep: int,
+    plan: Plan | None,
+    recompute: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `run_layer`, under a transform or where the call is recorded."""
+    serves, dtype, _ = dispatch.support(x, plan)
+    if dtype != x.dtype:
+        options = reverse, keep, plan, recompute, batch_first
+        return _run_in(dtype, cell, x, weights, states, masks, *options)
+    operator: Callable[..., Any] = composite
+    if is_vmap(transform):
+        operator = partial(_vmap, plan=plan, recompute=recompute)
+    elif not transform:
+        kernels = plan is not None or bool(serves)
+        operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
+    return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first, operator)
 
 
 def _run_in(  # noqa: PLR0913  as run_layer

@@ -4,15 +4,17 @@ done by torch.nn's own code, with the parameters of ours."""
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
-
-# torch.jit.script reads the source of a cell's forward with the names of this file: _VF.
-from torch import _VF, Tensor, fx, nn  # noqa: F401
+from torch import Tensor, fx, nn
 
 from .boundary import PLAIN, alive
+
+# torch.jit.script reads the source of a cell's forward with the names of this file: _VF.
+from .transforms import torch_cells as _VF  # noqa: F401
 from .transforms import tracing_state
 
 # Taken now: `convert.patch` puts ours in torch.nn under these names.
@@ -36,7 +38,7 @@ def torch_class(layer: nn.Module) -> Any:
     )
 
 
-def leaf(forward: Any) -> Any:
+def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of one of torch.nn's cells, of which torch.fx makes one node under our name as
     well."""
 
@@ -53,6 +55,16 @@ def leaf(forward: Any) -> Any:
                 f"Expected input and hx of a shape that {type(self).__name__} takes: {error}"
             ) from error
 
+    call.__doc__ = """One step.
+
+        Args:
+            input: [B, I], or [I] for one sequence, of the parameters' dtype and device.
+            hx: the states before it, zeros if None: [B, H], or [H] for one sequence; of an LSTM
+                two, h and c.
+
+        Returns the states after it, like `hx`.
+        Raises TypeError for what is no tensor, and ValueError and RuntimeError for a shape, dtype
+        or device that torch.nn's cell refuses."""
     return call
 
 
@@ -119,11 +131,11 @@ def _fx_node(layer: nn.Module, tracer: Any, input: Any, hx: Any, extra: dict[str
 
 
 def _has_expanded_weights(layer: nn.Module) -> bool:
-    found = {type(weight).__name__ for weight in layer._parameters.values()}
-    return "ExpandedWeight" in found
+    class_names = {type(weight).__name__ for weight in layer._parameters.values()}
+    return "ExpandedWeight" in class_names
 
 
-def scriptable(layer: Any) -> Any:
+def scriptable(layer: nn.Module) -> nn.Module:
     """What torch.jit.script compiles in place of a layer: torch.nn's, with the same parameters. (It
     leaves that in the model which it was given, whose layer becomes ours again once it is called
     from Python.)"""
@@ -147,6 +159,7 @@ class _Eager:
 
 
 def _get_qconfig(module: nn.Module) -> Any:
+    """What quantization has set. Raises AttributeError where it has not."""
     try:
         return module.__dict__["qconfig"]
     except KeyError:

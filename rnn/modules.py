@@ -16,6 +16,8 @@ from .autograd import own_gradient
 from .batch import Batch, batch_of
 from .boundary import alive
 from .checks import check_masks, check_plan, expect, refuse_nested
+from .device_copies import on_device
+from .docstrings import cell_doc, layer_doc
 from .functional import run_layer
 from .kernels import cells
 from .kernels.plan import Plan
@@ -88,7 +90,7 @@ class _Stack(nn.RNNBase):
         self.__dict__.pop("_given_weights", None)
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the weights are used where they are."""
+        """Does nothing, and raises nothing: the weights are used where they are."""
 
     __prepare_scriptable__ = _prepare_scriptable
 
@@ -99,7 +101,7 @@ class _Stack(nn.RNNBase):
             self._update_flat_weights()
         if self._given_weights is not None:
             given = iter(self._given_weights)
-            weights: Any = [[*islice(given, len(names))] for names in self._all_weights]
+            weights: list[list[Any]] = [[*islice(given, len(names))] for names in self._all_weights]
         else:
             # Asked directly: attributes take long. What is parametrized is not in it
             own = self._parameters
@@ -157,7 +159,8 @@ class _Stack(nn.RNNBase):
 
         Args:
             input: [T, B, I] ([B, T, I] if batch_first), [T, I] for one sequence, or a
-                PackedSequence.
+                PackedSequence; of the parameters' dtype and device (under autocast of any
+                floating-point dtype).
             hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one
                 sequence; of an LSTM two, h_0 and c_0.
             lengths: int64 or int32 [B] on any device, in any order, zeros allowed: the steps of
@@ -326,13 +329,13 @@ class _Stack(nn.RNNBase):
             steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
             ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
             if batch.lengths is not None:
-                none = (batch.lengths == 0).to(x.device)[:, None]
+                none = (on_device("lengths", batch.lengths, x.device) == 0)[:, None]
                 ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
         return steps, ends
 
 
 class RNN(_Stack):
-    __doc__ = nn.RNN.__doc__
+    __doc__ = layer_doc(nn.RNN)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
@@ -345,7 +348,7 @@ class RNN(_Stack):
 
 
 class LSTM(_Stack):
-    __doc__ = nn.LSTM.__doc__
+    __doc__ = layer_doc(nn.LSTM)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -357,7 +360,7 @@ class LSTM(_Stack):
 
 
 class GRU(_Stack):
-    __doc__ = nn.GRU.__doc__
+    __doc__ = layer_doc(nn.GRU)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
@@ -373,15 +376,15 @@ class _Cell(nn.Module):
 
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.
 class RNNCell(_Cell, nn.RNNCell):
-    __doc__ = nn.RNNCell.__doc__
+    __doc__ = cell_doc(nn.RNNCell)
     forward = interop.leaf(nn.RNNCell.forward)
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
-    __doc__ = nn.LSTMCell.__doc__
+    __doc__ = cell_doc(nn.LSTMCell)
     forward = interop.leaf(nn.LSTMCell.forward)
 
 
 class GRUCell(_Cell, nn.GRUCell):
-    __doc__ = nn.GRUCell.__doc__
+    __doc__ = cell_doc(nn.GRUCell)
     forward = interop.leaf(nn.GRUCell.forward)

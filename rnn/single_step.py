@@ -1,9 +1,9 @@
 """One step of a stack of layers on the CPU, as in streaming and decoding, all layers in one call:
 the whole path.
 
-In C++, with gradients and without; where that cannot be had, by torch's own operators, as torch.nn
-does it. What is not a plain tensor is left to the general path of the layers. Gradients that are to
-be differentiated again come from the differentiable formula."""
+In C++, with gradients and without, in float32 and float64; where that cannot be had, by torch's own
+operators, as torch.nn does it. What is not a plain tensor is left to the general path of the
+layers. Gradients that are to be differentiated again come from the differentiable formula."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -24,7 +24,8 @@ from .kernels.cpu.workspace import scratch
 from .kernels.plan import STEP_PRODUCT
 from .transforms import active_transform, any_autocast, needs_composite, traced, without_autocast
 
-_FLOAT32 = torch.empty(0, dtype=torch.float32, device="cpu")
+# A tensor of each dtype of the C++, for what is to be like it.
+_LIKE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in native.NUMBERS}
 # What the C++ is told: B, I, H, L, how many parameters a layer has, and threads.
 Sizes = tuple[int, int, int, int, int, int]
 
@@ -61,13 +62,14 @@ def _call(
     before: list[int],
     sizes: Sizes,
     after: list[int],
+    dtype: torch.dtype,
 ) -> None:
     """Calls it with that struct of native.py, whose pointers are `before`, but for memory, and with
     the pointers `after` it."""
     pack = _pack(struct_type, states, len(before), len(after))
     needed = function(pack(*before, 0, 0, *sizes, *after))
     if needed:
-        memory = scratch(_FLOAT32, needed)  # held while it is in use
+        memory = scratch(_LIKE[dtype], needed)  # held while it is in use
         function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
 
 
@@ -143,7 +145,7 @@ def single_step(
         return None
     if pointers is None:
         return None
-    if dtype is not torch.float32 or not dispatch.native_available(cell):
+    if not dispatch.native_available(cell, dtype):
         if dtype is not torch.float32 and dtype is not torch.float64:
             return None
         operator = dispatch.OPERATORS[cell]
@@ -183,7 +185,8 @@ def _forward(
         0 if saved is None else saved.data_ptr(),
     ]
     before = addresses[:first] + results
-    _call(native.load(cell).step, native.Step, cell.states, before, sizes, addresses[first:])
+    function = native.load(cell, x.dtype).step
+    _call(function, native.Step, cell.states, before, sizes, addresses[first:], x.dtype)
     return y, last, saved
 
 
@@ -204,13 +207,13 @@ class _SingleStep(torch.autograd.Function):
         ctx.save_for_backward(*kept, saved)
         # An ordinary backward pass reads no biases: as those of torch.nn they may change before it.
         ctx.versions = versions(ctx.biases)
-        ctx.choices = cell, sizes
+        ctx.choices = cell, sizes, given[0].dtype
         ctx.set_materialize_grads(False)
         return y, *last
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
-        cell, sizes = ctx.choices
+        cell, sizes, dtype = ctx.choices
         d = tuple(map(to_dense, d))
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
         needs = ctx.needs_input_grad[3:]
@@ -218,7 +221,7 @@ class _SingleStep(torch.autograd.Function):
             check_versions(ctx.biases, ctx.versions)
             found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
         else:
-            found = _backward(cell, sizes, tensors, needs, d)
+            found = _backward(cell, sizes, dtype, tensors, needs, d)
         return None, None, None, *found
 
 
@@ -229,6 +232,7 @@ _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 def _backward(
     cell: Cell,
     sizes: Sizes,
+    dtype: torch.dtype,
     tensors: Sequence[Tensor],
     needs: Sequence[bool],
     d: Sequence[Tensor | None],
@@ -237,7 +241,8 @@ def _backward(
     the last states. `tensors` are x, the states, w_ih and w_hh of each layer, and what was
     saved."""
     first = cell.states + 1
-    *given, saved = ready(tensors, _FLOAT32)
+    like = _LIKE[dtype]
+    *given, saved = ready(tensors, like)
     dy, *dlast = d
     alike = 0
     if (
@@ -247,12 +252,12 @@ def _backward(
         and not dy.is_neg()
         and not dy._is_zerotensor()
         # That of a sum: one number
-        and dy.untyped_storage().nbytes() > 4 * dy.storage_offset()
+        and dy.untyped_storage().nbytes() > dtype.itemsize * dy.storage_offset()
     ):
         alike = dy.data_ptr()
-        dlast = ready(dlast, _FLOAT32)
+        dlast = ready(dlast, like)
     else:
-        dy, *dlast = ready(d, _FLOAT32)
+        dy, *dlast = ready(d, like)
     parameters = sizes[4]
     grads = [torch.empty_like(t) if need else None for t, need in zip(given[:first], needs)]
     for k, need in enumerate(needs[first:]):
@@ -268,7 +273,8 @@ def _backward(
     before += [0 if alike or dy is None else dy.data_ptr(), alike]
     before += [0 if t is None else t.data_ptr() for t in (*dlast, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
-    _call(native.load(cell).step_backward, native.StepAdjoint, cell.states, before, sizes, after)
+    function = native.load(cell, dtype).step_backward
+    _call(function, native.StepAdjoint, cell.states, before, sizes, after, dtype)
     return grads
 
 

@@ -1,11 +1,12 @@
-"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch): what is at work around a
-call.
+"""All that rnn uses of PyTorch's private interfaces (torch._C, functorch, dispatch modes, Dynamo's
+configuration): what is at work around a call.
 
 Read in torch 2.10 to 2.15. A name that a later version lacks raises at import, here and nowhere
-else."""
+else; where it is read only when it is needed, the function says so."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import unwrap_batched
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils import _python_dispatch
 
+# What torch.nn's cells call.
+torch_cells: Any = torch._VF
 is_batched = functorch.is_legacy_batchedtensor
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 mkldnn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
@@ -50,6 +54,33 @@ def under_dispatch_mode() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes that see what is computed now, the outermost first."""
+    return _python_dispatch._get_current_dispatch_mode_stack()
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """No dispatch mode sees what is computed in it."""
+    return _python_dispatch._disable_current_modes()
+
+
+def count_flops(mode: Any, operator: Any, arguments: Sequence[Any]) -> None:
+    """Have a torch.utils.flop_counter.FlopCounterMode count a call of `operator` that it did not
+    see. Raises AttributeError where the mode has no `_count_flops` any more."""
+    mode._count_flops(operator, None, tuple(arguments), {})
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raises RuntimeError if the condition is false; on a GPU, which the host does not wait for,
+    the device stops instead."""
+    torch._assert_async(condition, message)
+
+
+def dynamo_config() -> Any:
+    """The settings of torch.compile. Imported when asked for, as all of Dynamo comes with them."""
+    return import_module("torch._dynamo.config")
+
+
 def active_transform() -> Any:
     """The innermost transform of functions that is at work, if any."""
     if forward_ad._current_level >= 0:
@@ -60,7 +91,7 @@ def active_transform() -> Any:
     )
 
 
-def without_autocast(device: torch.device) -> Any:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """What ran in one precision stays in it going backward."""
     return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()
 
@@ -105,15 +136,15 @@ def vmap_rule(
     level = interpreter.level()
     plain, dims = unwrap_batched(tensors, level)
     with interpreter.lower():
-        rows: Any = [
+        batched: Any = [
             t if t is None or d is not None else t.expand(V, *t.shape) for t, d in zip(plain, dims)
         ]
-        rows = [t if d is None else t.movedim(d, 0) for t, d in zip(rows, dims)]
-        rows[shared] = plain[shared]
+        batched = [t if d is None else t.movedim(d, 0) for t, d in zip(batched, dims)]
+        batched[shared] = plain[shared]
         if plain[0].is_cuda:
-            examples = zip(*([t] * V if t is None or t is plain[shared] else t for t in rows))
+            examples = zip(*([t] * V if t is None or t is plain[shared] else t for t in batched))
             each = zip(*(one(example) for example in examples))
-            found: Any = [None if column[0] is None else torch.stack(column) for column in each]
+            results: Any = [None if column[0] is None else torch.stack(column) for column in each]
         else:
-            found = composite(rows)
-    return tuple(t if t is None else functorch._add_batch_dim(t, 0, level) for t in found)
+            results = composite(batched)
+    return tuple(t if t is None else functorch._add_batch_dim(t, 0, level) for t in results)

@@ -1,34 +1,35 @@
 // What native.py defines for the RNN with tanh, so that an editor understands recurrence.cpp. No
 // build reads this.
 #pragma once
+#define NUMBER float
 #define GATES 1
 #define STATES 1
 #define SAVED 0
 #define SEPARATE_RECURRENT_GRAD 0
 #define FORWARD const auto t0 = (x[0]+r[0]); const auto t1 = tanh(t0); n[0] = t1;
-#define BACKWARD const auto t0 = (n[0]*n[0]); const auto t1 = (number(1.0f)-t0); const auto t2 = (d[0]*t1); x[0] = t2; r[0] = t2; p[0] = number(0.0f);
+#define BACKWARD const auto t0 = (n[0]*n[0]); const auto t1 = (number(1.0)-t0); const auto t2 = (d[0]*t1); x[0] = t2; r[0] = t2; p[0] = number(0.0);
 #include <cstdint>
 struct Arguments {
-  const float* x;
-  const float* w_ih;
-  const float* w_hh;
-  const float* b_ih;
-  const float* b_hh;
-  const float* dy;
-  const float* dstates;
-  float* y;
-  float* states;
-  float* saved;
-  float* x_grad;
-  float* w_ih_grad;
-  float* w_hh_grad;
-  float* b_ih_grad;
-  float* b_hh_grad;
+  const NUMBER* x;
+  const NUMBER* w_ih;
+  const NUMBER* w_hh;
+  const NUMBER* b_ih;
+  const NUMBER* b_hh;
+  const NUMBER* dy;
+  const NUMBER* dstates;
+  NUMBER* y;
+  NUMBER* states;
+  NUMBER* saved;
+  NUMBER* x_grad;
+  NUMBER* w_ih_grad;
+  NUMBER* w_hh_grad;
+  NUMBER* b_ih_grad;
+  NUMBER* b_hh_grad;
   const int64_t* offsets;
   const bool* resets;
-  const float* s0[STATES];
-  const float* dlast[STATES];
-  float* last[STATES];
+  const NUMBER* s0[STATES];
+  const NUMBER* dlast[STATES];
+  NUMBER* last[STATES];
   int64_t steps;
   int64_t B;
   int64_t R;
@@ -40,12 +41,12 @@ struct Arguments {
   int64_t window[2];
 };
 struct Step {
-  const float* x;
-  const float* s[STATES];
-  float* y;
-  float* n[STATES];
-  float* saved;
-  float* memory;
+  const NUMBER* x;
+  const NUMBER* s[STATES];
+  NUMBER* y;
+  NUMBER* n[STATES];
+  NUMBER* saved;
+  NUMBER* memory;
   int64_t size;
   int64_t B;
   int64_t I;
@@ -55,15 +56,15 @@ struct Step {
   int64_t threads;
 };
 struct StepAdjoint {
-  const float* x;
-  const float* s[STATES];
-  const float* saved;
-  const float* dy;
-  const float* dy_alike;
-  const float* dn[STATES];
-  float* dx;
-  float* ds[STATES];
-  float* memory;
+  const NUMBER* x;
+  const NUMBER* s[STATES];
+  const NUMBER* saved;
+  const NUMBER* dy;
+  const NUMBER* dy_alike;
+  const NUMBER* dn[STATES];
+  NUMBER* dx;
+  NUMBER* ds[STATES];
+  NUMBER* memory;
   int64_t size;
   int64_t B;
   int64_t I;

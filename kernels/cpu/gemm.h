@@ -90,7 +90,7 @@ static void pack_rows(Number* to, i64 stride, const Number* from, i64 width, i64
     for (i64 lane = 0; lane < std::min<i64>(LANES, lanes); ++lane)
       for (i64 k = k0; k < k1; ++k) to[k * stride + lane] = from[lane * width + k];
     for (i64 lane = std::max<i64>(0, lanes); lane < LANES; ++lane)
-      for (i64 k = k0; k < k1; ++k) to[k * stride + lane] = 0.f;
+      for (i64 k = k0; k < k1; ++k) to[k * stride + lane] = 0;
   }
 }
 
@@ -169,7 +169,7 @@ static void copy_and_sum(Number* copy, const Number* d, i64 stride, i64 depth, i
         total[i] += to[k * ROWS + i] = d[k * stride + first + i];
     if (sums)
       for (int i = 0; i < ROWS; ++i)
-        sums[first + i] = total[i] + (add ? sums[first + i] : 0.f);
+        sums[first + i] = total[i] + (add ? sums[first + i] : 0);
   });
 }
 

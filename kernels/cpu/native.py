@@ -1,5 +1,5 @@
-"""The recurrence in C++ for the CPU: recurrence.cpp and its headers, compiled for a cell and this
-machine, and kept on disk. Threads are those of torch, where the compiler has OpenMP."""
+"""The recurrence in C++ for the CPU: recurrence.cpp and its headers, compiled for a cell, a dtype
+and this machine, and kept on disk. Threads are those of torch, where the compiler has OpenMP."""
 
 import ctypes
 import hashlib
@@ -31,15 +31,17 @@ _FLAGS = [
     "-fPIC",
 ]
 SOURCES = Path(__file__).parent
+# The dtypes that are computed in, and the type of number in C++.
+NUMBERS = {torch.float32: "float", torch.float64: "double"}
 
 # The fields of the C++ structs: what Python gives, the C type, and the length of an array.
-Required = Annotated[Tensor, "const float*", ""]
-Input = Annotated[Tensor | None, "const float*", ""]
-Output = Annotated[Tensor | None, "float*", ""]
+Required = Annotated[Tensor, "const NUMBER*", ""]
+Input = Annotated[Tensor | None, "const NUMBER*", ""]
+Output = Annotated[Tensor | None, "NUMBER*", ""]
 Integers = Annotated[Tensor | None, "const int64_t*", ""]
 Flags = Annotated[Tensor | None, "const bool*", ""]
-InputStates = Annotated[Sequence[Tensor | None] | None, "const float*", "STATES"]
-OutputStates = Annotated[Sequence[Tensor | None] | None, "float*", "STATES"]
+InputStates = Annotated[Sequence[Tensor | None] | None, "const NUMBER*", "STATES"]
+OutputStates = Annotated[Sequence[Tensor | None] | None, "NUMBER*", "STATES"]
 Size = Annotated[int, "int64_t", ""]
 Pair = Annotated[tuple[int, int], "int64_t", "2"]
 
@@ -158,9 +160,11 @@ def _fingerprint() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def definitions(cell: Cell) -> str:
-    """What the C++ expects to be defined before it: the cell, and the structs of its calls."""
+def definitions(cell: Cell, dtype: torch.dtype) -> str:
+    """What the C++ expects to be defined before it: the type of its numbers, the cell, and the
+    structs of its calls."""
     choices = dict(
+        NUMBER=NUMBERS[dtype],
         GATES=cell.gates,
         STATES=cell.states,
         SAVED=cell.saved,
@@ -172,16 +176,17 @@ def definitions(cell: Cell) -> str:
     return defines + "#include <cstdint>\n" + "".join(map(_declaration, STRUCTS))
 
 
-def program(cell: Cell) -> str:
+def program(cell: Cell, dtype: torch.dtype) -> str:
     """The text of a cell's library, which includes files of the folder SOURCES."""
-    return f'// {_fingerprint()}\n{definitions(cell)}#include "single_step.cpp"\n'
+    return f'// {_fingerprint()}\n{definitions(cell, dtype)}#include "single_step.cpp"\n'
 
 
 @cache
-def load(cell: Cell) -> Any:
-    """A cell's library, compiled if it is not on disk. Raises RuntimeError if that cannot be."""
+def load(cell: Cell, dtype: torch.dtype) -> Any:
+    """A cell's library for float32 or float64, compiled if it is not on disk. Raises RuntimeError
+    if that cannot be."""
     functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
-    library: Any = load_library(program(cell), _FLAGS, SOURCES, functions)
+    library: Any = load_library(program(cell, dtype), _FLAGS, SOURCES, functions)
     library.struct_size.restype = ctypes.c_int64
     found = [library.struct_size(i) for i in range(len(STRUCTS))]
     expected = [8 * words(struct_type, cell.states) for struct_type in STRUCTS]
@@ -207,10 +212,11 @@ _ARRAYS = Arguments._fields.index("s0")
 def _call(name: str, cell: Cell, arguments: Arguments) -> None:
     """Calls one of the library's functions, and gives it the memory that it needs."""
     w_hh = arguments.w_hh
-    if w_hh.dtype != torch.float32 or not w_hh.is_cpu:
-        found = f"{w_hh.dtype} on {w_hh.device}"
-        raise RuntimeError(f'The plan "native" is for float32 on the CPU, got {found}')
-    library = load(cell)
+    dtype = w_hh.dtype
+    if dtype not in NUMBERS or not w_hh.is_cpu:
+        found = f"{dtype} on {w_hh.device}"
+        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {found}')
+    library = load(cell, dtype)
     tensors: list[Any] = [*arguments[:_ARRAYS]]
     for states in arguments[_ARRAYS:-1]:
         tensors += states or [None] * cell.states
@@ -228,17 +234,17 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
         addresses.append(address)
     sizes = arguments.sizes
     packed = _pack(len(addresses) + len(sizes) + 1)(*addresses, *sizes[:-1], *sizes.window)
-    needed = _needed(cell, sizes) if arguments.offsets is None else library.needed(packed)
+    needed = _needed(cell, dtype, sizes) if arguments.offsets is None else library.needed(packed)
     memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
 
 
 @lru_cache(4096)
-def _needed(cell: Cell, sizes: Sizes) -> int:
+def _needed(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> int:
     """How many numbers of memory a call needs without offsets, where only its sizes matter."""
     pointers = words(Arguments, cell.states) - words(Sizes, cell.states)
     pack = _pack(words(Arguments, cell.states))
-    needed: int = load(cell).needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
+    needed: int = load(cell, dtype).needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
     return needed
 
 
@@ -252,7 +258,9 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
     H = w_hh.shape[1]
     N = len(layout.reverse)
     R = layout.steps * B if layout.offsets is None else x.shape[0]
-    windows = _windows(layout.sizes[0], N * cell.gates * H, cell.split)
+    # Of numbers of 4 bytes.
+    width = N * cell.gates * H * w_hh.itemsize // 4
+    windows = _windows(layout.sizes[0], width, cell.split)
     return Sizes(layout.steps, B, R, x.shape[-1], H, N, layout.reverses, threads(), windows)
 
 

@@ -1,5 +1,8 @@
 // SIMD vectors of the width of the machine's registers, and the functions of a cell on them.
 #pragma once
+#ifndef GATES  // in an editor
+#include "example_cell.h"
+#endif
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -11,8 +14,36 @@
 #define LOOP(i, n) _Pragma("GCC unroll 1") for (int i = 0; i < (n); ++i)
 
 typedef int64_t i64;
-typedef float Number;
-typedef int32_t Integer;
+typedef NUMBER Number;
+
+// What an exponential needs to know of a type of number.
+template <typename T> struct Format;
+
+template <> struct Format<float> {
+  typedef int32_t Integer;
+  static constexpr int MANTISSA_BITS = 23;
+  static constexpr int BIAS = 127;
+  static constexpr float LOG2_E = 1.44269504f;
+  // log 2 in two parts: n times the first is exact.
+  static constexpr float LOG_2_HIGH = 0.693145752f;
+  static constexpr float LOG_2_LOW = 1.42860677e-6f;
+  static constexpr int TAYLOR_TERMS = 7;
+  // e^x and e^-x are normal numbers up to here.
+  static constexpr float LARGEST = 87;
+};
+
+template <> struct Format<double> {
+  typedef int64_t Integer;
+  static constexpr int MANTISSA_BITS = 52;
+  static constexpr int BIAS = 1023;
+  static constexpr double LOG2_E = 1.4426950408889634;
+  static constexpr double LOG_2_HIGH = 6.93147180369123816490e-1;
+  static constexpr double LOG_2_LOW = 1.90821492927058770002e-10;
+  static constexpr int TAYLOR_TERMS = 13;
+  static constexpr double LARGEST = 708;
+};
+
+typedef Format<Number>::Integer Integer;
 
 // ACCUMULATORS is how many registers hold the sums of a tile; the others are for its factors.
 #if defined(__AVX512F__)
@@ -67,38 +98,51 @@ static inline Vector clamp(Vector x, Number limit) {
   return x > limit ? number(limit) : x < -limit ? number(-limit) : x;
 }
 
-// e^x = scale (1 + p) for |x| < 88: x = n log 2 + r, scale = 2^n, and p = e^r - 1 to Taylor's
-// seventh term.
+// TAYLOR[k] = 1 / k!
+struct TaylorSeries {
+  Number coefficients[Format<Number>::TAYLOR_TERMS + 1];
+
+  constexpr TaylorSeries() : coefficients() {
+    Number factorial = 1;
+    for (int k = 0; k <= Format<Number>::TAYLOR_TERMS; factorial *= ++k)
+      coefficients[k] = 1 / factorial;
+  }
+  constexpr Number operator[](int k) const { return coefficients[k]; }
+};
+constexpr TaylorSeries TAYLOR;
+
+// e^x = scale (1 + p) for |x| <= LARGEST and a little more: x = n log 2 + r, scale = 2^n, and
+// p = e^r - 1 by Taylor's series.
 struct Exponential {
+  typedef Format<Number> Of;
   Vector scale;
   Vector p;
 
   Exponential(Vector x) {
-    // 1.5 2^23 and the exponent's bias: the sum rounds to n, and has it in its last bits.
-    const float shift = 12582912 + 127;
-    const Vector shifted = x * 1.44269504f + shift;
+    // 1.5 2^MANTISSA_BITS and the exponent's bias: the sum rounds to n, and has it in its last bits.
+    constexpr Number shift = (i64(3) << (Of::MANTISSA_BITS - 1)) + Of::BIAS;
+    const Vector shifted = x * Of::LOG2_E + shift;
     const Vector n = shifted - shift;
-    const Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    p = r * (1.f / 5040) + 1.f / 720;
-    p = p * r + 1.f / 120;
-    p = p * r + 1.f / 24;
-    p = p * r + 1.f / 6;
-    p = p * r + 0.5f;
+    const Vector r = x - n * Of::LOG_2_HIGH - n * Of::LOG_2_LOW;
+    constexpr int LAST = Of::TAYLOR_TERMS;
+    p = r * TAYLOR[LAST] + TAYLOR[LAST - 1];
+    UNROLLED(i, LAST - 3) p = p * r + TAYLOR[LAST - 2 - i];
     p = p * (r * r) + r;
-    scale = (Vector)((IntegerVector)shifted << 23);
+    scale = (Vector)((IntegerVector)shifted << Of::MANTISSA_BITS);
   }
   // e^x + k, without cancellation for k = -1.
   Vector plus(Number k) const { return scale * p + (scale + k); }
 };
 
 static inline Vector tanh(Vector x) {
-  const Exponential e(2.f * clamp(x, 20.f));
-  return e.plus(-1.f) / e.plus(1.f);
+  const Exponential e(Number(2) * clamp(x, 20));
+  return e.plus(-1) / e.plus(1);
 }
 
 static inline Vector sigmoid(Vector x) {
-  return x < -87.f ? Vector{} : 1.f / Exponential(-clamp(x, 87.f)).plus(1.f);
+  constexpr Number LARGEST = Format<Number>::LARGEST;
+  return x < -LARGEST ? Vector{} : Number(1) / Exponential(-clamp(x, LARGEST)).plus(1);
 }
 
-static inline Vector relu(Vector x) { return x < 0.f ? Vector{} : x; }
-static inline Vector relu_grad(Vector d, Vector y) { return y <= 0.f ? Vector{} : d; }
+static inline Vector relu(Vector x) { return x < Number(0) ? Vector{} : x; }
+static inline Vector relu_grad(Vector d, Vector y) { return y <= Number(0) ? Vector{} : d; }

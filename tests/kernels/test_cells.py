@@ -86,7 +86,7 @@ def _squares_backward(saved, s, s_next, ds):
 )
 def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
     cell = Cell("squares", _squares, _squares_backward, gates=1, states=2)
-    if plan.backend == "native" and not rnn.dispatch.native_available(cell):
+    if plan.backend == "native" and not rnn.dispatch.native_available(cell, torch.float32):
         pytest.skip("there is no C++ compiler that works")
     dtype = torch.float32 if plan.backend == "native" else torch.float64
     given: Any = [
@@ -149,7 +149,7 @@ def mgu_by_hand(
 )
 def test_own_cell(plan: Plan | None) -> None:
     cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)
-    if plan == Plan("native") and not rnn.dispatch.native_available(cell):
+    if plan == Plan("native") and not rnn.dispatch.native_available(cell, torch.float32):
         pytest.skip("there is no C++ compiler that works")
     assert (cell.saved, cell.split) == (3, True)
     T = 6

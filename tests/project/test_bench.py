@@ -234,6 +234,19 @@ def test_cases(bench: Any) -> None:
                 )
 
 
+def test_defaults_set_no_switch(bench: Any) -> None:
+    """Also where a case before set one."""
+    switches: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    suite = bench.suites.SUITES["cuda"]["defaults"]
+    assert {case.dtype for case in suite} == {"default"}
+    for mode in ("tf32", "float32"):
+        bench.measure.set_precision(mode)
+        before = [switch.fp32_precision for switch in switches]
+        work = bench.measure.Workload(bench.suites.Case(2, 3, 4, dtype="default"), "cpu")
+        assert work.dtype == torch.float32
+        assert [switch.fp32_precision for switch in switches] == before
+
+
 @pytest.mark.parametrize(
     "options", [{}, dict(cell="lstm", layers=2, bidirectional=True), dict(cell="gru", I=5)]
 )
@@ -441,7 +454,7 @@ def test_prove_all(tmp_path: Path) -> None:
     done = start("prove.py", "--device", "cpu", "--suite", "smoke", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = {
-        step["step"]: step["said"] for step in json.loads((tmp_path / "prove.json").read_text())
+        step["step"]: step["outcome"] for step in json.loads((tmp_path / "prove.json").read_text())
     }
     assert [*said] == ["versions", "driver", "microbench", "baseline", "tests", "smoke", "sanitize"]
     assert said["baseline"] == said["tests"] == said["smoke"] == "done"
@@ -462,7 +475,7 @@ def test_prove_goes_on(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench.prove, "plan", lambda *_: steps)
     assert bench.prove.main(["--out", str(tmp_path)]) == 1
     told = {
-        step["step"]: (step["status"], step["said"])
+        step["step"]: (step["status"], step["outcome"])
         for step in json.loads((tmp_path / "prove.json").read_text())
     }
     assert told == {

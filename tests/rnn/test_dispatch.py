@@ -32,15 +32,17 @@ CASES = [
     Case("native", autocast=True),
     Case("native", reverse=(True, False, True)),
     Case("native", own_cell=True),
-    Case("lstm", torch.float64),
+    Case("native", torch.float64),
+    Case("native", torch.float64, whole_sequences=False),
+    Case("native", torch.float64, own_cell=True),
     Case("lstm", torch.float64, compiler=False),
     Case("lstm", compiler=False),
     Case("lstm", compiler=False, reverse=(False, True)),
     Case("lstm", torch.bfloat16, compiler=False),
-    Case("numpy", torch.float64, whole_sequences=False),
+    Case("numpy", torch.float64, compiler=False, whole_sequences=False),
     Case("numpy", compiler=False, whole_sequences=False),
     Case("numpy", compiler=False, reverse=(True,)),
-    Case("numpy", torch.float64, own_cell=True),
+    Case("numpy", torch.float64, compiler=False, own_cell=True),
     Case("numpy", plan=Plan("numpy")),
     Case("native", compiler=False, plan=Plan("native")),
     Case("composite", torch.complex64),
@@ -50,7 +52,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_route(case: Case, monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setattr(dispatch, "native_available", lambda cell: case.compiler)
+    monkeypatch.setattr(dispatch, "native_available", lambda cell, dtype: case.compiler)
     cell = cells.lstm
     if case.own_cell:
         cell = cells.Cell("own", cells.lstm.forward, cells.lstm.backward, 4, 2)

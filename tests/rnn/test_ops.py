@@ -279,7 +279,7 @@ class TestGradients:
 
 def test_no_kernel_of_torch_runs() -> None:
     """rnn.RNN is not torch.nn.RNN in disguise, where there is a compiler."""
-    if not rnn.dispatch.native_available(cells.rnn_tanh):
+    if not rnn.dispatch.native_available(cells.rnn_tanh, torch.float32):
         pytest.skip("there is no C++ compiler that works")
     x = torch.randn(T, B, I)
     found = {}

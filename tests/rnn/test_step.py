@@ -33,8 +33,8 @@ def compare(found: Iterable[Any]) -> None:
 def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the path gives, call after call, with a compiler and without."""
     if request.param == "no compiler":
-        monkeypatch.setattr(dispatch, "native_available", lambda cell: False)
-    elif not dispatch.native_available(rnn.kernels.cells.gru):
+        monkeypatch.setattr(dispatch, "native_available", lambda cell, dtype: False)
+    elif not dispatch.native_available(rnn.kernels.cells.gru, torch.float32):
         pytest.skip("there is no C++ compiler")
     found: list[Any] = []
     plain = single_step.single_step
@@ -234,7 +234,7 @@ def test_gradients(
     ours, theirs, exact = made(kind, I, H, **options)
     compare(gradients(layer, B, **how) for layer in (ours, theirs, exact))
     assert None not in taken
-    if dispatch.native_available(rnn.kernels.cells.gru):
+    if dispatch.native_available(rnn.kernels.cells.gru, torch.float32):
         assert taken[0][0].grad_fn.name() == "_SingleStepBackward"
 
 
@@ -341,7 +341,7 @@ def test_in_place(kind: tuple[str, dict[str, Any]], taken: list[Any]) -> None:
 def test_bias_in_place(kind: tuple[str, dict[str, Any]]) -> None:
     """A bias may be edited before backward, but not where its gradients are to be differentiated
     again."""
-    if not dispatch.native_available(rnn.kernels.cells.gru):
+    if not dispatch.native_available(rnn.kernels.cells.gru, torch.float32):
         pytest.skip("there is no C++ compiler")
     layer = made(kind, 4, 6)[0]
     x, hx, wanted = leaves(layer, 3)
@@ -389,7 +389,7 @@ def test_batched_gradients(kind: tuple[str, dict[str, Any]]) -> None:
 def test_saved_tensors_hooks(kind: tuple[str, dict[str, Any]]) -> None:
     """Everything that is kept goes through the hooks, which may give it back elsewhere, and in
     another layout."""
-    if not dispatch.native_available(rnn.kernels.cells.gru):
+    if not dispatch.native_available(rnn.kernels.cells.gru, torch.float32):
         pytest.skip("there is no C++ compiler")
     layer = made(kind, 4, 6, num_layers=2)[0]
     x, hx, wanted = leaves(layer, 3)

@@ -1,4 +1,4 @@
-"""torch's own operators, for what C++ cannot do: where there is no compiler, and in float64."""
+"""torch's own operators, in float32 and float64, where there is no compiler for C++."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(operator.__name__)
         return by_torch(operator, *rest)
 
-    monkeypatch.setattr(dispatch, "native_available", lambda cell: False)
+    monkeypatch.setattr(dispatch, "native_available", lambda cell, dtype: False)
     monkeypatch.setattr(functional, "by_torch", noted)
     return names
 

@@ -3,6 +3,7 @@
 Compiled for a cell and a plan, without nvcc. Compiled kernels are kept on disk, beside CuPy's."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,8 +17,9 @@ from torch import Tensor
 from ...build_cache import build_once
 from ...cells import Cell
 from ...codegen import statements
-from ...plan import Plan, shared_bytes
+from ...plan import Plan, plan_text, shared_bytes
 from ...types import Layout
+from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
@@ -25,6 +27,8 @@ _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "B
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
 PORTABLE_CLUSTER = 8
 NON_PORTABLE_CLUSTER_SIZE = 14
+# After which blocks that wait for each other give up, three minutes: in units of 2^32 ns.
+WAIT_LIMIT = 42
 
 
 def program(
@@ -53,6 +57,8 @@ def program(
         MASKS=masks,
         EVEN=even,
         PRECISE=dtype == torch.float32 and plan.precision == "tf32x3",
+        PLAN=json.dumps(plan_text(plan)),
+        WAIT_LIMIT=WAIT_LIMIT,
     )
     values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
     defines = "".join(f"#define {k} {v}\n" for k, v in values.items())
@@ -124,7 +130,7 @@ def load(
     properties = torch.cuda.get_device_properties(device)
     code = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
     shared = shared_bytes(cell, plan, dtype.itemsize, adjoint)
-    with cupy.cuda.Device(device.index):
+    with cupy.cuda.Device(device.index), faults_of(plan, device):
         cubin = _cubin(code, 10 * properties.major + properties.minor)
         # a cooperative launch keeps the blocks of a grid resident together
         module = cupy.RawModule(path=str(cubin), enable_cooperative_groups=plan.scope == "grid")
@@ -137,7 +143,7 @@ def load(
         # blocks of a grid wait for each other
         if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:
             raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
-        with on_stream(cupy.cuda, device):
+        with on_stream(cupy.cuda, device), faults_of(plan, device):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
     return run

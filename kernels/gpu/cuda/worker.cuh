@@ -10,6 +10,8 @@
 //   SPLITS                    warps that share a sum
 //   MASKS                     there are lengths, offsets or resets
 //   EVEN                      H is even, and pairs of numbers are aligned
+//   PLAN                      its text
+//   WAIT_LIMIT                in units of 2^32 ns, after which a wait for other blocks is an error
 //   CELL                      the statements of cell_forward or cell_backward
 //
 // In each step a block multiplies its rows of W_hh (W_hh^T in the adjoint), which its warps hold in
@@ -295,9 +297,9 @@ struct Worker {
   // Until all blocks of the cluster have published their part of step c.
   DEVICE void wait(int c) {
 #if SCOPE == CLUSTER
-    u32 spin_count = 0;
+    u32 waited = 0;
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
-    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);
+    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(waited, c);
     acquire_shared();
     if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
@@ -331,8 +333,8 @@ struct Worker {
 #if SCOPE == GRID
     EACH(group, NT * GROUPS) {
       u64 seen[POLLED][2];
-      u32 spin_count = 0;
-      for (bool all = false; !all; all ? void() : wait_more(spin_count)) {
+      u32 waited = 0;
+      for (bool all = false; !all; all ? void() : wait_more(waited, c)) {
         poll(c, group, seen);
         all = arrived(c, seen);
       }

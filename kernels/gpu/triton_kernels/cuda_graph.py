@@ -1,11 +1,17 @@
 """One CUDA graph for all calls of a kind.
 
 The graph launches a kernel for a fixed number of steps. Its launches read from a table in device
-memory which step they do and where the tensors are: it serves any length and any tensors."""
+memory which step they do and where the tensors are: it serves any length and any tensors.
 
+The capture goes through the CUDA driver, not through `torch.cuda.CUDAGraph`: that registers the
+process' default generator with the graph, and until its end every other thread that draws random
+numbers on the GPU fails. Nothing that is captured here draws or allocates."""
+
+import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Lock
 from typing import Any
 
@@ -16,6 +22,57 @@ from torch import Tensor
 STEPS_PER_GRAPH = 16
 # A step number past any sequence's end.
 PAST_ANY_END = 2**30
+# CU_STREAM_NON_BLOCKING: the legacy default stream of another library does not wait for it.
+NON_BLOCKING = 1
+# CU_STREAM_CAPTURE_MODE_RELAXED: neither what other threads do, nor what the garbage collector
+# frees in this one, ends the capture.
+RELAXED = 2
+
+
+@cache
+def _library() -> Any:
+    """The CUDA driver, which is loaded where there is a GPU."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A function of the driver. Raises RuntimeError, as the driver names the fault."""
+    library = _library()
+    status = getattr(library, name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        library.cuGetErrorName(status, ctypes.byref(text))
+        reason = text.value.decode() if text.value else f"error {status}"
+        raise RuntimeError(f"{name} failed: {reason}")
+
+
+class Graph:
+    """What `launch` launches on torch's current stream, to be launched again and again."""
+
+    def __init__(self, launch: Callable[[], None]) -> None:
+        stream = ctypes.c_void_p()
+        graph = ctypes.c_void_p()
+        self._executable = ctypes.c_void_p()
+        # A stream of its own: those of torch's pool may be another thread's too.
+        _call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
+        try:
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream.value)):
+                _call("cuStreamBeginCapture_v2", stream, RELAXED)
+                try:
+                    launch()
+                finally:
+                    _call("cuStreamEndCapture", stream, ctypes.byref(graph))
+            executable = ctypes.byref(self._executable)
+            _call("cuGraphInstantiateWithFlags", executable, graph, ctypes.c_ulonglong(0))
+        finally:
+            if graph:
+                _call("cuGraphDestroy", graph)
+            _call("cuStreamDestroy_v2", stream)
+        # One that still runs is freed when it has ended.
+        weakref.finalize(self, _call, "cuGraphExecDestroy", self._executable).atexit = False
+
+    def replay(self, stream: int) -> None:
+        _call("cuGraphLaunch", self._executable, ctypes.c_void_p(stream))
 
 
 class StepGraph:
@@ -29,20 +86,17 @@ class StepGraph:
     def __init__(self, *_kind: Any) -> None:
         self.lock = Lock()
         self.table = torch.empty(0)
-        self.graph: Any = None
+        self.graph: Graph | None = None
 
-    def capture(self, launch: Callable[[Tensor, int], None]) -> Any:
+    def capture(self, launch: Callable[[Tensor, int], None]) -> Graph:
         # Does nothing, but loads the kernel, which is not allowed during a capture.
         launch(self.table, 0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for k in range(STEPS_PER_GRAPH):
-                    launch(self.table, k)
-            finally:
-                graph.capture_end()
-        return graph
+
+        def launch_all() -> None:
+            for k in range(STEPS_PER_GRAPH):
+                launch(self.table, k)
+
+        return Graph(launch_all)
 
     def run(
         self,
@@ -67,7 +121,7 @@ class StepGraph:
             table_now = torch.tensor([0, 0, *entries], device="cpu")
             self.table.copy_(table_now, non_blocking=True)
             for _ in range(0, steps, STEPS_PER_GRAPH):
-                self.graph.replay()
+                self.graph.replay(stream.cuda_stream)
 
 
 def can_replay(steps: int, tensors: Sequence[Tensor | None]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...cells import Cell
 from ...plan import Plan, power_of_2
 from ...types import Layout
+from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
@@ -131,25 +132,32 @@ def launch_steps(
         key = kind, table is None
         compiled, values = _compiled.get(key, (None, ()))
         if compiled is not None:
-            compiled[grid](*arguments, *values)
+            with faults_of(plan, device):
+                compiled[grid](*arguments, *values)
             return
         constants = _constants(cell, plan, layout, tensors)
-        made = kernel[grid](
-            *arguments,
-            **constants,
-            num_warps=plan.warps,
-            num_stages=1,
-            launch_cooperative_grid=barrier,
-            # Without it, which is Triton's default from 3.10 on, time loops take 8 to 16 % longer.
-            enable_fp_fusion=True,
-        )
+        with faults_of(plan, device):
+            made = kernel[grid](
+                *arguments,
+                **constants,
+                num_warps=plan.warps,
+                num_stages=1,
+                launch_cooperative_grid=barrier,
+                # Without it, Triton's default from 3.10 on, time loops take 8 to 16 % longer.
+                enable_fp_fusion=True,
+            )
         if made is not None:
             _compiled[key] = made, [constants[name] for name in kernel.arg_names[len(arguments) :]]
 
     with torch.cuda.device_of(s0):
         if plan.scope == "launch" and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
-            step_graph(kind, B, stream).run(run, steps, (layout.steps, R), device, tensors)
+            graph = step_graph(kind, B, stream)
+            if graph.graph is None:
+                # No step, but it loads the kernel that a user's capture will launch: nothing can be
+                # loaded then.
+                run(None, 0, 0)
+            graph.run(run, steps, (layout.steps, R), device, tensors)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
             for u in range(0, steps, at_once):

@@ -141,7 +141,7 @@ def test_frames_are_small(cell: str, tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")],
-        input=native.program(getattr(cells, cell)),
+        input=native.program(getattr(cells, cell), torch.float32),
         text=True,
         capture_output=True,
     )
@@ -340,7 +340,7 @@ class TestKept:
         monkeypatch.setattr(build_cache, "PATIENCE", 0.5)
         monkeypatch.setattr(native_build, "_run", patient(native_build._run))
         with build_cache._alone(build_cache._trusted(place.folder, "", "")):
-            thread = threading.Thread(target=native.load, args=(cells.rnn_tanh,))
+            thread = threading.Thread(target=native.load, args=(cells.rnn_tanh, torch.float32))
             thread.start()
             thread.join()
         assert place.count == 1
@@ -350,7 +350,8 @@ class TestKept:
     def test_eight_threads_at_once(self, place: Place) -> None:
         found: list[Any] = []
         threads = [
-            threading.Thread(target=lambda: found.append(native.load(cells.gru))) for _ in range(8)
+            threading.Thread(target=lambda: found.append(native.load(cells.gru, torch.float32)))
+            for _ in range(8)
         ]
         for thread in threads:
             thread.start()
@@ -471,7 +472,8 @@ class TestKept:
             f"mount -t tmpfs -o size=16k none {place.home} && {sys.executable} -c "
             "'import torch, rnn; from rnn.kernels import cells; from rnn.kernels.cpu import "
             "native; "
-            "a = native.load(cells.gru); native.load.cache_clear(); native.load(cells.gru); "
+            "a = native.load(cells.gru, torch.float32); native.load.cache_clear(); "
+            "native.load(cells.gru, torch.float32); "
             "print(rnn.explain(rnn.GRU(3, 4), torch.ones(1, 1, 3)))'"
         )
         place.home.mkdir()
@@ -521,8 +523,9 @@ class TestKept:
         code = (
             "import os, sys\nimport torch, rnn\nfrom rnn.kernels import build_cache, cells\n"
             "from rnn.kernels.cpu import native\n"
-            "native.load(cells.rnn_tanh)\nif not os.fork():\n    sys.exit()\nos.wait()\n"
-            "native.load.cache_clear()\nnative.load(cells.rnn_tanh)\n"
+            "native.load(cells.rnn_tanh, torch.float32)\n"
+            "if not os.fork():\n    sys.exit()\nos.wait()\n"
+            "native.load.cache_clear()\nnative.load(cells.rnn_tanh, torch.float32)\n"
             "print(len(os.listdir(os.environ['TMPDIR'])))"
         )
         assert python(code, TMPDIR=str(temporary)) == "1\n"

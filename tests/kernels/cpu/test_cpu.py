@@ -26,15 +26,16 @@ SHARED = (3, 50, 3, 200)
 
 
 def available(name: str, plan: Plan) -> None:
-    if plan.backend == "native" and not dispatch.native_available(getattr(cells, name)):
+    if plan.backend == "native" and not dispatch.native_available(
+        getattr(cells, name), torch.float32
+    ):
         pytest.skip("there is no C++ compiler that works")
 
 
 def suited(plan: Plan, dtype: torch.dtype) -> Plan | None:
     """The plan, or the layer's own choice where that is not for the dtype or the machine."""
-    dtypes = (torch.float32,) if plan.backend == "native" else (torch.float32, torch.float64)
-    works = plan.backend != "native" or dispatch.native_available(cells.rnn_tanh)
-    return plan if dtype in dtypes and works else None
+    works = plan.backend != "native" or dispatch.native_available(cells.rnn_tanh, torch.float32)
+    return plan if dtype in (torch.float32, torch.float64) and works else None
 
 
 every_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.backend)
@@ -65,8 +66,6 @@ def test_cells(cell: str, plan: Plan, reverse: tuple[bool, ...], form: str, rese
 @every_cell
 def test_no_bias(cell: str, plan: Plan, dtype: torch.dtype) -> None:
     available(cell, plan)
-    if plan.backend == "native" and dtype == torch.float64:
-        pytest.skip("there is no C++ for float64")
     check_recurrence(cell, plan, (6, 4, 5, 20), bias=False, dtype=dtype)
 
 

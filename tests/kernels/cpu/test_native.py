@@ -95,7 +95,7 @@ def test_sigmoid() -> None:
 
 def test_no_compiler(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not native.compiler() and not dispatch.native_available(cells.gru)
+    assert not native.compiler() and not dispatch.native_available(cells.gru, torch.float32)
     theirs, layer = pair("GRU", 4, 8, dtype=torch.float32)
     x = torch.randn(5, 3, 4)
     said = rnn.explain(layer, x)
@@ -131,7 +131,7 @@ def test_libraries_are_kept(compiler: Path, tmp_path: Path) -> None:
     native.load.cache_clear()
     check(layer, theirs)
     assert len(compiler.read_text().splitlines()) == 1
-    native.load(cells.gru)
+    native.load(cells.gru, torch.float32)
     assert len(compiler.read_text().splitlines()) == 2
     assert sorted(p.suffix for p in (tmp_path / "cache" / "fused_rnn").iterdir()) == [".so", ".so"]
 
@@ -143,13 +143,16 @@ def test_a_disk_that_cannot_be_written_to(
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiler))  # a file
     theirs, layer = pair("RNN", 4, 40, dtype=torch.float32)
     check(layer, theirs)
-    assert dispatch.native_available(cells.rnn_tanh) and len(compiler.read_text().splitlines()) == 1
+    assert (
+        dispatch.native_available(cells.rnn_tanh, torch.float32)
+        and len(compiler.read_text().splitlines()) == 1
+    )
 
 
 @needs_compiler
 def test_a_library_that_is_spoilt(compiler: Path, tmp_path: Path) -> None:
     """Half a file, as a full disk leaves it: compiled again."""
-    native.load(cells.rnn_tanh)
+    native.load(cells.rnn_tanh, torch.float32)
     (library,) = (tmp_path / "cache" / "fused_rnn").iterdir()
     library.unlink()  # not written over: it is in use
     library.write_bytes(b"\x7fELF")
@@ -176,15 +179,22 @@ def test_two_processes_compile_at_once(compiler: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
-def test_nothing_to_warn_of(cell: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [
+        *((cell, torch.float32) for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru")),
+        ("gru", torch.float64),
+    ],
+    ids=str,
+)
+def test_nothing_to_warn_of(cell: str, dtype: torch.dtype, tmp_path: Path) -> None:
     # Not every cell uses all that it is given.
     flags = ["-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-fopenmp"]
     flags += ["-I", str(native.SOURCES), "-x", "c++", "-"]
     done = subprocess.run(
         [*native.compiler(), *native._FLAGS, *flags, "-o", str(tmp_path / "cell.so")],
         text=True,
-        input=native.program(getattr(cells, cell)),
+        input=native.program(getattr(cells, cell), dtype),
         capture_output=True,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -195,22 +205,28 @@ def test_nothing_to_warn_of(cell: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("H", [1, 31, 32, 65])
 @pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_memory(
-    bidirectional: bool, H: int, name: str, window: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    bidirectional: bool,
+    H: int,
+    name: str,
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It keeps to the memory that it asks for, and reads nothing there that it has not written."""
     pieces: list[Tensor] = []
 
     def scratch(like: Tensor, size: int) -> Tensor:
-        pieces.append(torch.full((size + 4096,), torch.nan))
+        pieces.append(torch.full((size + 4096,), torch.nan, dtype=like.dtype))
         pieces.append(pieces[-1][size:])
         return pieces[-2]
 
     monkeypatch.setattr(native, "scratch", scratch)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW", window)
     monkeypatch.setattr("rnn.kernels.plan.WINDOW_ROWS", 1)
-    layer = getattr(rnn, name)(5, H, bidirectional=bidirectional, plan=NATIVE)
-    x = torch.randn(4, 3, 5, requires_grad=True)
+    layer = getattr(rnn, name)(5, H, bidirectional=bidirectional, plan=NATIVE, dtype=dtype)
+    x = torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
     for lengths in (None, torch.tensor([2, 4, 1])):
         y = layer(x, lengths=lengths)[0]
         found = y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
@@ -236,16 +252,16 @@ def test_rows_of_a_panel(
 
 def test_example_for_editors() -> None:
     text = (native.SOURCES / "example_cell.h").read_text()
-    assert text.partition("#pragma once\n")[2] == native.definitions(cells.rnn_tanh)
+    assert text.partition("#pragma once\n")[2] == native.definitions(cells.rnn_tanh, torch.float32)
 
 
 @needs_compiler
 def test_structs_that_differ(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     """A library whose structs are not those of Python is not used."""
-    text = native.definitions(cells.rnn_tanh).replace("window[2]", "window[3]")
-    monkeypatch.setattr(native, "definitions", lambda cell: text)
+    text = native.definitions(cells.rnn_tanh, torch.float32).replace("window[2]", "window[3]")
+    monkeypatch.setattr(native, "definitions", lambda cell, dtype: text)
     with pytest.raises(RuntimeError, match=r"structs have .* bytes"):
-        native.load(cells.rnn_tanh)
+        native.load(cells.rnn_tanh, torch.float32)
 
 
 def test_pointers_that_are_missing() -> None:

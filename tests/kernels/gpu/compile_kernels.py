@@ -7,7 +7,6 @@ JSON line for each kernel. The options:
 
 "tf32"
 "graph"  what a CUDA graph launches
-"debug"
 "kinds"  how many kernels Triton would make for several B and T
 "lengths", "offsets", "resets", "states"  what else the kernels are given"""
 
@@ -109,7 +108,7 @@ def launches(
     w_ih = new(N * G * H, I)
     w = new(N * G * H, H)
     b = new(N * G * H)
-    s = new(N * S, B, H)
+    s = [new(N, B, H) for _ in range(S)]
     y = new(T * B, N * H)
     real: Any = triton_launch.forward_kernel, triton_launch.backward_kernel
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(
@@ -177,8 +176,6 @@ def measure(
             if capability == AMD
             else GPUTarget("cuda", capability, 32)
         )
-        if "debug" in options:
-            chosen["debug"] = True
         built = triton.compile(
             source(kernel, arguments, launch, make_backend(target)), target=target, options=chosen
         )
@@ -187,9 +184,8 @@ def measure(
             if capability == AMD
             else read_cubin(built.asm["cubin"])
         )
-        used |= dict(
-            plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"]
-        )
+        gives_up = "@too_long trap" in built.asm.get("ptx", "")
+        used |= dict(plan=plan, shared=built.metadata.shared, gives_up=gives_up)
         print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
 
 

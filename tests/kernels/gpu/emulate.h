@@ -105,7 +105,7 @@ DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
   emulate::in_flight.push_back([=] { *p = (u64)flag << 32 | word; });
 }
 DEVICE u64 load_flagged(const u64* p) { return *(const volatile u64*)p; }
-DEVICE void wait_more(u32&) { emulate::look_again(); }
+DEVICE void wait_more(u32&, int) { emulate::look_again(); }
 DEVICE u32 peer_address(u32 address, u32 rank) { return (address & 0xFFFFFF) | rank << 24; }
 DEVICE void cluster_sync() { if (SCOPE == CLUSTER) emulate::cluster.wait(); }
 DEVICE void barrier_init(u32 barrier) { emulate::arrivals(barrier) = {}; }

@@ -16,7 +16,7 @@ import torch
 
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
+from rnn.kernels.plan import Gpu, Plan, cuda_plans, plan_text, shared_bytes
 from tests.cases import check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
 from tests.kernels.gpu.emulator import COMPILER, library, loader
@@ -128,7 +128,7 @@ FAULTS = {
     "partial sums read too early": ("block", "group_sync(1 + wm, 32 * WK);", ""),
     "no wait for the others' h": (
         "cluster",
-        "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);",
+        "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(waited, c);",
         "",
     ),
     "a chain of products left out": ("block", "if (chain)\n", "if (chain > 1)\n"),
@@ -277,6 +277,63 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"needs .* blocks at a time"):
         launch((16, 9, 1), ())
+
+
+class Refusing:
+    """CuPy's module and kernel, where the driver refuses something."""
+
+    def __init__(self, refused: str, machine: SimpleNamespace) -> None:
+        self.refused = refused
+        self.kernel = SimpleNamespace(ptr=7)
+        self.max_dynamic_shared_size_bytes = 0
+        machine.set_attribute = lambda *_: self.refuse("attribute")
+
+    def refuse(self, what: str) -> None:
+        if what == self.refused:
+            raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE: cluster size is not valid")
+
+    def get_function(self, name: str) -> Any:
+        self.refuse("load")
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.refuse("launch")
+
+
+@pytest.mark.parametrize("refused", ["load", "attribute", "launch"])
+def test_what_cuda_refuses_names_the_plan(
+    refused: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    cupy_cuda = importlib.import_module("cupy").cuda
+    machine = SimpleNamespace()
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(cuda, "_cubin", lambda *_: tmp_path)
+    monkeypatch.setattr(cuda, "on_stream", lambda *_: nullcontext())
+    monkeypatch.setattr("cupy.RawModule", lambda **_: Refusing(refused, machine))
+    monkeypatch.setattr(cupy_cuda, "Device", lambda index: nullcontext())
+    monkeypatch.setattr(cupy_cuda.driver, "funcSetAttribute", lambda *_: machine.set_attribute())
+    plan = plan_for("cluster", 256, BRAIN, 16, 1)
+    real_load.cache_clear()
+    words = r"cuda:0 does not run the plan .*cluster .*blocks=16.*: CUDA_ERROR_INVALID_CLUSTER_SIZE"
+    with pytest.raises(RuntimeError, match=words) as caught:
+        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, torch.device("cuda", 0))(
+            (16, 2, 1), ()
+        )
+    assert "plan=" in str(caught.value) and caught.value.__cause__ is not None
+
+
+def test_a_wait_that_does_not_end() -> None:
+    """By the clock, not by the number of polls; the message has the plan and the step."""
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    assert 60 < cuda.WAIT_LIMIT * 2**32 / 1e9 < 600
+    for scope in ("cluster", "grid"):
+        plan = plan_for(scope, 64, BRAIN, 2, 2)
+        code = cuda.program(cuda.text("ptx.cuh"), cells.lstm, plan, BRAIN, True, False, True)
+        cubin, _ = cuda.build(code, 90)
+        assert f"came in time for {plan_text(plan)}".encode() in cubin
+        assert "wait_more(waited, c)" in code and f"#define WAIT_LIMIT {cuda.WAIT_LIMIT}" in code
 
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}

@@ -1,12 +1,15 @@
 """Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in
 here)."""
 
+import gc
+import itertools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
@@ -28,6 +31,68 @@ def useless(t: torch.Tensor | None) -> torch.Tensor | None:
     return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
 
+class Driver:
+    """The part of the CUDA driver's library that captures: graphs are lists of launches, by
+    handle. Handles that were destroyed are gone."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self.machine = machine
+        self.made = itertools.count(1)
+        self.streams = set[int]()
+        self.captured = dict[int, list[Any]]()
+        self.executables = dict[int, list[Any]]()
+        self.modes = list[int]()
+
+    def cuStreamCreate(self, to: Any, flags: int) -> int:
+        assert flags == 1, "it would wait for the legacy default stream"
+        to._obj.value = next(self.made)
+        self.streams.add(to._obj.value)
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        self.streams.remove(stream.value)
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:
+        if stream.value not in self.streams:
+            return 400
+        self.modes.append(mode)
+        self.machine.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, to: Any) -> int:
+        to._obj.value = next(self.made)
+        self.captured[to._obj.value] = self.machine.capturing or []
+        self.machine.capturing = None
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, to: Any, graph: Any, flags: Any) -> int:
+        assert flags.value == 0
+        to._obj.value = next(self.made)
+        self.executables[to._obj.value] = self.captured[graph.value]
+        self.machine.graphs.append(self.captured[graph.value])
+        return 0
+
+    def cuGraphDestroy(self, graph: Any) -> int:
+        del self.captured[graph.value]
+        return 0
+
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self.executables[executable.value]
+        return 0
+
+    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
+        assert (stream.value or 0) == self.machine.stream
+        self.machine.replays += 1
+        for launch in self.executables[executable.value]:
+            launch()
+        return 0
+
+    def cuGetErrorName(self, status: int, to: Any) -> int:
+        to._obj.value = b"CUDA_ERROR_INVALID_HANDLE"
+        return 0
+
+
 class Machine:
     """Kernels that run in the interpreter, except while a graph captures them. With a table, the
     tensors they are called with hold nothing but NaN: what they need must come from the table."""
@@ -36,25 +101,16 @@ class Machine:
         self.graphs = list[list[Any]]()
         self.replays = 0
         self.plain = 0
+        self.loaded = 0
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        self.driver = Driver(self)
         machine = self
 
-        class Graph:
-            def capture_begin(self, capture_error_mode: str) -> None:
-                machine.capturing = self.launches = list[Any]()
-
-            def capture_end(self) -> None:
-                machine.graphs.append(self.launches)
-                machine.capturing = None
-
-            def replay(self) -> None:
-                machine.replays += 1
-                for launch in self.launches:
-                    launch()
-
         class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
             @property
             def cuda_stream(self) -> int:
                 return machine.stream
@@ -71,9 +127,13 @@ class Machine:
                     self.kernel[grid], arguments, options
                 )
 
+        def registers_a_generator(*_: Any) -> None:
+            pytest.fail("other threads could not draw random numbers meanwhile")
+
         for name, value in (
-            ("CUDAGraph", Graph),
-            ("Stream", Stream),
+            ("CUDAGraph", registers_a_generator),
+            ("graph", registers_a_generator),
+            ("ExternalStream", Stream),
             ("current_stream", Stream),
             ("stream", lambda stream: stream),
             ("set_stream", lambda _: None),
@@ -81,6 +141,7 @@ class Machine:
             ("is_current_stream_capturing", lambda: self.by_user),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(cuda_graph, "_library", lambda: self.driver)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
         for name in ("forward_kernel", "backward_kernel"):
@@ -89,7 +150,8 @@ class Machine:
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
         if table is None:
-            self.plain += 1
+            self.plain += rest[2] > rest[1]
+            self.loaded += rest[2] == rest[1]
         else:
             tensors = tensors._make(map(useless, tensors))
         if self.capturing is None:
@@ -99,8 +161,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    # graphs are destroyed by the driver that made them
+    cuda_graph.step_graph.cache_clear()
+    gc.collect()
 
 
 def check(
@@ -141,6 +206,10 @@ def test_few_steps_are_launched(machine: Machine) -> None:
 
 
 def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
+    """Of kernels that the calls before it loaded, whatever they launched."""
+    check(5)
+    assert machine.loaded == len(machine.graphs) == 2 and machine.plain == 0
+    machine.graphs.clear()
     machine.by_user = True
     check(5)
     assert not machine.graphs and machine.plain == 5 + 6
@@ -154,9 +223,9 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     plan = plan_for("launch", 18)
     rows = Layout(5, [0])
     odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
-    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
+    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), [s], 0).y
     assert len(machine.graphs) == 1 and machine.plain == 0
-    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), s, 0).y
+    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), [s], 0).y
     assert torch.equal(got, want)
     assert machine.plain == 5
 
@@ -173,9 +242,54 @@ def test_a_capture_that_failed_is_made_again(
     monkeypatch.setattr(machine, "launch", fail)
     with pytest.raises(torch.OutOfMemoryError):
         check(6)
-    assert machine.capturing is None
+    assert machine.capturing is None and not machine.driver.captured
     monkeypatch.setattr(machine, "launch", launch)
     check(6)
+
+
+def test_what_triton_refuses_names_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error too, which is none of Python's kinds; memory that is short stays that."""
+
+    def refuse(error: Exception) -> None:
+        class Kernel:
+            arg_names = gpu.forward_kernel.arg_names
+
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def launch(*_: Any, **__: Any) -> None:
+                    raise error
+
+                return launch
+
+        monkeypatch.setattr(gpu, "forward_kernel", Kernel())
+
+    words = r"cpu does not run the plan backend=triton scope=launch"
+    for error in (RuntimeError("Triton Error [CUDA]: too large"), OutOfResources(9, 8, "shared")):
+        refuse(error)
+        with pytest.raises(RuntimeError, match=words) as caught:
+            check(3)
+        assert caught.value.__cause__ is error and str(error) in str(caught.value)
+    refuse(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        check(3)
+
+
+def test_what_a_capture_leaves(machine: Machine) -> None:
+    """Graphs that are let go are freed, and so are the stream and the graph of each capture; what
+    other threads do meanwhile does not end it."""
+    check(6)
+    driver = machine.driver
+    assert driver.modes == [2, 2] and len(driver.executables) == 2
+    assert not driver.streams and not driver.captured
+    cuda_graph.step_graph.cache_clear()
+    gc.collect()
+    assert not driver.executables
+
+
+def test_a_refused_capture(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.driver, "cuStreamBeginCapture_v2", lambda *_: 400)
+    with pytest.raises(RuntimeError, match=r"cuStreamBeginCapture_v2 failed: CUDA_ERROR_INVALID"):
+        check(6)
+    assert not machine.driver.streams
 
 
 def rows_of(count: int, *shape: int) -> torch.Tensor:
@@ -265,7 +379,7 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
         )
         w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
         weights = Weights(w_ih, w, None, None)
-        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, s, 0)
+        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, [s], 0)
 
     run(5, 3)
     run(1, 1)

@@ -1,0 +1,150 @@
+// A step of the recurrence, forward and back, for the units and sequences of a work item.
+#pragma once
+#include "cell.h"
+#include "schedule.h"
+
+static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) {
+  constexpr int MAX_ROWS = std::max(1, ACCUMULATORS / (GATES * FORWARD_VECTORS));
+  constexpr bool IN_Y = Schedule::GATES_IN_Y;
+  const i64 H = schedule.H;
+  const i64 N = schedule.N;
+  const i64 n = item.n;
+  const i64 P = schedule.state_width;
+  const i64 width = schedule.gates_width;
+  const i64 plane = schedule.R * N * H;
+  const i64 next_t = item.reverse ? t - 1 : t + 1;
+  const i64 next_size = schedule.batch_size(next_t);
+  const bool has_next = next_t >= 0 && next_t < schedule.steps;
+  const i64 parity = (item.reverse ? schedule.steps - 1 - t : t) % 2;
+  const i64* const rows = item.rows_of(t);
+  const i64* const sequences = item.sequences.data();
+  const Number* const bias = schedule.b_hh ? schedule.b_hh + n * GATES * H : nullptr;
+  const Number* const gates = schedule.gates + (IN_Y ? 0 : (item.base + item.slot(t)) * width);
+  // In [R, N, H].
+  auto offset = [&](i64 i) { return (rows[i] * N + n) * H; };
+  auto x_gates = [&](i64 i) { return gates + (IN_Y ? offset(i) : i * width); };
+  for_unit_tiles<FORWARD_VECTORS * LANES>(item.begin, item.end, [&](i64 u, auto valid_lanes) {
+    for_row_tiles<MAX_ROWS>(item.count(t), 0, [&](auto count, i64 first) {
+      constexpr int ROWS = decltype(count)::value;
+      Vector sums[ROWS][GATES * FORWARD_VECTORS];
+      LOOP(i, ROWS) {
+        const Number* const from = SEPARATE_RECURRENT_GRAD ? bias : x_gates(first + i);
+        UNROLLED(j, GATES * FORWARD_VECTORS) {
+          const int g = j / FORWARD_VECTORS;
+          const int v = j % FORWARD_VECTORS;
+          sums[i][j] = from ? load(from + g * H + u + v * LANES, valid_lanes(v)) : Vector{};
+        }
+      }
+      multiply(sums, item.state_row(schedule, 0, first, parity), P, 1, item.panel + u * GATES * H,
+               H);
+      LOOP(i, ROWS) {
+        const i64 b = sequences[first + i];
+        const i64 at = offset(first + i);
+        const Number* const x_row = x_gates(first + i);
+        const Number* const s_prev = item.state_row(schedule, 0, first + i, parity);
+        Number* const next_state = item.state_row(schedule, 0, first + i, (parity + 1) % 2);
+        const bool ends = b >= next_size;
+        const bool reset = has_next && schedule.is_reset(next_t + item.reverse, b);
+        UNROLLED(v, FORWARD_VECTORS) {
+          const i64 unit = u + v * LANES;
+          const int lanes = valid_lanes(v);
+          if (lanes <= 0) continue;
+          Vector x[GATES], r[GATES], s[STATES], n[STATES], a[SAVED + 1];
+          UNROLLED(g, GATES) {
+            r[g] = sums[i][g * FORWARD_VECTORS + v];
+            x[g] = SEPARATE_RECURRENT_GRAD ? load(x_row + g * H + unit, lanes) : Vector{};
+          }
+          UNROLLED(k, STATES) s[k] = load(s_prev + k * item.state_size + unit, LANES);
+          cell_forward(x, r, s, n, a);
+          store(schedule.y + at + unit, n[0], lanes);
+          UNROLLED(k, SAVED)
+            if (schedule.saved) store(schedule.saved + at * SAVED + k * H + unit, a[k], lanes);
+          UNROLLED(k, STATES) {
+            if (k && schedule.states)
+              store(schedule.states + (k - 1) * plane + at + unit, n[k], lanes);
+            if (ends)
+              store(schedule.last[k] + item.state_offset(schedule, b) + unit, n[k], lanes);
+            store(next_state + k * item.state_size + unit, reset ? Vector{} : n[k], LANES);
+          }
+        }
+      }
+    });
+  });
+}
+
+// The gradients of the pre-activations of a step, and those of the states before it but for what
+// flows through W_hh.
+static void adjoint_step(const Schedule& schedule, const WorkItem& item, i64 t) {
+  const i64 H = schedule.H;
+  const i64 N = schedule.N;
+  const i64 prev_t = item.step_before(t);
+  const i64 prev_size = schedule.batch_size(prev_t);
+  const i64 plane = schedule.R * N * H;
+  const i64* const rows = item.rows_of(t);
+  const i64* const sequences = item.sequences.data();
+  for (i64 i = 0; i < item.count(t); ++i) {
+    const i64 b = sequences[i];
+    const i64 at = (rows[i] * N + item.n) * H;
+    const i64 slot = item.slot(t) + i;
+    const bool has_prev = b < prev_size;
+    const bool reset = item.is_reset(schedule, t, b);
+    const i64 s0_at = item.state_offset(schedule, b);
+    const i64 prev_at = has_prev ? ((schedule.first_row(prev_t) + b) * N + item.n) * H : 0;
+    Number* const h_row =
+        schedule.h_rows + item.base * schedule.padded_hidden + slot * PANEL_WIDTH;
+    Number* const dr = schedule.dr + (item.base + slot) * schedule.gates_width;
+    Number* const dx = schedule.dx + (item.base + slot) * schedule.gates_width;
+    Number* const ds = item.state_row(schedule, 0, i);
+    for_unit_tiles<LANES>(item.begin, item.end, [&](i64 u, auto valid_lanes) {
+      const int lanes = valid_lanes(0);
+      Vector a[SAVED + 1], s[STATES], n[STATES], d[STATES], x[GATES], r[GATES], p[STATES];
+      UNROLLED(k, SAVED) a[k] = load(schedule.saved + at * SAVED + k * H + u, lanes);
+      UNROLLED(k, STATES) {
+        const Number* const states = k ? schedule.states + (k - 1) * plane : schedule.y;
+        const Number* grad = schedule.dy;
+        if (k) grad = schedule.dstates ? schedule.dstates + (k - 1) * plane : nullptr;
+        n[k] = load(states + at + u, lanes);
+        const Number* prev = states + prev_at;
+        if (!has_prev) prev = schedule.s0[k] ? schedule.s0[k] + s0_at : nullptr;
+        s[k] = reset || !prev ? Vector{} : load(prev + u, lanes);
+        d[k] = load(ds + k * item.state_size + u, LANES);
+        if (grad) d[k] += load(grad + at + u, lanes);
+      }
+      cell_backward(a, s, n, d, x, r, p);
+      UNROLLED(g, GATES) {
+        if (SEPARATE_RECURRENT_GRAD) store(dx + g * H + u, x[g], lanes);
+        store(dr + g * H + u, r[g], lanes);
+      }
+      store(h_row + u / PANEL_WIDTH * PANEL_WIDTH * item.rows + u % PANEL_WIDTH, s[0], LANES);
+      UNROLLED(k, STATES)
+        store(ds + k * item.state_size + u, reset && k ? Vector{} : p[k], LANES);
+    });
+    // Units end within the first vector of the last panel: its second one is zero.
+    const i64 rest = H % PANEL_WIDTH;
+    if (item.end == H && rest && rest <= LANES)
+      store(h_row + (H - rest) * item.rows + LANES, Vector{}, LANES);
+  }
+}
+
+// Adds the gradients of h that flow through W_hh.
+static void adjoint_product(const Schedule& schedule, const WorkItem& item, i64 t) {
+  constexpr int MAX_ROWS = ACCUMULATORS / VECTORS_PER_TILE;
+  const i64 H = schedule.H;
+  const i64 P = schedule.state_width;
+  const i64 width = schedule.gates_width;
+  const Number* const dr = schedule.dr + (item.base + item.slot(t)) * width;
+  for (i64 u = item.begin; u < item.end; u += PANEL_WIDTH)
+    for_row_tiles<MAX_ROWS>(item.count(t), 0, [&](auto count, i64 first) {
+      constexpr int ROWS = decltype(count)::value;
+      Number* const ds = item.state_row(schedule, 0, first) + u;
+      Vector sums[ROWS][VECTORS_PER_TILE];
+      LOOP(i, ROWS) UNROLLED(v, VECTORS_PER_TILE)
+        sums[i][v] = load(ds + i * P + v * LANES, LANES);
+      multiply(sums, dr + first * width, width, 1, item.panel + u * GATES * H, GATES * H);
+      LOOP(i, ROWS) {
+        const bool reset = item.is_reset(schedule, t, item.sequences[first + i]);
+        UNROLLED(v, VECTORS_PER_TILE)
+          store(ds + i * P + v * LANES, reset ? Vector{} : sums[i][v], LANES);
+      }
+    });
+}

@@ -1,0 +1,123 @@
+// One step of a layer, forward.
+#pragma once
+#include "cell.h"
+#include "dots.h"
+
+// Rows of the batch from which packing a tile of W costs less than it saves.
+constexpr i64 MIN_PACKED_FORWARD = 12;
+// What is saved of each unit: the activations, and the states after the step.
+constexpr int SAVED_ALL = SAVED + STATES;
+
+static inline int lanes_of_units(i64 u, i64 H) {
+  return static_cast<int>(std::min<i64>(LANES, H - u));
+}
+
+// A layer's step: its tensors; y and saved can be null.
+struct StepLayer {
+  const Number* x;
+  const Number* s[STATES];
+  const Number* w_ih;
+  const Number* w_hh;
+  const Number* b_ih;
+  const Number* b_hh;
+  Number* y;
+  Number* n[STATES];
+  Number* saved;
+  i64 B;
+  i64 I;
+  i64 H;
+
+  StepLayer(const Step& call, i64 l) : B(call.B), I(l ? call.H : call.I), H(call.H) {
+    const Number* const* const pointers = reinterpret_cast<const Number* const*>(&call + 1);
+    const Number* const* const weights = pointers + call.parameters * l;
+    const bool biased = call.parameters > 2;
+    w_ih = weights[0];
+    w_hh = weights[1];
+    b_ih = biased ? weights[2] : nullptr;
+    b_hh = biased ? weights[3] : nullptr;
+    x = l ? call.n[0] + (l - 1) * B * H : call.x;
+    UNROLLED(k, STATES) {
+      s[k] = call.s[k] + l * B * H;
+      n[k] = call.n[k] + l * B * H;
+    }
+    y = l == call.layers - 1 ? call.y : nullptr;
+    saved = call.saved ? call.saved + l * SAVED_ALL * B * H : nullptr;
+  }
+  // A vector of units from u on of sequence b, from the products with x and h. If only their sum is
+  // needed, that is `r`.
+  void finish(i64 b, i64 u, int lanes, const Vector* x, const Vector* r) const {
+    Vector gates[GATES], sums[GATES], s_prev[STATES], s_next[STATES], a[SAVED + 1];
+    UNROLLED(g, GATES) {
+      gates[g] = SEPARATE_RECURRENT_GRAD ? x[g] : Vector{};
+      sums[g] = r[g];
+      if (b_ih) {
+        (SEPARATE_RECURRENT_GRAD ? gates[g] : sums[g]) += load(b_ih + g * H + u, lanes);
+        sums[g] += load(b_hh + g * H + u, lanes);
+      }
+    }
+    const i64 at = b * H + u;
+    UNROLLED(k, STATES) s_prev[k] = load(s[k] + at, lanes);
+    cell_forward(gates, sums, s_prev, s_next, a);
+    if (y) store(y + at, s_next[0], lanes);
+    UNROLLED(k, STATES) store(n[k] + at, s_next[k], lanes);
+    if (!saved) return;
+    UNROLLED(k, SAVED) store(saved + k * B * H + at, a[k], lanes);
+    UNROLLED(k, STATES) store(saved + (SAVED + k) * B * H + at, s_next[k], lanes);
+  }
+  // A vector of units from u on of a few rows, with W in place.
+  void in_place(i64 u) const {
+    constexpr int PRODUCTS = 1 + SEPARATE_RECURRENT_GRAD;
+    const int lanes = lanes_of_units(u, H);
+    alignas(VECTOR_BYTES) Number products[PRODUCTS][MIN_PACKED_FORWARD][GATES][LANES];
+    const Factors from_x = {x, w_ih, I};
+    const Factors from_h = {s[0], w_hh, H};
+    UNROLLED(g, GATES) {
+      if constexpr (SEPARATE_RECURRENT_GRAD) {
+        dots(products[0][0][g], B, {from_x}, g * H + u, lanes);
+        dots(products[1][0][g], B, {from_h}, g * H + u, lanes);
+      } else {
+        dots(products[0][0][g], B, {from_x, from_h}, g * H + u, lanes);
+      }
+    }
+    for (i64 b = 0; b < B; ++b) {
+      Vector sums[PRODUCTS][GATES];
+      for (int k = 0; k < PRODUCTS; ++k)
+        UNROLLED(g, GATES) sums[k][g] = load(products[k][b][g], LANES);
+      finish(b, u, lanes, sums[0], sums[PRODUCTS - 1]);
+    }
+  }
+  // A tile of W_ih or W_hh into a panel.
+  void pack_tile(Number* to, const Number* w, i64 K, i64 u) const {
+    constexpr int WIDTH = GATES * FORWARD_VECTORS;
+    UNROLLED(g, GATES) UNROLLED(v, FORWARD_VECTORS) {
+      const i64 unit = u + v * LANES;
+      const Number* const from = w + (g * H + std::min(H - 1, unit)) * K;
+      pack_rows(to + (g * FORWARD_VECTORS + v) * LANES, WIDTH * LANES, from, K, K, H - unit);
+    }
+  }
+  // A tile of units from u on of all rows, with W packed into `panel`.
+  void packed(i64 u, Number* panel) const {
+    constexpr int WIDTH = GATES * FORWARD_VECTORS;
+    constexpr int MAX_ROWS = std::max(1, ACCUMULATORS / WIDTH);
+    Number* const hidden = panel + I * WIDTH * LANES;
+    pack_tile(panel, w_ih, I, u);
+    pack_tile(hidden, w_hh, H, u);
+    for_row_tiles<MAX_ROWS>(B, 0, [&](auto count, i64 b) {
+      constexpr int ROWS = decltype(count)::value;
+      Vector from_x[ROWS][WIDTH] = {};
+      Vector from_h[ROWS][WIDTH] = {};
+      multiply(SEPARATE_RECURRENT_GRAD ? from_x : from_h, x + b * I, I, 1, panel, I);
+      multiply(from_h, s[0] + b * H, H, 1, hidden, H);
+      LOOP(i, ROWS) UNROLLED(v, FORWARD_VECTORS) {
+        const i64 unit = u + v * LANES;
+        if (unit >= H) continue;
+        Vector gates[GATES], sums[GATES];
+        UNROLLED(g, GATES) {
+          gates[g] = from_x[i][g * FORWARD_VECTORS + v];
+          sums[g] = from_h[i][g * FORWARD_VECTORS + v];
+        }
+        finish(b + i, unit, lanes_of_units(unit, H), gates, sums);
+      }
+    });
+  }
+};
