@@ -328,9 +328,10 @@ def test_a_wait_that_does_not_end() -> None:
     """By the clock, not by the number of polls; the message has the plan and the step."""
     pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
     assert 60 < cuda.WAIT_LIMIT * 2**32 / 1e9 < 600
-    for scope in ("cluster", "grid"):
+    # the LSTM in a grid has no registers for a message
+    for scope, cell in (("cluster", cells.lstm), ("grid", cells.gru)):
         plan = plan_for(scope, 64, BRAIN, 2, 2)
-        code = cuda.program(cuda.text("ptx.cuh"), cells.lstm, plan, BRAIN, True, False, True)
+        code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, False, True)
         cubin, _ = cuda.build(code, 90)
         assert f"came in time for {plan_text(plan)}".encode() in cubin
         assert "wait_more(waited, c)" in code and f"#define WAIT_LIMIT {cuda.WAIT_LIMIT}" in code
