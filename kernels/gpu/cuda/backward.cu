@@ -20,17 +20,17 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   dr += worker.x0;
   dx += worker.x0;
   struct Inputs {
-    Pair s[STATES];
-    Pair d[STATES];
-    Pair saved[SAVED + 1];
+    Loaded s[STATES];
+    Loaded d[STATES];
+    Loaded saved[SAVED + 1];
   };
   // of step t, and of `before`, which precedes it in time and follows it here
   Inputs now[P];
   Inputs later[P];
-  bool cuts[P];
-  bool cuts_later[P];
+  u32 cuts[P];
+  u32 cuts_later[P];
   float d[P][STATES][2] = {};
-  auto fetch = [&](Inputs (&inputs)[P], bool (&cuts)[P], int t, i64 offset) {
+  auto fetch = [&](Inputs (&inputs)[P], u32 (&cuts)[P], int t, i64 offset) {
     worker.find_cuts(cuts, t);
     EACH(p, P) {
       inputs[p] = {};
@@ -58,9 +58,12 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   int t = worker.time(0, !worker.reverse);
   i64 row = worker.row(t);
   fetch(now, cuts, t, row * worker.y_row);
+  // with masks a step ahead of its use, as it may have to be loaded
+  i64 row_ahead = MASKS_AHEAD ? worker.row(worker.time(1, !worker.reverse)) : 0;
   for (int u = 0;; ++u) {
     const int before = worker.time(u + 1, !worker.reverse);
-    const i64 row_before = worker.row(before);
+    const i64 row_before = MASKS_AHEAD ? row_ahead : worker.row(before);
+    if (MASKS_AHEAD) row_ahead = worker.row(worker.time(u + 2, !worker.reverse));
     const i64 prefetch_row = worker.prefetch_row(u);
     const i64 y_before = pin_register(row_before * worker.y_row);
     worker.prefetch(dy, prefetch_row, worker.y_row);
@@ -81,7 +84,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     EACH(p, P) {
       const bool runs = worker.runs(t, p);
       // whether gradients flow on to the state that entered
-      const bool flows = runs && !cuts[p];
+      const bool flows = runs && !(MASKS && cuts[p]);
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];

@@ -64,7 +64,7 @@ def program(
     values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
     defines = "".join(f"#define {k} {v}\n" for k, v in values.items())
     body = text("backward.cu" if adjoint else "forward.cu")
-    return defines + helpers + text("worker.cuh") + body
+    return defines + helpers + text("products.cuh") + text("worker.cuh") + body
 
 
 def text(name: str) -> str:

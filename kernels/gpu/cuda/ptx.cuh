@@ -26,11 +26,22 @@ DEVICE u32 load_word_if(const void* p, bool there) {
                "@p ld.global.nc.u32 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
   return v;
 }
+DEVICE u32 load_byte_if(const bool* p, bool there) {
+  u32 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+               "@p ld.global.nc.u8 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
+DEVICE i64 load_row_if(const i64* p, bool there, i64 v) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.nc.s64 %0, [%1];\n}"
+               : "+l"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
 DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
 DEVICE u32 load_if(const u16* p, bool there) {
-  u16 v;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u16 %0, 0;\n"
-               "@p ld.global.nc.u16 %0, [%1];\n}" : "=h"(v) : "l"(p), "r"((u32)there));
+  u32 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+               "@p ld.global.nc.u16 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
   return v;
 }
 DEVICE float exp2_fast(float x) {
@@ -49,7 +60,8 @@ DEVICE float reciprocal(float x) {
 typedef float T;
 struct __align__(8) Pair { T a, b; };
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
-DEVICE Pair join(T a, T b) { return {a, b}; }
+// of their bits
+DEVICE Pair join(u32 a, u32 b) { return {__uint_as_float(a), __uint_as_float(b)}; }
 DEVICE float widen(float v) { return v; }
 DEVICE Pair narrow(float a, float b) { return {a, b}; }
 DEVICE u32 tf32(u32 v) {
@@ -63,7 +75,7 @@ typedef u16 T;
 // in one piece: two parts would be unpacked right after the load, which would wait for it
 struct Pair { u32 both; };
 DEVICE T part(Pair v, int e) { return (T)(v.both >> 16 * e); }
-DEVICE Pair join(T a, T b) { return {(u32)b << 16 | a}; }
+DEVICE Pair join(u32 a, u32 b) { return {b << 16 | a}; }
 #if TYPE == FLOAT16
 DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
 #define NARROW "cvt.rn.f16x2.f32 %0, %2, %1;"

@@ -55,9 +55,15 @@ constexpr int PEERS = 32 / CHUNK_LANES;
 // k-steps whose weights a thread loads at a time: 32 words, or, in halves, 16
 constexpr int K_LOADED = (ROWS > 1 ? 2 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap
-constexpr int CHAINS = ROWS * NT == 1 ? 4 : ROWS * NT < 4 ? 2 : 1;
+constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
+constexpr int CHAINS = ONE_TILE ? 4 : ROWS * NT < 4 ? 2 : 1;
+// k-steps that a warp of a grid polls at a time, and how often
+constexpr int POLLED = KS < 8 ? KS : 8;
+constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
+// whether there are registers to look ahead with masks too
+constexpr bool MASKS_AHEAD = MASKS && !PRECISE && (SCOPE == CLUSTER || !ADJOINT);
 
 // a thread's part of a 16 x 8 tile of W
 typedef u32 Words[4];
@@ -71,84 +77,6 @@ struct __align__(128) Shared {
   // of the other k-steps, each thread's own
   uint4 weights[KS > HELD ? (KS - HELD) * ROWS : 1][KS > HELD ? THREADS : 1];
 };
-
-DEVICE float half_of(Pair pair, int e) { return widen(part(pair, e)); }
-DEVICE float number(float v) { return v; }
-// NaN stays NaN
-DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }
-DEVICE float relu_grad(float d, float y) { return y <= 0.f ? 0.f : d; }
-#if ADJOINT
-DEVICE void cell_backward(const float* a, const float* s, const float* n, const float* d,
-                          float* x, float* r, float* p)
-#else
-DEVICE void cell_forward(const float* x, const float* r, const float* s, float* n, float* a)
-#endif
-{ CELL }
-
-#if TYPE == FLOAT32
-// What of a number takes part in products.
-DEVICE u32 operand(u32 v) { return PRECISE ? v : tf32(v); }
-// Rounded once here, not by each warp that receives it.
-DEVICE Pair sent(float a, float b) {
-  return {__uint_as_float(operand(__float_as_uint(a))),
-          __uint_as_float(operand(__float_as_uint(b)))};
-}
-#else
-DEVICE Pair sent(float a, float b) { return narrow(a, b); }
-#endif
-// The products of a 16 x 8 tile of W over 8 words with those words of 8 sequences, b0 and b1.
-#if PRECISE
-// Of a number that is not finite.
-DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
-DEVICE u32 difference(u32 a, u32 b) {
-  return __float_as_uint(__uint_as_float(a) - __uint_as_float(b));
-}
-// A number as the sum of two that TF32 holds: of `high` the unit ignores the low 13 bits, which are
-// in `low`. Of an infinite number `low` is NaN.
-struct Parts {
-  u32 high;
-  u32 low;
-};
-DEVICE Parts truncated(u32 v) { return {v, difference(v, v & 0xFFFFE000)}; }
-DEVICE Parts rounded(u32 v) {
-  const u32 high = v + 0x1000;
-  return {high, difference(v, high & 0xFFFFE000)};
-}
-// The same where numbers may be infinite: such a one has no low part, and multiplies none.
-DEVICE Parts exact_parts(u32 v) {
-  const u32 high = tf32(v);
-  return {high, finite(tf32(difference(v, high)))};
-}
-template <bool EXACT>
-struct Tile {
-  u32 high[4];
-  u32 low[4];
-  DEVICE Tile(const u32 (&w)[4]) {
-    EACH(e, 4) {
-      // not split before the loop: the parts would take twice the registers
-      const u32 v = pin_register(w[e]);
-      const Parts parts = EXACT ? exact_parts(v) : truncated(v);
-      high[e] = parts.high;
-      low[e] = parts.low;
-    }
-  }
-  // d += the products
-  DEVICE void multiply(float (&d)[4], u32 b0, u32 b1) const {
-    const Parts v0 = EXACT ? exact_parts(b0) : rounded(b0);
-    const Parts v1 = EXACT ? exact_parts(b1) : rounded(b1);
-    mma(d, low, EXACT ? finite(v0.high) : v0.high, EXACT ? finite(v1.high) : v1.high);
-    mma(d, high, v0.low, v1.low);
-    mma(d, high, v0.high, v1.high);
-  }
-};
-#else
-template <bool EXACT>
-struct Tile {
-  const u32 (&w)[4];
-  DEVICE Tile(const u32 (&w)[4]) : w(w) {}
-  DEVICE void multiply(float (&d)[4], u32 b0, u32 b1) const { mma(d, w, b0, b1); }
-};
-#endif
 
 // A thread's place, its weights, and its exchange with other threads.
 struct Worker {
@@ -293,8 +221,12 @@ struct Worker {
   // Offset of a pair from the first, in rows of this pitch.
   DEVICE int at(int p, int pitch) const { return (p / 2 * 8 + p % 2) * pitch; }
 
-  DEVICE Pair load(const T* p) const {
-    return EVEN ? *(const Pair*)p : join(p[0], two ? p[1] : T(0));
+  DEVICE Loaded load(const T* p) const {
+#if EVEN
+    return *(const Pair*)p;
+#else
+    return loaded(load_if(p, true), load_if(p + 1, two));
+#endif
   }
   DEVICE void store(T* p, Pair v) const {
     if (EVEN) *(Pair*)p = v;
@@ -312,18 +244,22 @@ struct Worker {
     return descending ? steps - 1 - u : u;
   }
   DEVICE i64 row(int t) const {
-    if (t >= steps) return 0;
-    return MASKS && offsets ? offsets[t] : (i64)t * B;
+    if (!MASKS) return t >= steps ? 0 : (i64)t * B;
+    return load_row_if(offsets + t, offsets && t < steps, t < steps ? (i64)t * B : 0);
   }
   DEVICE bool runs(int t, int p) const { return t < end[p]; }
-  DEVICE void find_cuts(bool (&cuts)[P], int t) const {
+  // As bytes, which are looked at only when they are needed.
+  DEVICE void find_cuts(u32 (&cuts)[P], int t) const {
     const i64 boundary = (i64)(t + reverse) * B + b0;
-    EACH(p, P) cuts[p] = MASKS && resets && t + reverse < end[p] && resets[boundary + sequence(p)];
+    EACH(p, P) {
+      const bool there = MASKS && resets && t + reverse < end[p];
+      cuts[p] = MASKS ? load_byte_if(resets + boundary + sequence(p), there) : 0;
+    }
   }
   // The row of step u + AHEAD to read into the L2 cache, or -1. Neighbouring lanes share a line.
   DEVICE i64 prefetch_row(int u) const {
-    if (MASKS || u + AHEAD >= steps || lane >= 4) return -1;
-    return row(time(u + AHEAD, reverse != ADJOINT));
+    if ((MASKS && (!MASKS_AHEAD || offsets)) || u + AHEAD >= steps || lane >= 4) return -1;
+    return (i64)time(u + AHEAD, reverse != ADJOINT) * B;
   }
   DEVICE void prefetch(const T* p, i64 row, int pitch) const {
     EACH(i, P) if (row >= 0 && end[i] > 0) prefetch_l2(p + row * pitch + at(i, pitch));
@@ -332,7 +268,7 @@ struct Worker {
   // Sends these numbers, for the sums of step c, to all blocks that share the sequences.
   DEVICE void publish(int c, const float (&values)[VECTORS][P][2]) {
     EACH(v, VECTORS) EACH(p, P) {
-      if (!owner()) continue;
+      if (!owner() || (SCOPE == GRID && b0 + sequence(p) >= B)) continue;
       const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
       const int word = (v * C * U + unit) / WORD, b = sequence(p);
 #if SCOPE == BLOCK
@@ -384,45 +320,55 @@ struct Worker {
   // Until all blocks of the cluster have published their part of step c.
   DEVICE void wait(int c) {
 #if SCOPE == CLUSTER
-    u32 wait = 0;
+    u32 waited = 0;
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
-    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(wait, c);
+    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(waited, c);
     acquire_shared();
     if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
 #endif
   }
 
+#if SCOPE == GRID
+  // Words of POLLED k-steps of a tile with their flags; for sequences that are none, of the last one
+  // that is, which costs no traffic.
+  DEVICE void poll(int c, int group, u64 (&seen)[POLLED][2]) const {
+    const int b = min((u32)(group / GROUPS * 8 + lane / 4), (u32)(B - b0 - 1));
+    const int k0 = wk * KS + group % GROUPS * POLLED;
+    const u64* from =
+        flags + (((c & 1) * (WORDS / 8) + k0) * NT + b / 8) * 64 + b % 8 * 4 + lane % 4;
+    EACH(k, POLLED) EACH(half, 2) {
+      const bool there = group % GROUPS * POLLED + k < KS &&
+                         (WORDS == 8 * KS * WK || k0 + k < WORDS / 8);
+      seen[k][half] = there ? load_flagged(from + k * NT * 64 + half * 32) : (u64)(c + 1) << 32;
+    }
+  }
+  DEVICE bool arrived(int c, const u64 (&seen)[POLLED][2]) const {
+    bool all = true;
+    EACH(k, POLLED) EACH(half, 2) all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
+    return all;
+  }
+#endif
   // The warp's sums of products with what was published for step c.
   template <bool EXACT>
   DEVICE void multiply(int c, float (&total)[ROWS][NT][4]) {
     float d[CHAINS][ROWS][NT][4] = {};
 #if SCOPE == GRID
-    EACH(j, NT) {
-      const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + j * 64 + lane;
-      constexpr int AT_ONCE = KS < 8 ? KS : 8;
-#pragma unroll
-      for (int k0 = 0; k0 < KS; k0 += AT_ONCE) {
-        u64 seen[AT_ONCE][2];
-        u32 wait = 0;
-        for (bool ready = false; !ready;) {
-          ready = true;
-          EACH(k, AT_ONCE) EACH(half, 2) {
-            const bool there =
-                k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
-            seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32)
-                                  : (u64)(c + 1) << 32;
-            ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
-          }
-          if (!ready) wait_more(wait, c);
+    EACH(group, NT * GROUPS) {
+      u64 seen[POLLED][2];
+      u32 waited = 0;
+      for (bool all = false; !all; all ? void() : wait_more(waited, c)) {
+        poll(c, group, seen);
+        all = arrived(c, seen);
+      }
+      __syncwarp();
+      EACH(k, POLLED) EACH(row, ROWS) {
+        const int at = group % GROUPS * POLLED + k;
+        if (at < KS) {
+          Words stored;
+          Tile<EXACT>(weights(row, at, stored))
+              .multiply(d[k % CHAINS][row][group / GROUPS], (u32)seen[k][0], (u32)seen[k][1]);
         }
-        __syncwarp();
-        EACH(k, AT_ONCE) EACH(row, ROWS)
-          if (k0 + k < KS) {
-            Words stored;
-            Tile<EXACT>(weights(row, k0 + k, stored))
-                .multiply(d[k % CHAINS][row][j], (u32)seen[k][0], (u32)seen[k][1]);
-          }
       }
     }
 #else

@@ -39,6 +39,8 @@ DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) {
   return v;
 }
 DEVICE u32 load_word_if(const void* p, bool there) { u32 v = 0; if (there) memcpy(&v, p, 4); return v; }
+DEVICE u32 load_byte_if(const bool* p, bool there) { return there ? *p : 0; }
+DEVICE i64 load_row_if(const i64* p, bool there, i64 v) { return there ? *p : v; }
 DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
 DEVICE u32 load_if(const u16* p, bool there) { return there ? *p : 0; }
 DEVICE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
@@ -61,7 +63,11 @@ DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF 
 struct alignas(2 * sizeof(T)) Pair { T a, b; };
 DEVICE Pair narrow(float a, float b) { return {narrow(a), narrow(b)}; }
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
-DEVICE Pair join(T a, T b) { return {a, b}; }
+#if TYPE == FLOAT32
+DEVICE Pair join(u32 a, u32 b) { return {__uint_as_float(a), __uint_as_float(b)}; }
+#else
+DEVICE Pair join(u32 a, u32 b) { return {(u16)a, (u16)b}; }
+#endif
 
 DEVICE u32 shared_address(const void* p) {
   return (u32)((const char*)p - (const char*)emulate::block().memory.data()) | emulate::self->rank << 24;
