@@ -239,7 +239,7 @@ class _Stack(nn.RNNBase):
         packed = batch.batch_sizes is not None
         # A projection adds rows of the first step to x, and has x in order of time.
         turned = self.batch_first and not packed and bool(self.proj_size)
-        x = input.transpose(0, 1) if turned else input
+        x = own_gradient(input).transpose(0, 1) if turned else input
         del input
         batch_first = self.batch_first and not packed and not turned
         last = []
