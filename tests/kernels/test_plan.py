@@ -8,8 +8,8 @@ import pytest
 from rnn.kernels import cells
 from rnn.kernels.cells import Cell
 from rnn.kernels.plan import Gpu, Plan, make_plan, plan_of, plan_text
+from tests.cases import CELLS
 
-CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
 H200 = Gpu(90, 132, 232448)
 SMALL = Gpu(86, 28, 101376)  # a laptop's
 

@@ -19,6 +19,7 @@ from torch.testing._internal.common_modules import (
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import rnn
+from tests.cases import LAYER_NAMES
 
 NAMES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 OURS = {getattr(nn, name): getattr(rnn, name) for name in NAMES}
@@ -196,7 +197,7 @@ REFUSED += [
 ]
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 @pytest.mark.parametrize("i", range(len(REFUSED)))
 def test_refused(i: int, name: str) -> None:
     call, text = REFUSED[i]

@@ -22,7 +22,7 @@ from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.cpu import workspace as memory
 from rnn.kernels.plan import Plan
-from tests.cases import check_recurrence
+from tests.cases import NAMES, check_recurrence
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily"
@@ -97,7 +97,7 @@ def test_views_keep_it(pieces: list[Any]) -> None:
     assert len(pieces) == 2 and row.equal(was)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("cell", NAMES)
 @pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
 def test_nothing_unwritten_is_read(cell: str, form: str) -> None:
     check_recurrence(cell, Plan("numpy"), (T, B, 4, H), (False, True), form)
