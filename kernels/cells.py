@@ -58,8 +58,8 @@ class Cell:
     - All results are tuples, of one value too: (value,).
     - If x and r meet only as x + r, dx and dr are one and the same tuple object: then one gradient
       serves both, and one product.
-    - No annotations, for Triton; no default arguments and no closures: each backend takes the code
-      and gives it names of its own.
+    - No annotations, for Triton; no default arguments, closures or constants of the module: each
+      backend takes the code and gives it names of its own. Write constants into the formula.
     - `name` is that of the cell's variable in this module, if torch.compile is to record it as an
       operator: other cells are recorded step by step.
 
