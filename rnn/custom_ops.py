@@ -8,20 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flops, layer_call
+from . import dispatch, flops, layer_call
 from .composite import aliases, composite, differentiate
 from .kernels import cells
 from .kernels.plan import plan_of
 from .kernels.states import join_states, part_views
 from .kernels.types import Gradients, OutputGrads, Outputs, Weights
-from .layer_call import LayerCall
+from .layer_call import LayerCall, batch_size
 from .transforms import needs_composite, traced, under_dispatch_mode, without_autocast
 
 
 def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> LayerCall:
     """From what the custom operators take, names and text."""
-    chosen = plan_of(plan) if plan else None
-    return LayerCall(getattr(cells, cell), chosen, tensors[0], tensors[2], tensors[6:9], reverse)
+    operation = getattr(cells, cell)
+    x, _, w_hh = tensors[:3]
+    masks = tensors[6:9]
+    if plan:
+        return LayerCall(operation, plan_of(plan), x, masks, reverse)
+    B = batch_size(x, masks[1])
+    chosen = dispatch.choose_plan(operation, x, B, w_hh.shape[1], reverse)
+    return LayerCall(operation, chosen, x, masks, reverse)
 
 
 def _joined_backward(

@@ -29,6 +29,16 @@ OPERATORS: dict[Cell, Any] = {
 _REPORTED: set[str] = set()  # compilers that fail
 
 
+class Support(NamedTuple):
+    """What computes tensors of some dtype on some device: "host", "triton", "cupy", or "" where
+    only the composite is right, or autocast is to cast first; the dtype that it computes in; and
+    why."""
+
+    kernels: str
+    dtype: torch.dtype
+    reason: str
+
+
 class Decision(NamedTuple):
     """How a call is computed: by torch's own operator, if there is one, or by a plan, or else by
     the composite; in a dtype; and why."""
@@ -56,20 +66,16 @@ def _available(library: str) -> bool:
 
 
 @lru_cache
-def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
+def _served(device: torch.device, dtype: torch.dtype) -> Support:
     serves = "host"
     why = ""
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return (
-                "",
-                dtype,
-                "kernels need a GPU of compute capability 8.0, this one has {}.{}".format(
-                    *capability
-                ),
-            )
+            major, minor = capability
+            why = f"kernels need a GPU of compute capability 8.0, this one has {major}.{minor}"
+            return Support("", dtype, why)
         serves = "triton" if _available("triton") else "cupy" if _available("cupy") else ""
         why = {
             "triton": "",
@@ -80,18 +86,16 @@ def _served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype,
         serves = ""
         why = f"no kernel for {device.type}"
     if half and serves in ("host", "cupy"):
-        return serves, torch.float32, why  # NumPy and CuPy have no bfloat16
+        return Support(serves, torch.float32, why)  # NumPy and CuPy have no bfloat16
     if serves and not (
         half or dtype == torch.float32 or (dtype == torch.float64 and serves != "triton")
     ):
         serves = ""
         why = f"no kernel for {dtype} on {device.type}"
-    return serves, dtype, why
+    return Support(serves, dtype, why)
 
 
-def served(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype, str]:
-    """By what layers are computed there, "host", "triton", "cupy", or "" where only the formula is
-    right; the dtype it is done in; and a reason."""
+def served(device: torch.device, dtype: torch.dtype) -> Support:
     return (_served.__wrapped__ if torch.compiler.is_compiling() else _served)(device, dtype)
 
 
@@ -158,13 +162,13 @@ def _plan(
     )
 
 
-def computing_dtype(x: Tensor, plan: Plan | None) -> tuple[str, torch.dtype, str]:
-    """What serves a call, as of `served`; in which dtype; and why."""
+def support(x: Tensor, plan: Plan | None) -> Support:
+    """Of a call for x, as things are around it; a plan that is given is followed."""
     if transforms.any_autocast():
         dtype = transforms.autocast_dtype(x.device.type)
         if dtype is not None:
-            return "", dtype, "autocast"
-    return ("", x.dtype, "") if plan else served(x.device, x.dtype)
+            return Support("", dtype, "autocast")
+    return Support("", x.dtype, "") if plan else served(x.device, x.dtype)
 
 
 def choose_plan(cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequence[int]) -> Plan:
@@ -204,7 +208,7 @@ def decide(
 ) -> Decision:
     """The decision for a call of the arguments of `choose_plan` and `torch_operator`; a plan that
     is given is followed."""
-    serves, dtype, reason = computing_dtype(x, plan)
+    serves, dtype, reason = support(x, plan)
     if dtype != x.dtype:
         reason = f"{x.dtype} is cast: {'autocast' if reason == 'autocast' else 'no kernel for it'}"
         if not plan:

@@ -24,7 +24,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan, plan_text
 from .kernels.states import join_states, join_weights, part_views
 from .kernels.types import Save
-from .layer_call import LayerCall
+from .layer_call import LayerCall, batch_size
 from .torch_operators import by_torch
 from .transforms import (
     active_transform,
@@ -117,41 +117,47 @@ def run_layer(  # noqa: PLR0913  as recurrence
     zeros if None; with `batch_first` x is [B, T, I] and so is y."""
     seen = x, *weights, *(states or ()), *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        options = reverse, keep, plan, recompute, batch_first
-        given = cell, x, weights, states, masks, *options
+        given = cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first
         whole: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
             run_layer, seen, *given
         )
         return whole
-    serves, dtype, reason = dispatch.computing_dtype(x, plan)
-    autocast = reason == "autocast"
-    if not autocast:
-        try:
-            check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
-        except RuntimeError:
-            refuse_nested(zip(len(weights) // 4 * NAMES, weights))
-            raise
-    if autocast or dtype != x.dtype:
-        return _run_in(
-            dtype, cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first
-        )
+    options = reverse, keep, plan, recompute, batch_first
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None:
+        return _run_in(autocast, cell, x, weights, states, masks, *options)
+    try:
+        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
+    except RuntimeError:
+        refuse_nested(zip(len(weights) // 4 * NAMES, weights))
+        raise
     transform = active_transform()
-    recorded = traced(x, weights[1])
-    kernels = plan is not None or bool(serves)
-    if transform or recorded or not kernels:
+    if transform or traced(x, weights[1]):
+        serves, dtype, _ = dispatch.support(x, plan)
+        kernels = plan is not None or bool(serves)
+        if dtype != x.dtype:
+            return _run_in(dtype, cell, x, weights, states, masks, *options)
         operator: Callable[..., Any] = composite
         if is_vmap(transform):
             operator = partial(_vmap, plan=plan, recompute=recompute)
-        elif recorded and not transform:
+        elif not transform:
             operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
         return composite_layer(
             cell, x, weights, states, masks, reverse, keep, batch_first, operator
         )
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
-    of_torch = dispatch.torch_operator(cell, x, reverse, plan, whole_sequences)
-    if of_torch is not None:
-        return by_torch(of_torch, cell, x, weights, states, reverse, batch_first)
-    call = LayerCall(cell, plan, x, weights[1], masks, reverse, batch_first)
+    B = batch_size(x, masks[1], batch_first)
+    H = weights[1].shape[1]
+    decision = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
+    if decision.dtype != x.dtype:
+        return _run_in(decision.dtype, cell, x, weights, states, masks, *options)
+    if decision.operator is not None:
+        return by_torch(decision.operator, cell, x, weights, states, reverse, batch_first)
+    if decision.plan is None:
+        return composite_layer(
+            cell, x, weights, states, masks, reverse, keep, batch_first, composite
+        )
+    call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
         save = _kept(True, keep, recompute)
         y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))

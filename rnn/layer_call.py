@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .boundary import ready
-from .dispatch import choose_plan, module
+from .dispatch import module
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.states import join_states, part_states
@@ -55,6 +55,13 @@ def _interpreted() -> bool:
     return bool(import_module("triton").knobs.runtime.interpret)
 
 
+def batch_size(x: Tensor, batch_sizes: Tensor | None, batch_first: bool = False) -> int:
+    """B, of x [T, B, I] or [B, T, I], or packed."""
+    if batch_sizes is not None:
+        return int(batch_sizes[0])
+    return x.shape[0 if batch_first else 1]
+
+
 class LayerCall:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do
     not see those past an end. With `batch_first` the caller's x and y are [B, T, ...]."""
@@ -62,9 +69,8 @@ class LayerCall:
     def __init__(
         self,
         cell: Cell,
-        plan: Plan | None,
+        plan: Plan,
         x: Tensor,
-        w_hh: Tensor,
         masks: Sequence[Any],
         reverse: Sequence[int],
         batch_first: bool = False,
@@ -75,17 +81,16 @@ class LayerCall:
         self.reverse = [*map(int, reverse)]
         self.batch_first = batch_first
         shape = x.shape
+        B = batch_size(x, batch_sizes, batch_first)
         if batch_sizes is None:
-            T, B = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
+            T = shape[1] if batch_first else shape[0]
             self.total = T * B
         else:
             T = len(batch_sizes)
-            B = int(batch_sizes[0])
             self.total = shape[0]
         self.leading = (T, B) if batch_sizes is None else (self.total,)
-        first = B, w_hh.shape[1]
-        self.plan: Plan = plan or choose_plan(cell, x, *first, reverse)
-        if plan and plan.backend == "triton" and x.is_cpu and not _interpreted():
+        self.plan = plan
+        if plan.backend == "triton" and x.is_cpu and not _interpreted():
             raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
         self.on_host = self.plan.backend not in _AROUND
         self.index: Tensor | None = None

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..cells import Cell
 from ..plan import Plan
 from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
-from .workspace import pooled_empty
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -41,7 +40,7 @@ def forward(
         if S > 1:
             states = x.new_empty(S - 1, R, N * H)
         if cell.saved and save == Save.ACTIVATIONS:
-            saved = pooled_empty(x, cell.saved, R, N * H)
+            saved = x.new_empty(cell.saved, R, N * H)
     outputs = Outputs(y, states, last, saved)
     _kernel(plan.backend).forward(cell, plan, layout, x, weights, s0, outputs)
     return outputs

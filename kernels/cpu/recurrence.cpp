@@ -2,6 +2,7 @@
 // number. native.py defines these (NUMBER; GATES, STATES, SAVED, SEPARATE_RECURRENT_GRAD, and the
 // statements FORWARD and BACKWARD on vectors of hidden units) and the structs of the calls. Shapes
 // are as in forward.cu.
+#include "huge_pages.h"
 #include "panels.h"
 #include "recurrence_step.h"
 #include "weight_gradients.h"
@@ -73,6 +74,10 @@ extern "C" i64 needed(const Arguments& arguments) {
 
 extern "C" void forward(const Arguments& arguments, Number* memory) {
   const Schedule schedule(arguments, false, memory);
+  const i64 row_numbers = arguments.R * arguments.N * arguments.H;
+  prefer_huge_pages(arguments.y, row_numbers);
+  prefer_huge_pages(arguments.states, (STATES - 1) * row_numbers);
+  prefer_huge_pages(arguments.saved, SAVED * row_numbers);
 #pragma omp parallel num_threads(arguments.threads)
   {
     ThreadWork work(schedule);
@@ -99,6 +104,7 @@ extern "C" void forward(const Arguments& arguments, Number* memory) {
 // With more than one recurrence the gradient of x is added to what is there.
 extern "C" void backward(const Arguments& arguments, Number* memory) {
   const Schedule schedule(arguments, true, memory);
+  prefer_huge_pages(arguments.x_grad, arguments.R * arguments.I);
 #pragma omp parallel num_threads(arguments.threads)
   {
     ThreadWork work(schedule);

@@ -20,7 +20,7 @@ from tests.fuzz_layouts import edits, forms, shared
 from tests.fuzzing import ByCells
 from tests.kernels.cpu.test_cpu import KINDS, PLANS, available
 
-LARGE = 2**20  # bytes from which memory may be another's
+LARGE = 2**20
 every_name = pytest.mark.parametrize("name", LAYER_NAMES)
 every_plan = pytest.mark.parametrize(
     "plan", [None, *PLANS], ids=lambda plan: plan.backend if plan else ""

@@ -1,15 +1,11 @@
-"""Memory that is kept from call to call: whose it is, how much there is of it, and that the system
-can have it back."""
+"""Scratch memory that is kept from call to call: whose it is; and large arrays."""
 
 import copy
 import gc
 import io
-import mmap
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,36 +18,10 @@ from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.cpu import workspace as memory
 from rnn.kernels.plan import Plan
-from tests.cases import NAMES, check_recurrence
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_FREE"), reason="this system has no memory to be freed lazily"
-)
 T = 6
 B = 3
 H = 5
-
-
-@pytest.fixture(autouse=True)
-def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """All that lasts is in memory that is kept, which holds NaN when it is had; the pieces that the
-    system gave."""
-    made: list[Any] = []
-    read = torch.frombuffer
-
-    def mapped(*args: Any, **kwargs: Any) -> Any:
-        made.append(mmap.mmap(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(memory, "POOLED", 1)
-    monkeypatch.setattr(
-        memory.torch, "frombuffer", lambda *a, **k: read(*a, **k).fill_(float("nan"))
-    )
-    monkeypatch.setattr(memory, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
-    memory.release()
-    yield made
-    gc.collect()
-    memory.release()
 
 
 def layers(name: str) -> tuple[Any, Any]:
@@ -71,10 +41,10 @@ def near(found: list[Tensor], exact: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
-    """Each has memory of its own, until its last tensor is gone; and the next one has it then."""
+def test_calls_at_the_same_time(name: str) -> None:
+    """The outputs and activations of each are its own, in whatever order gradients are asked
+    for."""
     ours, theirs = layers(name)
-    counts = []
     for _ in range(3):
         xs = [torch.randn(T, B, H, requires_grad=True) for _ in range(3)]
         ys = [ours(x)[0] for x in xs]
@@ -82,25 +52,28 @@ def test_calls_at_the_same_time(name: str, pieces: list[Any]) -> None:
         for k in (1, 2, 0):
             near(gradients(ours, xs[k], ys[k]), gradients(theirs, xs[k], exact[k]))
         near([y.double() for y in ys], exact)
-        del ys
-        gc.collect()
-        counts.append(len(pieces))
-    assert counts[0] == counts[1] == counts[2] > 0
-    assert sum(map(len, memory.spare.values())) == counts[0]
 
 
-def test_views_keep_it(pieces: list[Any]) -> None:
-    like = torch.zeros(1)
-    row = memory.pooled_empty(like, T, B, H)[2, 1:].copy_(torch.randn(B - 1, H))
-    was = row.clone()
-    memory.pooled_empty(like, T, B, H).zero_()
-    assert len(pieces) == 2 and row.equal(was)
-
-
-@pytest.mark.parametrize("cell", NAMES)
-@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
-def test_nothing_unwritten_is_read(cell: str, form: str) -> None:
-    check_recurrence(cell, Plan("numpy"), (T, B, 4, H), (False, True), form)
+def test_large_arrays_are_of_huge_pages() -> None:
+    """The system is asked for them where an array is written: the first touch by small pages takes
+    long."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists() or "VmFlags" not in maps.read_text():
+        pytest.skip("this system does not say of what pages memory is")
+    if not dispatch.native_available(cells.rnn_tanh, torch.float32):
+        pytest.skip("there is no C++ compiler")
+    y = rnn.RNN(8, 512)(torch.randn(64, 128, 8))[0]
+    middle = y.data_ptr() + y.nbytes // 2
+    flags = ""
+    inside = False
+    for line in maps.read_text().splitlines():
+        key = line.split()[0]
+        if not key.endswith(":"):
+            first, _, end = key.partition("-")
+            inside = int(first, 16) <= middle < int(end, 16)
+        elif inside and key == "VmFlags:":
+            flags = line
+    assert y.nbytes == 2**24 and " hg" in flags
 
 
 def test_threads() -> None:
@@ -124,63 +97,12 @@ def test_threads() -> None:
     assert not failed, failed[0]
 
 
-def test_lengths_that_vary(pieces: list[Any]) -> None:
-    """A factor of 2 in size at most is between those that have the same memory: few pieces,
-    whatever lengths come."""
-    layer = rnn.GRU(H, H)
-    for steps in range(1, 200):
-        layer(torch.zeros(steps, B, H))
-    assert len({len(piece) for piece in pieces}) == len(pieces) <= 9
-
-
-def test_the_system_can_have_it() -> None:
-    lazy = Path("/proc/self/smaps_rollup")
-    if not lazy.exists() or "LazyFree" not in lazy.read_text():
-        pytest.skip("this system does not say how much memory it may take")
-
-    def free() -> int:
-        return sum(
-            int(line.split()[1])
-            for line in lazy.read_text().splitlines()
-            if line.startswith("LazyFree")
-        )
-
-    y = memory.pooled_empty(torch.zeros(1), 2**22).zero_()
-    few = [memory.pooled_empty(torch.zeros(1), 2**20).zero_() for _ in range(memory.FEW + 3)]
-    before = free()
-    del y
-    assert free() - before >= 2**14  # KiB
-    before = free()
-    few.clear()
-    assert 3 * 2**12 <= free() - before < 4 * 2**12, "of small ones a few stay"
-
-
-@pytest.mark.parametrize("fault", ["missing", "refused", "full"])
-def test_systems_that_cannot(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then it is memory like any other."""
-    monkeypatch.setattr(memory, "FEW", 0)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no")
-
-    there = {k: v for k, v in vars(mmap).items() if fault != "missing" or k[:4] != "MADV"}
-    kind = type("Refusing", (mmap.mmap,), {"madvise": refuse})
-    monkeypatch.setattr(
-        memory, "mmap", SimpleNamespace(**there | {"mmap": refuse if fault == "full" else kind})
-    )
-    ours, theirs = layers("LSTM")
-    for _ in range(2):
-        x = torch.randn(T, B, H, requires_grad=True)
-        near(gradients(ours, x, ours(x)[0]), gradients(theirs, x, theirs(x.double())[0]))
-    assert not any(memory.spare.values())
-
-
-def test_as_any_tensor(pieces: list[Any]) -> None:
+def test_as_any_tensor() -> None:
     """What users do with an output: it is in torch's own memory, whatever its size."""
     layer = rnn.RNN(H, H)
     x = torch.randn(T, B, H)
     y = layer(x)[0].detach()
-    assert not pieces and y.untyped_storage().resizable()
+    assert y.untyped_storage().resizable()
     was = y.clone()
     file = io.BytesIO()
     assert y.untyped_storage().nbytes() == 4 * T * B * H
