@@ -26,8 +26,10 @@ BATCH_SECONDS = 0.004
 
 
 def set_precision(dtype: str) -> torch.dtype:
-    """Of a case. float32 has the same mode in every layer: torch.nn follows the first of these
-    switches, ours both."""
+    """Of a case. float32 has the same mode in every layer: torch.nn and ours follow the first of
+    these switches, loops of torch's cells the other. "default" leaves both as they are."""
+    if dtype == "default":
+        return torch.float32
     for backend in (torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
         backend.fp32_precision = "tf32" if dtype == "tf32" else "ieee"  # type: ignore[union-attr]
     chosen: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)

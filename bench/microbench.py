@@ -1,10 +1,9 @@
 """Measures on a GPU what a step costs before it computes anything: barriers within a block, a
 cluster and a grid, exchanges of h between blocks, the rate of the matrix units, kernel launches and
-nodes of a CUDA graph. Prints the constants and writes them to a JSON file. `--compile` only
-compiles, which needs no GPU."""
+nodes of a CUDA graph. Prints the constants and writes them to a JSON file, and what of them the
+plans' model uses to kernels/gpu/costs/. `--compile` only compiles, which needs no GPU."""
 
 import argparse
-import ctypes
 import importlib
 import json
 import statistics
@@ -14,9 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from run import RESULTS, environment
 
+from rnn.kernels import costs
 from rnn.kernels.gpu.cuda import launch as cuda
+from rnn.kernels.gpu.cuda.occupancy import active_clusters
 
 SOURCE = Path(__file__).with_suffix(".cu")
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -31,23 +33,13 @@ def compile_cubin(arch: str, cluster: int) -> tuple[bytes, str]:
     """The kernels for `arch` (sm_90...) by CuPy's binding of NVRTC, and the compiler's words on
     what they use. Raises RuntimeError with its words if it refuses."""
     capability = int(arch.removeprefix("sm_"))
-    choices = dict(
+    choices: dict[str, object] = dict(
         FLOAT16=1, BFLOAT16=2, TYPE=2, CLUSTER=1, SCOPE=int(capability >= 90), BLOCKS=cluster
     )
+    # of waits that the kernels here do not have
+    choices |= dict(PLAN='"microbench"', WAIT_LIMIT=cuda.WAIT_LIMIT)
     defined = "".join(f"#define {name} {value}\n" for name, value in choices.items())
     return cuda.build(defined + cuda.text("ptx.cuh") + SOURCE.read_text(), capability)
-
-
-class _LaunchConfig(ctypes.Structure):
-    """The driver's CUlaunchConfig, without attributes."""
-
-    _fields_ = (
-        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
 
 
 class Bench:
@@ -120,18 +112,6 @@ class Bench:
                 return None
             taken.append(float(cycles[0]) / STEPS)
         return statistics.median(taken)
-
-    def active_clusters(self, cluster: int) -> int | None:
-        """How many clusters, of blocks with 200 KB of shared memory, run at once; None if the
-        driver does not say."""
-        kernel = self.kernel("cluster_exchange", cluster, SHARED)
-        count = ctypes.c_int()
-        config = _LaunchConfig(cluster, 1, 1, THREADS, 1, 1, SHARED)
-        driver = ctypes.CDLL("libcuda.so.1")
-        code = driver.cuOccupancyMaxActiveClusters(
-            ctypes.byref(count), ctypes.c_void_p(kernel.kernel.ptr), ctypes.byref(config)
-        )
-        return count.value if code == 0 else None
 
     def clock(self) -> float:
         """Cycles a microsecond, under load."""
@@ -215,8 +195,10 @@ def constants(bench: Bench) -> dict[str, Any]:
         results["cluster_barrier"] = {}
         results["cluster_exchange"] = {}
         results["active_clusters"] = {}
-        for cluster in CLUSTERS[1:]:
-            running = results["active_clusters"][cluster] = bench.active_clusters(cluster)
+        capability = int(bench.device.compute_capability)
+        active = active_clusters(capability, SHARED) or (None,) * len(CLUSTERS[1:])
+        for cluster, running in zip(CLUSTERS[1:], active):
+            results["active_clusters"][cluster] = running
             results["cluster_barrier"][cluster] = bench.steps(
                 "cluster_barrier", blocks=cluster, cluster=cluster
             )
@@ -237,11 +219,56 @@ def constants(bench: Bench) -> dict[str, Any]:
     return results
 
 
+def line_through(cycles: dict[int, float | None]) -> tuple[float, float] | None:
+    """Cycles of no byte and of each further byte, by least squares; None without two sizes."""
+    points = [(size, taken) for size, taken in cycles.items() if taken is not None]
+    if len(points) < 2:
+        return None
+    slope, first = statistics.linear_regression(*zip(*points))
+    return (first, slope) if slope > 0 and first > 0 else None
+
+
+def model_costs(found: dict[str, Any], device: str, commit: str) -> costs.Costs:
+    """The costs of the plans' model, from `constants`; what these do not tell stays predicted."""
+    us = found["us"]
+    clock = found["cycles_per_us"]
+    measured: dict[str, Any] = dict(
+        cycles_per_us=clock,
+        block_barrier=found["block_barrier"].get(THREADS),
+        product=found["product_bf16"].get(8),
+        graph_node_us=us["graph_node"],
+    )
+    exchanges = found["grid_exchange"]
+    # every word has its step's number beside it: two bytes are read for one that is received
+    few, all_blocks = (line_through(exchanges[pick(exchanges)]) for pick in (min, max))
+    if few and all_blocks:
+        measured["grid_latency"] = few[0]
+        measured["l2_bytes"] = 2 / few[1]
+        measured["l2_bytes_per_us"] = 2 * max(exchanges) * clock / all_blocks[1]
+    active = [*found.get("active_clusters", {}).values()]
+    if active and None not in active:
+        measured["clusters"] = tuple(active)
+        measured["multiprocessors"] = found["multiprocessors"]
+    # those of 16, of as many as run at once
+    sizes = found.get("cluster_exchange", {}).get(16, {})
+    line = line_through({size: taken[1] for size, taken in sizes.items()})
+    if line:
+        measured["cluster_latency"] = line[0]
+        measured["cluster_bytes"] = 1 / line[1]
+    known = {name: value for name, value in measured.items() if value is not None}
+    predicted = costs.costs_of()
+    others = tuple(name for name in predicted.predicted if name not in known)
+    return predicted._replace(device=device, commit=commit, predicted=others, **known)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", metavar="ARCH", help="compile for sm_90, say, and no more")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the JSON file (default: bench/results)"
+    )
+    parser.add_argument(
+        "--costs", type=Path, default=costs.FOLDER, help="of the model's (default: where it reads)"
     )
     options = parser.parse_args(arguments)
     if options.compile:
@@ -255,9 +282,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "-".join(filter(None, ("cuda-microbench", f"{results['commit']}.json")))
     path.write_text(json.dumps(results, indent=1) + "\n")
+    commit = results["commit"] or "an unknown commit"
+    found = model_costs(results["constants"], torch.cuda.get_device_name(), commit)
+    written = costs.write(found, options.costs)
     for name, value in results["constants"].items():
         print(f"{name:18} {value}")
-    print(path)
+    print(path, written, sep="\n")
     return 0
 
 

@@ -79,7 +79,7 @@ class FlashRNN(nn.Module):
         _only_plain(case, "tanh", "lstm", "gru")
         self.run = importlib.import_module("flashrnn.flashrnn").flashrnn
         self.function = "elman" if case.cell == "tanh" else case.cell
-        self.dtype = {"tf32": "float32"}.get(case.dtype, case.dtype)
+        self.dtype = {"tf32": "float32", "default": "float32"}.get(case.dtype, case.dtype)
         w_ih, w_hh, b_ih, b_hh = (p.detach() for p in oracle.parameters())
         w_hh = w_hh.unflatten(0, (-1, 1, case.H))
         b = (b_ih + b_hh).unflatten(0, (-1, 1, case.H))

@@ -1,10 +1,10 @@
 """Everything that a machine with a GPU has to show, in one command that installs and fetches
 nothing.
 
-In this order: versions, the constants of the machine, torch.nn's own times, the tests that need a
-GPU, our times by suite, and the sanitizer. Each step is a process of its own, and its log and JSON
-are there at once: what ends it early costs only what comes later. `--device cpu --suite smoke` is
-the rehearsal."""
+In this order: versions, the constants of the machine, torch.nn's own times, every test of the GPU
+(tests/on_gpu.py), our times by suite, and the sanitizer. Each step is a process of its own, and its
+log and JSON are there at once: what ends it early costs only what comes later. `--device cpu
+--suite smoke` is the rehearsal."""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 SUITES = (
     "core",
+    "defaults",
     "must-not-lose",
     "cliffs",
     "cells",
@@ -31,6 +32,7 @@ SUITES = (
     "large",
     "growth",
 )
+TOLD = "prove-tests.jsonl"  # what became of each test
 SPARE = 0.5  # minutes: what a benchmark takes beyond the time after which it begins no further case
 
 
@@ -51,6 +53,9 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
     print_versions = (
         f"import sys; sys.path.insert(0, 'bench'); import run; print(run.environment({device!r}))"
     )
+    tests = python("-m", "pytest", "-q", "-p", "tests.on_gpu", "--told", out / TOLD)
+    if device == "cpu":
+        tests.append("--collect-only")
     constants = ["--out", out] if device == "cuda" else ["--compile", "sm_90"]
     no = {name: "" if find_spec(name) else f"there is no {name}" for name in ("cupy", "pytest")}
     no |= {
@@ -62,10 +67,39 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
         Step("driver", 1, ["nvidia-smi"], no["nvidia-smi"]),
         Step("microbench", 2, python("bench/microbench.py", *constants), no["cupy"]),
         Step("baseline", 4, bench(suites[0], "--baseline", "--seconds", 0.2)),
-        Step("tests", 10, python("-m", "pytest", "-q", "-m", "gpu"), no["pytest"]),
+        Step("tests", 25, tests, no["pytest"]),
         *(Step(suite, 6, bench(suite)) for suite in suites),
         Step("sanitize", 10, python("-m", "tests.kernels.gpu.sanitize"), no["compute-sanitizer"]),
     ]
+
+
+def tested(told: Path) -> dict[str, Any]:
+    """From what tests/on_gpu.py wrote: how many tests were chosen and passed, and which failed,
+    were skipped (and why), or had no turn."""
+    chosen: list[str] = []
+    outcomes: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for line in told.read_text().splitlines():
+        entry = json.loads(line)
+        chosen = entry.get("chosen", chosen)
+        skipped |= entry.get("marked", {})
+        if "test" in entry:
+            worse = outcomes.get(entry["test"]) == "failed"
+            outcomes[entry["test"]] = "failed" if worse else entry["outcome"]
+            if entry["outcome"] == "skipped":
+                skipped[entry["test"]] = entry["why"]
+    return dict(
+        chosen=len(chosen),
+        passed=sum(outcome == "passed" for outcome in outcomes.values()),
+        failed=[test for test, outcome in outcomes.items() if outcome == "failed"],
+        skipped=skipped,
+        left_out=[test for test in chosen if test not in outcomes and test not in skipped],
+    )
+
+
+def summary(tests: dict[str, Any]) -> str:
+    parts = [f"{len(tests[key])} {key.replace('_', ' ')}" for key in list(tests)[2:]]
+    return f"of {tests['chosen']} tests {tests['passed']} passed, {', '.join(parts)}"
 
 
 def do(step: Step, minutes: float, log: Path) -> tuple[int | None, str]:
@@ -101,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     option("--suite", action="append", help=f"instead of all: {', '.join(SUITES)}")
     option("--only", nargs="+", metavar="STEP", help="only these steps")
     option(
-        "--minutes", type=float, default=60, help="for all steps together (default: %(default)g)"
+        "--minutes", type=float, default=90, help="for all steps together (default: %(default)g)"
     )
     option(
         "--out",
@@ -112,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    (out / TOLD).unlink(missing_ok=True)
     steps = plan(options.device, options.suite or list(SUITES), out)
     if unknown := {*(options.only or ())} - {step.name for step in steps}:
         parser.error(
@@ -142,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
                 command=step.command,
             )
         )
+        if step.name == "tests" and (out / TOLD).exists() and not step.missing:
+            outcomes[-1]["tests"] = tested(out / TOLD)
+            outcome += f"; {summary(outcomes[-1]['tests'])}"
         (out / "prove.json").write_text(json.dumps(outcomes, indent=1) + "\n")
         tail = (
             log.read_text(errors="replace").splitlines()[-12:]

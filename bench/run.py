@@ -221,7 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option(
         "--dtype",
         choices=suites.DTYPES,
-        help="likewise; tf32 is float32 whose products may be in TF32",
+        help="likewise; tf32 is float32 whose products may be in TF32, default what torch does",
     )
     option(
         "--seconds", type=float, default=0.5, help="to spend on each figure (default: %(default)s)"

@@ -4,15 +4,15 @@ from itertools import product
 from typing import NamedTuple
 
 GATES = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3}
-DTYPES = ("float32", "tf32", "float16", "bfloat16", "float64")
+DTYPES = ("float32", "tf32", "default", "float16", "bfloat16", "float64")
 FORMS = ("padded", "packed", "streaming")
 
 
 class Case(NamedTuple):
     """A layer and its input. `I` of 0 is H; dtype tf32 is float32 where products may be in TF32,
-    and float32 where they may not. Packed sequences have lengths drawn from 1 to T; streaming is T
-    calls of one step each, without gradients, that pass the state on; `hx` gives an initial
-    state."""
+    float32 where they may not, default where torch's switches are as they are. Packed sequences
+    have lengths drawn from 1 to T; streaming is T calls of one step each, without gradients, that
+    pass the state on; `hx` gives an initial state."""
 
     B: int
     T: int
@@ -153,6 +153,12 @@ GPU: dict[str, list[Case]] = {
         "tf32 bfloat16", *_cells("tanh lstm gru", Case(64, 128, 128), Case(256, 128, 512))
     ),
     "large": _with("tf32 bfloat16", Case(256, 1024, 1024), Case(256, 512, 2048)),
+    # what a user gets who sets no switch
+    "defaults": _with(
+        "default",
+        *_cells("tanh lstm gru", *(Case(64, 1024, H) for H in (128, 256, 512))),
+        Case(64, 1024, 256, cell="lstm", form="packed"),
+    ),
     "edges": [
         *_with(
             "tf32",

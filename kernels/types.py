@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import Tensor
 
 Value = TypeVar("Value")
-# On the CPU S tensors [N, B, H]; elsewhere joined, [N*S, B, H].
+# S tensors [N, B, H].
 States = Any
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import transforms
 from .boundary import alive
+from .device_copies import on_device
 from .kernels.cells import Cell
 from .kernels.plan import BACKENDS, Plan
 
@@ -99,11 +100,12 @@ def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tens
     if not isinstance(value, (list, tuple, int, np.ndarray, np.integer)):
         raise TypeError(f"Expected {name} to be a Tensor or a list, got {type(value).__name__}")
     try:
-        return torch.as_tensor(value, device=device)
+        found = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"Expected {name} to be a Tensor or a list of numbers, got {value!r}"
         ) from error
+    return found if device is None else on_device(name, found, device)
 
 
 def expect(
@@ -124,6 +126,11 @@ def expect(
             f"{device or 'any device'}, got {list(t.shape)}, {t.dtype}, {t.layout} and on "
             f"{t.device}"
         )
+
+
+def _rows_of_most(weights: Sequence[Any]) -> int:
+    rows: list[int] = [w.shape[0] for w in weights if w is not None and w.dim()]
+    return max(rows, key=rows.count)
 
 
 def check_layer(
@@ -153,8 +160,7 @@ def check_layer(
     if states:
         H = states[-1].shape[-1] if states[-1].dim() else 0
     elif per and not (per * H == w_hh.shape[0] and weights[0].shape == (per * H, size[-1])):
-        rows = [w.shape[0] for w in weights if w is not None and w.dim()]
-        H = max(rows, key=rows.count) // per  # what most of them say
+        H = _rows_of_most(weights) // per
     dtype = x.dtype
     strided = x.layout is torch.strided
     floats = (dtype,) if (strided and dtype.is_floating_point) or dtype.is_complex else ()
@@ -183,11 +189,24 @@ def check_layer(
             continue
         expect(name, weight, shape, floats, device)
     if states is not None:
-        for k, state in enumerate(states):
-            expect(
-                "hidden" if len(states) == 1 else f"hidden[{k}]", state, (N, B, H), floats, device
-            )
+        names = ["hidden"] if len(states) == 1 else [f"hidden[{k}]" for k in range(len(states))]
+        for name, state in zip(names, states):
+            expect(name, state, (N, B, H), floats, device)
     check_masks(x, masks, T, B)
+
+
+def _check_range(lengths: Tensor, T: int, plain: bool) -> None:
+    """Raises RuntimeError for lengths that are not in [0, T]. On a GPU this does not wait: wrong
+    lengths stop the device with an assertion."""
+    if plain and lengths.is_cuda:
+        # in one launch: an index that is out of range fails there
+        if lengths.numel():
+            lengths[:1].expand(T + 1).index_select(0, lengths)
+        return
+    lengths = transforms.unwrapped(lengths)
+    transforms.assert_async(
+        ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
+    )
 
 
 def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> None:
@@ -207,17 +226,14 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
         if B is None and batch_sizes is not None:
             B = int(batch_sizes[0])
         expect("resets", resets, (T, B), (torch.bool,), device)
-    # On a GPU this does not wait: wrong lengths stop the device with an assertion
     if lengths is not None:
         expect("lengths", lengths, (B,), (torch.int64, torch.int32), None)
         if lengths.is_meta and not x.is_meta:
             raise RuntimeError(f"Expected lengths with numbers, got {lengths.device}")
-        if not transforms.traced(lengths) and not transforms.active_transform():
+        plain = not transforms.traced(lengths) and not transforms.active_transform()
+        if plain:
             alive([lengths])
-        lengths = transforms.unwrapped(lengths)
-        transforms.assert_async(
-            ((lengths >= 0) & (lengths <= T)).all(), "Expected lengths between 0 and those of input"
-        )
+        _check_range(lengths, T, plain)
     if batch_sizes is not None:
         expect("batch_sizes", batch_sizes, (T,), (torch.int64,), None)
         if batch_sizes.is_meta and not x.is_meta:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device_copies import on_device
 from .kernels.cells import Cell
 from .kernels.states import join_states, join_weights, part_states
 
@@ -45,19 +46,21 @@ def composite(
     N = len(reverse)
     S = cell.states
     B = s0.shape[-2]
-    packed = slice(None)
+    packed: Any = slice(None)
     if batch_sizes is not None:
         b = torch.arange(B, device="cpu")
         runs = batch_sizes[:, None] > b
         rows = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + b
-        x = x.index_select(-2, (rows * runs).flatten().to(x.device)).unflatten(-2, rows.shape)
+        x = x.index_select(
+            -2, on_device("batch_sizes", (rows * runs).flatten(), x.device)
+        ).unflatten(-2, rows.shape)
         lengths = runs.sum(0)
-        packed = runs.flatten().nonzero().squeeze(1).to(x.device)
+        packed = on_device("batch_sizes", runs.flatten().nonzero().squeeze(1), x.device)
     T = x.shape[-3]
     ends = (
         torch.full((B, 1), T, device=x.device)
         if lengths is None
-        else lengths.to(x.device).unsqueeze(-1)
+        else on_device("lengths", lengths, x.device).unsqueeze(-1)
     )
     # A NaN in the padding would come back in the gradients of the choices below
     if lengths is not None:

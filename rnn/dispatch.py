@@ -14,11 +14,17 @@ from torch import Tensor
 from . import transforms
 from .kernels import cells
 from .kernels.cells import Cell
-from .kernels.plan import Gpu, Plan, make_plan
+from .kernels.plan import Gpu, Plan
+from .kernels.planner import make_plan
 
 # Once: it searches the disk
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}
-_MODULES = {"host": "cpu", "device": "gpu", "native": "cpu.native"}
+_MODULES = {
+    "host": "cpu",
+    "device": "gpu",
+    "native": "cpu.native",
+    "properties": "gpu.device",
+}
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
 OPERATORS: dict[Cell, Any] = {
     cells.rnn_tanh: torch.rnn_tanh,
@@ -137,6 +143,12 @@ def _report(compiler: str, text: str, kind: type[Warning]) -> None:
         warnings.warn(text, kind, stacklevel=3)
 
 
+def gpu(device: torch.device) -> Gpu:
+    """A GPU as plans see it."""
+    found: Gpu = module("properties").describe(device, _available("cupy"))
+    return found
+
+
 @lru_cache(4096)
 def _plan(
     cell: Cell,
@@ -145,16 +157,12 @@ def _plan(
     device: torch.device,
     tf32: bool,
 ) -> Plan:
-    gpu = None
+    described = None
     serves = served(device, dtype)[0]
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
-        gpu = Gpu(
-            10 * found.major + found.minor, found.multi_processor_count, shared, _available("cupy")
-        )
+        described = gpu(device)
     native = device.type == "cpu" and native_available(cell, dtype)
-    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), gpu, tf32, native)
+    plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), described, tf32, native)
     return (
         Plan("cupy")
         if serves == "cupy" and (plan.backend != "cuda" or dtype == torch.float64)

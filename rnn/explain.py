@@ -10,6 +10,7 @@ from . import dispatch
 from .checks import check_layer
 from .kernels.cells import Cell
 from .kernels.plan import Plan
+from .kernels.prediction import predict
 from .modules import _Stack
 
 _WORDS = {
@@ -20,7 +21,23 @@ _WORDS = {
     "cluster": "the blocks of a cluster keep a slice of W_hh each",
     "grid": "all blocks keep a slice of W_hh each",
     "launch": "one launch a step, which reads W_hh",
+    "library": "one product of a library's and one launch a step",
 }
+
+
+def _prediction(
+    cell: Cell, x: Tensor, plan: Plan, dtype: torch.dtype, sizes: tuple[int, int, int, int]
+) -> str:
+    """What the model says of a plan on a GPU, and where its constants are from."""
+    if not x.is_cuda:
+        return ""
+    gpu = dispatch.gpu(x.device)
+    found = predict(cell, plan, dtype.itemsize, sizes, gpu)
+    return (
+        f"; {found.forward:.2f} us a step forward and {found.adjoint:.2f} back, in "
+        f"{found.waves} waves of {found.slices} slices of the batch, by a model whose costs are "
+        f"{gpu.costs.source}"
+    )
 
 
 def _words(
@@ -58,7 +75,7 @@ def _words(
         whys.append("the fastest that fits, by prediction")
     registers = (
         0
-        if chosen.scope == "launch"
+        if chosen.scope in ("launch", "library")
         else G * chosen.units * H * dtype.itemsize // (128 * chosen.warps)
     )
     return (
@@ -66,7 +83,8 @@ def _words(
         f"{registers} registers of a thread; {chosen.units} units of {G} gates by "
         f"{chosen.sequences} sequences a block, {-(-H // chosen.units)} blocks to a sequence, "
         f"{chosen.warps} warps; "
-        f"W_ih x {'in' if chosen.fused else 'before'} the steps; products in {chosen.precision} "
+        f"W_ih x {'in' if chosen.fused else 'before'} the steps; products in {chosen.precision}"
+        f"{_prediction(cell, x, chosen, dtype, (B, x.shape[-1], H, len(reverse)))} "
         f"({'; '.join(filter(None, [*whys, why]))})"
     )
 

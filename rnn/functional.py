@@ -28,6 +28,7 @@ from .layer_call import LayerCall, batch_size
 from .torch_operators import by_torch
 from .transforms import (
     active_transform,
+    any_autocast,
     autocast_dtype,
     is_vmap,
     traced,
@@ -123,7 +124,8 @@ def run_layer(  # noqa: PLR0913  as recurrence
         )
         return whole
     options = reverse, keep, plan, recompute, batch_first
-    autocast = autocast_dtype(x.device.type)
+    # Asked first whether there is any: the type of a device takes as long as a check.
+    autocast = autocast_dtype(x.device.type) if any_autocast() else None
     if autocast is not None:
         return _run_in(autocast, cell, x, weights, states, masks, *options)
     try:
@@ -133,18 +135,7 @@ def run_layer(  # noqa: PLR0913  as recurrence
         raise
     transform = active_transform()
     if transform or traced(x, weights[1]):
-        serves, dtype, _ = dispatch.support(x, plan)
-        kernels = plan is not None or bool(serves)
-        if dtype != x.dtype:
-            return _run_in(dtype, cell, x, weights, states, masks, *options)
-        operator: Callable[..., Any] = composite
-        if is_vmap(transform):
-            operator = partial(_vmap, plan=plan, recompute=recompute)
-        elif not transform:
-            operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
-        return composite_layer(
-            cell, x, weights, states, masks, reverse, keep, batch_first, operator
-        )
+        return _seen_by_pytorch(transform, cell, x, weights, states, masks, *options)
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
     B = batch_size(x, masks[1], batch_first)
     H = weights[1].shape[1]
@@ -166,6 +157,33 @@ def run_layer(  # noqa: PLR0913  as recurrence
         alive(weights)
     y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
+
+
+def _seen_by_pytorch(  # noqa: PLR0913  as run_layer
+    transform: Any,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor] | None,
+    masks: Sequence[Any],
+    reverse: Sequence[int],
+    keep: int,
+    plan: Plan | None,
+    recompute: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `run_layer`, under a transform or where the call is recorded."""
+    serves, dtype, _ = dispatch.support(x, plan)
+    if dtype != x.dtype:
+        options = reverse, keep, plan, recompute, batch_first
+        return _run_in(dtype, cell, x, weights, states, masks, *options)
+    operator: Callable[..., Any] = composite
+    if is_vmap(transform):
+        operator = partial(_vmap, plan=plan, recompute=recompute)
+    elif not transform:
+        kernels = plan is not None or bool(serves)
+        operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
+    return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first, operator)
 
 
 def _run_in(  # noqa: PLR0913  as run_layer

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .boundary import ready
+from .device_copies import kept_on_device, on_device
 from .dispatch import module
 from .kernels.cells import Cell
 from .kernels.plan import Plan
-from .kernels.states import join_states, part_states
 from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .resets import requested_steps
 
@@ -62,6 +62,17 @@ def batch_size(x: Tensor, batch_sizes: Tensor | None, batch_first: bool = False)
     return x.shape[0 if batch_first else 1]
 
 
+def _starts(batch_sizes: Tensor) -> Tensor:
+    """The first row of each step of packed sequences, [T]."""
+    return batch_sizes.cumsum(0) - batch_sizes
+
+
+def _ends(batch_sizes: Tensor) -> Tensor:
+    """The length of each packed sequence, [B]."""
+    sequences = torch.arange(int(batch_sizes[0]), device="cpu")
+    return len(batch_sizes) - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
+
+
 class LayerCall:
     """One call, there and back: its plan, and the rows that the kernels see. Array operations do
     not see those past an end. With `batch_first` the caller's x and y are [B, T, ...]."""
@@ -92,13 +103,15 @@ class LayerCall:
         self.plan = plan
         if plan.backend == "triton" and x.is_cpu and not _interpreted():
             raise RuntimeError(f'The plan "triton" is for tensors on a GPU, got {x.device}')
-        self.on_host = self.plan.backend not in _AROUND
         self.index: Tensor | None = None
         self.order: Tensor | None = None
         if lengths is not None and self.plan.scope == "host":
             batch_sizes, resets = self._leave_out_padding(lengths, resets, (T, B), x.device)
         if batch_sizes is None:
-            ends = lengths if lengths is None else lengths.to(x.device, non_blocking=True)
+            # int64, as CUDA C++ has them
+            ends = lengths if lengths is None else lengths.to(torch.int64)
+            if ends is not None:
+                ends = on_device("lengths", ends, x.device)
             self.layout = Layout(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
             self.layout = self._packed_rows(batch_sizes, resets, B, x.device)
@@ -113,8 +126,8 @@ class LayerCall:
         ends, order = lengths.cpu().sort(descending=True, stable=True)
         steps = torch.arange(T, device="cpu")[:, None]  # whatever the default device is
         runs = steps < ends
-        self.index = (steps * B + order)[runs].to(device)
-        self.order = order.to(device)
+        self.index = on_device("lengths", (steps * B + order)[runs], device)
+        self.order = on_device("lengths", order, device)
         batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
         return batch_sizes, None if resets is None else resets.index_select(1, self.order)
 
@@ -122,14 +135,20 @@ class LayerCall:
         self, batch_sizes: Tensor, resets: Tensor | None, B: int, device: torch.device
     ) -> Layout:
         T = len(batch_sizes)
-        starts = batch_sizes.cumsum(0) - batch_sizes
-        ends = None
-        if self.plan.scope != "host":
-            sequences = torch.arange(B, device="cpu")
-            ends = T - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
-            ends = ends.to(device, non_blocking=True)
-            starts = starts.to(device, non_blocking=True)
-        return Layout(T, self.reverse, batch_sizes.tolist(), ends, starts, resets, B)
+        sizes = batch_sizes.tolist()
+        if self.plan.scope == "host":
+            return Layout(T, self.reverse, sizes, None, _starts(batch_sizes), resets, B)
+        if device.type != "cuda":
+            ends = _ends(batch_sizes)
+            return Layout(T, self.reverse, sizes, ends, _starts(batch_sizes), resets, B)
+
+        def together() -> list[Tensor]:
+            """Both in one, each from an even place on, for one copy."""
+            ends = _ends(batch_sizes)
+            return [torch.cat((ends, ends.new_zeros(B % 2), _starts(batch_sizes)))]
+
+        (both,) = kept_on_device("batch_sizes", batch_sizes, device, together)
+        return Layout(T, self.reverse, sizes, both[:B], both[B + B % 2 :], resets, B)
 
     def backend(self) -> Any:
         """The module whose `forward` and `backward` take tensors that are `ready`."""
@@ -138,32 +157,20 @@ class LayerCall:
     def context(self, x: Tensor) -> AbstractContextManager[Any]:
         return device_context(self.plan.backend, x)
 
-    def first(self, states: Sequence[Tensor] | None, like: Tensor) -> Any:
-        """The states before the first step, which are `ready`, as the backend takes them."""
-        N = len(self.reverse)
-        if not states:
-            if self.on_host:
-                return None
-            return like.new_zeros((N * self.cell.states, self.layout.sequences, like.shape[1]))
-        sorted_states = [self.sort(s) for s in states]
-        return sorted_states if self.on_host else join_states(sorted_states, N)
+    def first(self, states: Sequence[Tensor] | None) -> Any:
+        """The states before the first step, which are `ready`, as the backend takes them; None for
+        zeros."""
+        return [self.sort(s) for s in states] if states else None
 
     def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
         """The gradients of the last states, likewise; None if there are none."""
-        some = next((grad for grad in grads if grad is not None), None)
-        if some is None:
+        if all(grad is None for grad in grads):
             return None
-        found = [None if grad is None else self.sort(grad) for grad in grads]
-        if self.on_host:
-            return found
-        return join_states(
-            [torch.zeros_like(some) if grad is None else grad for grad in found], len(self.reverse)
-        )
+        return [None if grad is None else self.sort(grad) for grad in grads]
 
-    def last(self, states: Any) -> list[Tensor]:
+    def last(self, states: Any) -> Any:
         """The last states, or the gradients of the first ones, as the caller takes them."""
-        parted = states if self.on_host else part_states(states, self.cell.states)
-        return parted if self.order is None else [self.sort(s, back=True) for s in parted]
+        return states if self.order is None else [self.sort(s, back=True) for s in states]
 
     def pick(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
@@ -206,7 +213,7 @@ def forward(
     """What the call gives for x in the caller's layout, and S states [N, B, H] before the first
     step, zeros if None."""
     rows, w_ih, w_hh, b_ih, b_hh, *first = ready((call.flat(x), *weights, *(states or ())))
-    s0 = call.first(first, w_hh)
+    s0 = call.first(first)
     whole = Weights(w_ih, w_hh, b_ih, b_hh)
     with call.context(x):
         found = call.backend().forward(call.cell, call.plan, call.layout, rows, whole, s0, save)
@@ -243,7 +250,7 @@ def backward(
         *(states or ()),
     )
     rows, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(given, like=x)
-    s0 = call.first(ends[S:], w_hh)
+    s0 = call.first(ends[S:])
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)
     if call.layout.resets is not None:

@@ -16,6 +16,7 @@ from .autograd import own_gradient
 from .batch import Batch, batch_of
 from .boundary import alive
 from .checks import check_masks, check_plan, expect, refuse_nested
+from .device_copies import on_device
 from .docstrings import cell_doc, layer_doc
 from .functional import run_layer
 from .kernels import cells
@@ -46,7 +47,7 @@ class _Stack(nn.RNNBase):
 
     # Of the class, so that torch.nn's modules have them when they become ours.
     recompute = False
-    # How to compute the layer, if not as `rnn.kernels.plan.make_plan` would
+    # How to compute the layer, if not as `rnn.kernels.planner.make_plan` would
     plan: Plan | None = None
     # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read
     # that.
@@ -346,7 +347,7 @@ class _Stack(nn.RNNBase):
             steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
             ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
             if batch.lengths is not None:
-                none = (batch.lengths == 0).to(x.device)[:, None]
+                none = (on_device("lengths", batch.lengths, x.device) == 0)[:, None]
                 ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
         return steps, ends
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device_copies import on_device
+
 
 def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
     """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with,
@@ -19,9 +21,9 @@ def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[i
     t = b * 0 + T - 1
     starts = torch.arange(T, device=x.device) * B
     if lengths is not None:
-        t = (lengths.to(x.device) - 1).clamp(min=0)
+        t = (on_device("lengths", lengths, x.device) - 1).clamp(min=0)
     if batch_sizes is not None:
-        sizes = batch_sizes.to(x.device)
+        sizes = on_device("batch_sizes", batch_sizes, x.device)
         t = (sizes[:, None] > b).sum(0) - 1
         starts = sizes.cumsum(0) - sizes
     columns = []

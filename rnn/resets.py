@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .device_copies import on_device
 from .kernels.types import Layout, OutputGrads, Outputs
 
 
@@ -18,13 +19,14 @@ def requested_steps(
     may hold would be NaN."""
     y, others, _, saved = outputs
     dy, dothers, dlast = grads
-    before = [] if s0 is None else s0 if call.on_host else [s0]
-    tensors = [t for t in (x, y, others, saved, *before) if t is not None]
+    tensors = [t for t in (x, y, others, saved, *(s0 or ())) if t is not None]
     # A GPU would have to be waited for.
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):
         return x, s0, outputs
     N = len(call.reverse)
-    T, B, R, H = call.layout.steps, call.layout.sequences, sum(call.layout.sizes), y.shape[-1] // N
+    T = call.layout.steps
+    R = sum(call.layout.sizes)
+    H = y.shape[-1] // N
     place = _place(call.layout, x.device)
     # Which rows a gradient comes into from outside, [R, N].
     given = torch.zeros(R, N, dtype=torch.bool, device=x.device)
@@ -33,8 +35,6 @@ def requested_steps(
             given |= (grad.view(R, N, H) != 0).any(-1)
     row = ((place.starts[:, None] + place.sequence) * place.runs).clamp(max=max(R - 1, 0))
     asks = given[row] & place.runs[..., None]  # [T, B, N]
-    if dlast is not None and not call.on_host:
-        dlast = dlast.view(N, -1, B, H).unbind(1)
     for grad in dlast or ():
         if grad is not None:
             last = (grad != 0).any(-1)  # [N, B]
@@ -50,10 +50,8 @@ def requested_steps(
     first = torch.stack(begins)  # [N, B]
     x = torch.where(of_row.any(1).view(*x.shape[:-1], 1), x, 0)
     y = torch.where(of_row[..., None], y.view(R, N, H), 0).view(y.shape)
-    if call.on_host and s0 is not None:
+    if s0 is not None:
         s0 = [torch.where(first[..., None], s, 0) for s in s0]
-    elif s0 is not None:
-        s0 = torch.where(first[:, None, :, None], s0.view(N, -1, B, H), 0).view(s0.shape)
     if others is not None:
         others = torch.where(of_row[..., None], others.view(-1, R, N, H), 0).view(others.shape)
     if saved is not None and call.plan.backend == "native":  # whose order that is
@@ -78,7 +76,7 @@ class _Place(NamedTuple):
 
 
 def _place(layout: Layout, device: torch.device) -> _Place:
-    sizes = torch.tensor(layout.sizes, device=device)
+    sizes = on_device("batch_sizes", torch.tensor(layout.sizes, device="cpu"), device)
     starts = sizes.cumsum(0) - sizes
     R = sum(layout.sizes)
     time = torch.arange(layout.steps, device=device)[:, None]

@@ -16,7 +16,7 @@ class ForwardTensors(NamedTuple):
     b_hh: Tensor | None
     # [N, S, B, H], float32: initial states in, final states out
     state: Tensor
-    # [2, N, B, H]: h that enters even and odd steps (Triton's scopes grid and launch)
+    # [2, N, B, H]: h that enters even and odd steps (Triton's scopes but block)
     hidden: Tensor | None
     # [R, N, H], [S - 1, R, N, H] and [A, R, N, H]
     y: Tensor
@@ -25,6 +25,8 @@ class ForwardTensors(NamedTuple):
     lengths: Tensor | None
     offsets: Tensor | None
     resets: Tensor | None
+    # [N, B, G, H]: W_hh h of the step (scope library)
+    product: Tensor | None = None
 
 
 class BackwardTensors(NamedTuple):
@@ -46,3 +48,6 @@ class BackwardTensors(NamedTuple):
     lengths: Tensor | None
     offsets: Tensor | None
     resets: Tensor | None
+    # [N, B, G, H], dr of the step done before, and [N, B, H], W_hh^T of that (scope library)
+    outgoing: Tensor | None = None
+    product: Tensor | None = None

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from rnn.kernels import costs
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -234,6 +236,19 @@ def test_cases(bench: Any) -> None:
                 )
 
 
+def test_defaults_set_no_switch(bench: Any) -> None:
+    """Also where a case before set one."""
+    switches: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    suite = bench.suites.SUITES["cuda"]["defaults"]
+    assert {case.dtype for case in suite} == {"default"}
+    for mode in ("tf32", "float32"):
+        bench.measure.set_precision(mode)
+        before = [switch.fp32_precision for switch in switches]
+        work = bench.measure.Workload(bench.suites.Case(2, 3, 4, dtype="default"), "cpu")
+        assert work.dtype == torch.float32
+        assert [switch.fp32_precision for switch in switches] == before
+
+
 @pytest.mark.parametrize(
     "options", [{}, dict(cell="lstm", layers=2, bidirectional=True), dict(cell="gru", I=5)]
 )
@@ -411,6 +426,68 @@ def test_microbench_compiles(bench: Any, arch: str, cluster: int) -> None:
     clusters = {"cluster_barrier", "cluster_exchange"} if arch != "sm_80" else set()
     assert {*re.findall(r"Compiling entry function '(\w+)'", said)} == kernels | clusters
     assert {*re.findall(r"(\d+) bytes (?:stack|spill)", said)} == {"0"}
+
+
+def measured_constants() -> dict[str, Any]:
+    """As microbench finds them, of a device whose costs are round numbers."""
+
+    def line(first: float, each: float) -> dict[int, float]:
+        return {size: first + each * size for size in (2048, 8192, 32768)}
+
+    return dict(
+        cycles_per_us=2000.0,
+        us=dict(host_launch=3.0, launch=2.0, graph_node=1.5),
+        multiprocessors=100,
+        block_barrier={128: 20.0, 256: 25.0, 512: 40.0},
+        product_bf16={4: 9.0, 8: 7.0, 16: 7.0},
+        product_tf32={4: 9.0, 8: 7.0, 16: 7.0},
+        grid_barrier={16: 900.0},
+        grid_exchange={16: line(1000, 1 / 16), 32: line(1000, 1 / 16), 100: line(1100, 1 / 8)},
+        cluster_barrier={16: 200.0},
+        cluster_exchange={
+            16: {size: [t - 50, t] for size, t in line(500, 1 / 10).items()},
+        },
+        active_clusters={2: 50, 4: 24, 8: 11, 16: 5},
+    )
+
+
+def test_microbench_writes_costs(bench: Any, tmp_path: Path) -> None:
+    """What the plans' model reads: all that was measured, and the names of what was not."""
+    known = costs.costs_of()
+    found = bench.microbench.model_costs(measured_constants(), "NVIDIA X", "abc")
+    want = dict(
+        cycles_per_us=2000,
+        graph_node_us=1.5,
+        multiprocessors=100,
+        block_barrier=25,
+        product=7,
+        grid_latency=1000,
+        l2_bytes=32,
+        l2_bytes_per_us=2 * 100 * 8 * 2000,
+        cluster_latency=500,
+        cluster_bytes=10,
+        clusters=(50, 24, 11, 5),
+    )
+    for name, value in found._asdict().items():
+        if name in want:
+            assert value == pytest.approx(want[name]) and name not in found.predicted
+        elif name not in ("device", "commit", "predicted"):
+            assert value == getattr(known, name) and name in found.predicted
+    assert costs.read(costs.write(found, tmp_path)) == found
+    assert (tmp_path / "nvidia-x.json").exists()
+
+
+def test_microbench_measures_less(bench: Any) -> None:
+    """A device without clusters, where waits were given up."""
+    constants = measured_constants()
+    for name in ("cluster_barrier", "cluster_exchange", "active_clusters"):
+        del constants[name]
+    constants["grid_exchange"] = {16: {2048: None}, 100: {2048: 1000.0}}
+    constants["block_barrier"] = {256: None}
+    found = bench.microbench.model_costs(constants, "NVIDIA X", "abc")
+    predicted = {"clusters", "cluster_latency", "grid_latency", "l2_bytes", "block_barrier"}
+    assert predicted | {"multiprocessors"} <= {*found.predicted}
+    assert "graph_node_us" not in found.predicted
 
 
 def test_prove(tmp_path: Path) -> None:

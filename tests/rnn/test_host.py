@@ -25,6 +25,7 @@ from rnn import dispatch, functional, layer_call
 from rnn.kernels import cells
 from rnn.kernels import cpu as host
 from rnn.kernels import gpu as device
+from rnn.kernels.gpu.device import describe
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Outputs, Weights
 from tests.cases import LAYER_NAMES, NAMES, check_recurrence
@@ -54,7 +55,7 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def results() -> tuple[Any, ...]:
         states = torch.zeros(S - 1, T * B, H) if S > 1 else None
         saved = torch.zeros(A, T * B, H) if A else None
-        return torch.zeros(T * B, H), states, torch.zeros(S, B, H), saved
+        return torch.zeros(T * B, H), states, [torch.zeros(1, B, H) for _ in range(S)], saved
 
     def forward(cell: Any, plan: Any, layout: Any, x: Tensor, weights: Weights, *_: Any) -> Any:
         nn.functional.linear(x, weights.w_ih, weights.b_ih)
@@ -87,8 +88,8 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_num_threads(threads)
     # An RNN call is so short that looking at the memory of each tensor before a kernel reads it, 2
-    # us, is seen: 0.97 of torch.nn's time alone on a machine, up to 1.02 beside other work.
-    forward_limit, training_limit = (1.05, 1.05) if name == "RNN" else (0.9, 1.0)
+    # us, is seen: 0.97 and 1.0 of torch.nn's time alone on a machine, 1.03 and 1.05 beside others.
+    forward_limit, training_limit = (1.05, 1.1) if name == "RNN" else (0.9, 1.0)
     # Whose own part takes up to a sixth less time
     if TORCH != (2, 13) or sys.version_info >= (3, 12):
         forward_limit = forward_limit * 1.2
@@ -102,6 +103,7 @@ def gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """As if there were a GPU, for decisions: tensors on it hold nothing."""
     has = SimpleNamespace(capability=(9, 0), triton=True, cupy=True)
     properties = SimpleNamespace(
+        name="NVIDIA H200",
         major=9,
         minor=0,
         multi_processor_count=132,
@@ -110,11 +112,14 @@ def gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(nn.RNNBase, "reset_parameters", lambda layer: None)
     monkeypatch.setattr(dispatch, "_available", lambda library: getattr(has, library))
+    describe.cache_clear()
     with FakeTensorMode():
         yield has
+    describe.cache_clear()
 
 
 def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
@@ -136,7 +141,7 @@ def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
             512,
             torch.bfloat16,
             {},
-            ["cuda, scope cluster", "32 units", "16 blocks to a sequence", "96 registers"],
+            ["cuda, scope grid", "16 units", "32 blocks to a sequence", "not measured"],
         ),
         (
             64,
@@ -148,7 +153,7 @@ def on_gpu(H: int, dtype: torch.dtype = torch.float32) -> str:
             512,
             torch.float32,
             {"cupy": False},
-            ["triton, scope launch", "cudnn.rnn.fp32_precision is 'tf32')"],
+            ["triton, scope library", "cudnn.rnn.fp32_precision is 'tf32'"],
         ),
         (64, torch.float64, {}, ["the formula", "no kernel for torch.float64"]),
         (64, torch.float32, {"capability": (7, 5)}, ["the formula", "8.0, this one has 7.5"]),

@@ -4,10 +4,10 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
     const T* dstates, float* ds, T* dx, T* dr, T* h_prev,
     const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
-    i64 steps, i64 B, i64 R, i64 H, i64 reverses) {
+    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first) {
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
-                steps, B, R, H, reverses);
+                steps, B, R, H, reverses, first);
   float outgoing[VECTORS][P][2];
   float sums[ROWS][P][2];
   state += worker.s0;
@@ -20,49 +20,59 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   dr += worker.x0;
   dx += worker.x0;
   struct Inputs {
-    Pair s[STATES];
-    Pair d[STATES];
-    Pair saved[SAVED + 1];
+    Loaded s[STATES];
+    Loaded d[STATES];
+    Loaded saved[SAVED + 1];
   };
   // of step t, and of `before`, which precedes it in time and follows it here
   Inputs now[P];
   Inputs later[P];
-  bool cuts[P];
-  bool cuts_later[P];
+  u32 cuts[P];
+  u32 cuts_later[P];
   float d[P][STATES][2] = {};
-  auto fetch = [&](Inputs (&inputs)[P], bool (&cuts)[P], int t, i64 row) {
-    row *= worker.y_row;
+  auto fetch = [&](Inputs (&inputs)[P], u32 (&cuts)[P], int t, i64 offset) {
     worker.find_cuts(cuts, t);
     EACH(p, P) {
       inputs[p] = {};
-      if (!worker.runs(t, p)) continue;
+      if (!worker.runs(t, p)) {
+        // before its first step a sequence is in its initial state
+        EACH(k, STATES) if (worker.end[p])
+          inputs[p].s[k] = worker.load(state + k * worker.layer + worker.at(p, H));
+        continue;
+      }
       EACH(k, STATES) {
         const T* from = k ? states + (k - 1) * worker.plane : y;
-        inputs[p].s[k] = worker.load(from + row + worker.at(p, worker.y_row));
+        inputs[p].s[k] = worker.load(from + offset + worker.at(p, worker.y_row));
       }
-      inputs[p].d[0] = worker.load(dy + row + worker.at(p, worker.y_row));
+      inputs[p].d[0] = worker.load(dy + offset + worker.at(p, worker.y_row));
       EACH(k, STATES) if (k && dstates)
         inputs[p].d[k] =
-            worker.load(dstates + (k - 1) * worker.plane + row + worker.at(p, worker.y_row));
+            worker.load(dstates + (k - 1) * worker.plane + offset + worker.at(p, worker.y_row));
       EACH(k, SAVED)
         inputs[p].saved[k] =
-            worker.load(saved + k * worker.plane + row + worker.at(p, worker.y_row));
+            worker.load(saved + k * worker.plane + offset + worker.at(p, worker.y_row));
     }
   };
   EACH(p, P) EACH(k, STATES)
     if (worker.inside(p)) worker.load(d[p][k], ds + k * worker.layer + worker.at(p, H));
   int t = worker.time(0, !worker.reverse);
   i64 row = worker.row(t);
-  fetch(now, cuts, t, row);
+  fetch(now, cuts, t, row * worker.y_row);
+  // with masks a step ahead of its use, as it may have to be loaded
+  i64 row_ahead = MASKS_AHEAD ? worker.row(worker.time(1, !worker.reverse)) : 0;
   for (int u = 0;; ++u) {
     const int before = worker.time(u + 1, !worker.reverse);
-    const i64 row_before = worker.row(before);
+    const i64 row_before = MASKS_AHEAD ? row_ahead : worker.row(before);
+    if (MASKS_AHEAD) row_ahead = worker.row(worker.time(u + 2, !worker.reverse));
     const i64 prefetch_row = worker.prefetch_row(u);
-    fetch(later, cuts_later, before, row_before);
+    const i64 y_before = pin_register(row_before * worker.y_row);
     worker.prefetch(dy, prefetch_row, worker.y_row);
     EACH(k, STATES)
       worker.prefetch(k ? states + (k - 1) * worker.plane : y, prefetch_row, worker.y_row);
     EACH(k, SAVED) worker.prefetch(saved + k * worker.plane, prefetch_row, worker.y_row);
+    // in this order, as the wait is also for all loads in flight
+    if (u) worker.wait(u - 1);
+    fetch(later, cuts_later, before, y_before);
     if (u) {
       worker.accumulate(u - 1, sums);
       EACH(p, P) {
@@ -73,17 +83,14 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (u == worker.steps) break;
     EACH(p, P) {
       const bool runs = worker.runs(t, p);
-      // whether gradients flow on to the state that entered, and whether that is the initial one
-      const bool flows = runs && !cuts[p];
-      const bool first = flows && !worker.runs(before, p);
+      // whether gradients flow on to the state that entered
+      const bool flows = runs && !(MASKS && cuts[p]);
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];
       EACH(k, STATES) {
-        const Pair s =
-            first ? worker.load(state + k * worker.layer + worker.at(p, H)) : later[p].s[k];
-        s_prev[0][k] = flows ? half_of(s, 0) : 0.f;
-        s_prev[1][k] = flows ? half_of(s, 1) : 0.f;
+        s_prev[0][k] = flows ? half_of(later[p].s[k], 0) : 0.f;
+        s_prev[1][k] = flows ? half_of(later[p].s[k], 1) : 0.f;
       }
       EACH(e, 2) {
         float s_next[STATES], ds_next[STATES], a[SAVED + 1], ds_prev[STATES];

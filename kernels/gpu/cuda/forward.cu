@@ -3,10 +3,10 @@
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
     const T* x, const T* w_hh, const T* b_hh, float* state, T* y, T* states, T* saved,
     const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
-    i64 steps, i64 B, i64 R, i64 H, i64 reverses) {
+    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first) {
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
-                steps, B, R, H, reverses);
+                steps, B, R, H, reverses, first);
   float outgoing[VECTORS][P][2];
   float sums[ROWS][P][2];
   x += worker.x0;
@@ -17,12 +17,11 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   float s[P][STATES][2] = {};
   float bias[GATES][2] = {};
   // x of this step and of the next
-  Pair now[P][GATES];
-  Pair later[P][GATES];
-  bool cuts[P];
-  auto fetch = [&](Pair (&inputs)[P][GATES], int t, i64 row) {
-    const T* from = x + row * worker.x_row;
-    worker.find_cuts(cuts, t);
+  Loaded now[P][GATES];
+  Loaded later[P][GATES];
+  u32 cuts[P];
+  auto fetch = [&](Loaded (&inputs)[P][GATES], int t, i64 offset) {
+    const T* from = x + offset;
     EACH(p, P) EACH(g, GATES) {
       inputs[p][g] = {};
       if (worker.runs(t, p))
@@ -32,12 +31,12 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   // The states that enter the step just fetched, and of these h, which is multiplied.
   auto enter = [&] {
     EACH(p, P) EACH(e, 2) {
-      EACH(k, STATES) if (cuts[p]) s[p][k][e] = 0.f;
+      EACH(k, STATES) if (MASKS && cuts[p]) s[p][k][e] = 0.f;
       outgoing[0][p][e] = s[p][0][e];
     }
   };
   EACH(g, GATES) if (b_hh && worker.unit < H) {
-    const Pair b = worker.load(b_hh + (worker.n * GATES + g) * H + worker.unit);
+    const Loaded b = worker.load(b_hh + (worker.n * GATES + g) * H + worker.unit);
     bias[g][0] = half_of(b, 0);
     bias[g][1] = half_of(b, 1);
   }
@@ -45,16 +44,24 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (worker.inside(p)) worker.load(s[p][k], state + k * worker.layer + worker.at(p, H));
   int t = worker.time(0, worker.reverse);
   i64 row = worker.row(t);
-  fetch(now, t, row);
+  worker.find_cuts(cuts, t);
+  fetch(now, t, row * worker.x_row);
   enter();
   worker.publish(0, outgoing);
+  // with masks a step ahead of its use, as it may have to be loaded
+  i64 row_ahead = MASKS_AHEAD ? worker.row(worker.time(1, worker.reverse)) : 0;
   for (int u = 0; u < worker.steps; ++u) {
     const int next = worker.time(u + 1, worker.reverse);
-    const i64 next_row = worker.row(next);
+    const i64 next_row = MASKS_AHEAD ? row_ahead : worker.row(next);
+    if (MASKS_AHEAD) row_ahead = worker.row(worker.time(u + 2, worker.reverse));
     const i64 prefetch_row = worker.prefetch_row(u);
     const i64 at = row * worker.y_row;
-    fetch(later, next, next_row);
+    const i64 next_x = pin_register(next_row * worker.x_row);
     EACH(g, GATES) worker.prefetch(x + g * H, prefetch_row, worker.x_row);
+    worker.find_cuts(cuts, next);
+    // in this order, as the wait is also for all loads in flight
+    worker.wait(u);
+    fetch(later, next, next_x);
     worker.accumulate(u, sums);
     EACH(p, P) {
       float a[2][SAVED + 1];

@@ -3,6 +3,7 @@
 Compiled for a cell and a plan, without nvcc. Compiled kernels are kept on disk, beside CuPy's."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,8 +17,9 @@ from torch import Tensor
 from ...build_cache import build_once
 from ...cells import Cell
 from ...codegen import statements
-from ...plan import Plan, shared_bytes
+from ...plan import Plan, plan_text, shared_bytes, slices
 from ...types import Layout
+from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
@@ -25,6 +27,8 @@ _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "B
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
 PORTABLE_CLUSTER = 8
 NON_PORTABLE_CLUSTER_SIZE = 14
+# After which blocks that wait for each other give up, three minutes: in units of 2^32 ns.
+WAIT_LIMIT = 42
 
 
 def program(
@@ -49,15 +53,18 @@ def program(
         BLOCKS=plan.blocks,
         SEQUENCES=plan.sequences,
         SPLITS=plan.warps * 16 // plan.units,
+        WEIGHT_REGISTERS=plan.weight_registers,
         ADJOINT=adjoint,
         MASKS=masks,
         EVEN=even,
         PRECISE=dtype == torch.float32 and plan.precision == "tf32x3",
+        PLAN=json.dumps(plan_text(plan)),
+        WAIT_LIMIT=WAIT_LIMIT,
     )
     values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
     defines = "".join(f"#define {k} {v}\n" for k, v in values.items())
     body = text("backward.cu" if adjoint else "forward.cu")
-    return defines + helpers + text("worker.cuh") + body
+    return defines + helpers + text("products.cuh") + text("worker.cuh") + body
 
 
 def text(name: str) -> str:
@@ -124,7 +131,7 @@ def load(
     properties = torch.cuda.get_device_properties(device)
     code = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
     shared = shared_bytes(cell, plan, dtype.itemsize, adjoint)
-    with cupy.cuda.Device(device.index):
+    with cupy.cuda.Device(device.index), faults_of(plan, device):
         cubin = _cubin(code, 10 * properties.major + properties.minor)
         # a cooperative launch keeps the blocks of a grid resident together
         module = cupy.RawModule(path=str(cubin), enable_cooperative_groups=plan.scope == "grid")
@@ -137,7 +144,7 @@ def load(
         # blocks of a grid wait for each other
         if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:
             raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
-        with on_stream(cupy.cuda, device):
+        with on_stream(cupy.cuda, device), faults_of(plan, device):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
     return run
@@ -184,22 +191,29 @@ def launch(
     """Run the forward or the backward kernel over all steps."""
     _, B, H = s0.shape
     adjoint = isinstance(tensors, BackwardTensors)
-    grid = plan.blocks, -(-B // plan.sequences), len(layout.reverse)
+    N = len(layout.reverse)
+    parts = slices(plan, B)
     flags = None
-    if plan.scope == "grid":
+    flag_bytes = 0
+    if plan.scope == "grid" and parts:
         vectors = cell.gates if adjoint else 1
-        count = prod(grid) * plan.units * plan.sequences * vectors
-        # two buffers of 32-bit words, each with the number of its step
-        words = count * s0.element_size() // 4
-        flags = s0.new_zeros(2 * words, dtype=torch.int64)
+        count = plan.blocks * parts[0].tiles * N * plan.units * plan.sequences * vectors
+        # two buffers of 32-bit words, each with the number of its step, for each slice
+        words = 2 * (count * s0.element_size() // 4)
+        flags = s0.new_zeros(len(parts) * words, dtype=torch.int64)
+        flag_bytes = 8 * words
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     masks = lengths, layout.offsets, layout.resets
     numbers_at = [_address(t) for t in _numbers(tensors)]
     pair_bytes = 2 * s0.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)
-    if B and H:
-        masked = any(t is not None for t in masks)
-        kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
-        addresses = *numbers_at, *map(_address, masks), _address(flags)
-        kernel(grid, (*addresses, layout.steps, B, R, H, layout.reverses))
+    if not B or not H:
+        return
+    masked = any(t is not None for t in masks)
+    kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
+    addresses = *numbers_at, *map(_address, masks)
+    sizes = layout.steps, B, R, H, layout.reverses
+    for k, part in enumerate(parts):
+        flags_at = _address(flags) + k * flag_bytes
+        kernel((plan.blocks, part.tiles, N), (*addresses, flags_at, *sizes, part.first))

@@ -11,9 +11,39 @@ DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(
 DEVICE void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
+DEVICE bool any_of_warp(bool v) { return __any_sync(~0u, v); }
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// hides the value of v from the compiler
-DEVICE void keep(u32& v) { asm volatile("" : "+r"(v)); }
+// The value in a register, hidden from the compiler, which neither moves nor repeats what made it.
+DEVICE u32 pin_register(u32 v) { asm volatile("" : "+r"(v)); return v; }
+DEVICE i64 pin_register(i64 v) { asm volatile("" : "+l"(v)); return v; }
+// The bytes of a and b that the digits name.
+DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) { return __byte_perm(a, b, digits); }
+// What lies at p, or 0 where it is not there. The compiler would put the load into a branch, and
+// wait for it there.
+DEVICE u32 load_word_if(const void* p, bool there) {
+  u32 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+               "@p ld.global.nc.u32 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
+DEVICE u32 load_byte_if(const bool* p, bool there) {
+  u32 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+               "@p ld.global.nc.u8 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
+DEVICE i64 load_row_if(const i64* p, bool there, i64 v) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.nc.s64 %0, [%1];\n}"
+               : "+l"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
+DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
+DEVICE u32 load_if(const u16* p, bool there) {
+  u32 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+               "@p ld.global.nc.u16 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+  return v;
+}
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -30,7 +60,8 @@ DEVICE float reciprocal(float x) {
 typedef float T;
 struct __align__(8) Pair { T a, b; };
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
-DEVICE Pair join(T a, T b) { return {a, b}; }
+// of their bits
+DEVICE Pair join(u32 a, u32 b) { return {__uint_as_float(a), __uint_as_float(b)}; }
 DEVICE float widen(float v) { return v; }
 DEVICE Pair narrow(float a, float b) { return {a, b}; }
 DEVICE u32 tf32(u32 v) {
@@ -44,7 +75,7 @@ typedef u16 T;
 // in one piece: two parts would be unpacked right after the load, which would wait for it
 struct Pair { u32 both; };
 DEVICE T part(Pair v, int e) { return (T)(v.both >> 16 * e); }
-DEVICE Pair join(T a, T b) { return {(u32)b << 16 | a}; }
+DEVICE Pair join(u32 a, u32 b) { return {b << 16 | a}; }
 #if TYPE == FLOAT16
 DEVICE float widen(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
 #define NARROW "cvt.rn.f16x2.f32 %0, %2, %1;"
@@ -72,7 +103,7 @@ DEVICE float tanh(float x) {
   const float quotient = 1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390082f * x));
   const float square = x * x;
   const float series =
-      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835));
+      -1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * (62.f / 2835)));
   // the quotient cancels near 0
   return square < 0.06f ? x * (1.f + square * series) : quotient;
 #endif
@@ -105,9 +136,24 @@ DEVICE u64 load_flagged(const u64* p) {
   return v;
 }
 
-// Between two polls. About a minute of them is an error.
-DEVICE void wait_more(u32& spin_count) {
-  if (++spin_count == 1u << 26) asm volatile("trap;");
+// Between two polls of a step; `wait` begins with 0. Its upper 20 bits are the time when the clock
+// was first looked at, in units of 2^32 ns, its lower 12 bits count polls. Minutes are an error.
+DEVICE void wait_more(u32& wait, int step) {
+  wait = (wait & ~0xFFFu) | (wait + 1 & 0xFFFu);
+  if (wait & 0xFFF) return;
+  u32 now;
+  asm volatile("mov.u32 %0, %globaltimer_hi;" : "=r"(now));
+  if (!wait) wait = now << 12;
+  if ((now << 12) - wait <= WAIT_LIMIT << 12) return;
+#if PRECISE || SCOPE == GRID && GATES > 3
+  // the call below would take registers that these kernels do not have
+  asm volatile("trap;");
+#else
+  // As a failed assert (NVRTC declares the function): the driver prints the text, with the step in
+  // place of a line's number. Nothing comes after, for which registers would have to be kept.
+  __assertfail("the other blocks' h came in time for " PLAN, "step", step, "recurrence", 1);
+  __builtin_unreachable();
+#endif
 }
 
 #if SCOPE == CLUSTER
@@ -129,13 +175,23 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(barrier), "r"(bytes) : "memory");
 }
+// What others sent is visible only after acquire_shared(): acquired here, each wait would end in
+// throwing away the L1 cache. (CUDA before 13 has no such fence.)
+#if __CUDACC_VER_MAJOR__ >= 13
+#define WAIT_ORDER "relaxed"
+#define ACQUIRE_SHARED "fence.acquire.sync_restrict::shared::cluster.cluster;"
+#else
+#define WAIT_ORDER "acquire"
+#define ACQUIRE_SHARED ""
+#endif
 DEVICE bool barrier_passed(u32 barrier, u32 parity) {
   u32 passed;
   asm volatile("{\n.reg .pred p;\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+               "mbarrier.try_wait.parity." WAIT_ORDER ".cluster.shared::cta.b64 p, [%1], %2;\n"
                "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
   return passed;
 }
+DEVICE void acquire_shared() { asm volatile(ACQUIRE_SHARED ::: "memory"); }
 DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
                " [%0], {%1, %2, %3, %4}, [%5];"

@@ -8,8 +8,11 @@
 //   BLOCKS                    that share one sequence's units
 //   SEQUENCES                 in a block
 //   SPLITS                    warps that share a sum
+//   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
 //   EVEN                      H is even, and pairs of numbers are aligned
+//   PLAN                      its text
+//   WAIT_LIMIT                in units of 2^32 ns, after which a wait for other blocks is an error
 //   CELL                      the statements of cell_forward or cell_backward
 //
 // In each step a block multiplies its rows of W_hh (W_hh^T in the adjoint), which its warps hold in
@@ -37,16 +40,33 @@ constexpr int VECTORS = ADJOINT ? GATES : 1;
 // words of those vectors, and k-steps of 8 words for each warp
 constexpr int WORDS = VECTORS * C * U / WORD;
 constexpr int KS = ((WORDS / 8 + WK - 1) / WK + 1) / 2 * 2;
+// k-steps whose weights stay in registers
+constexpr int IN_REGISTERS = WEIGHT_REGISTERS / (8 * ROWS) * 2;
+constexpr int HELD = WEIGHT_REGISTERS && IN_REGISTERS < KS ? IN_REGISTERS : KS;
 // an odd number of 16 bytes: successive rows start in different banks
 constexpr int PITCH = 8 * KS * WK + 4;
 // pairs of each gate that a thread owns
 constexpr int P = 2 * NT > WK ? 2 * NT / WK : 1;
 // chunks that a warp publishes
 constexpr int CHUNKS = VECTORS * P * 4 * (16 / CHUNK);
+// lanes that send different chunks at a time, and blocks that they send them to
+constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
+constexpr int PEERS = 32 / CHUNK_LANES;
+// k-steps whose weights a thread loads at a time: 32 words, or, in halves, 16
+constexpr int K_LOADED = (ROWS > 1 ? 2 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap
-constexpr int CHAINS = ROWS * NT < 4 ? 2 : 1;
+constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
+constexpr int CHAINS = ONE_TILE ? 4 : ROWS * NT < 4 ? 2 : 1;
+// k-steps that a warp of a grid polls at a time, and how often
+constexpr int POLLED = KS < 8 ? KS : 8;
+constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
+// whether there are registers to look ahead with masks too
+constexpr bool MASKS_AHEAD = MASKS && !PRECISE && (SCOPE == CLUSTER || !ADJOINT);
+
+// a thread's part of a 16 x 8 tile of W
+typedef u32 Words[4];
 
 struct __align__(128) Shared {
   u32 inbox[SCOPE == GRID ? 1 : 2][NB][SCOPE == GRID ? 4 : PITCH];
@@ -54,50 +74,9 @@ struct __align__(128) Shared {
   // two in GRID, where warps may be a step ahead
   float sums[SCOPE == GRID ? 2 : 1][WK > 1 ? WM : 1][WK][ROWS][4 * NT][32];
   u64 barrier[2];
+  // of the other k-steps, each thread's own
+  uint4 weights[KS > HELD ? (KS - HELD) * ROWS : 1][KS > HELD ? THREADS : 1];
 };
-
-DEVICE float half_of(Pair pair, int e) { return widen(part(pair, e)); }
-DEVICE float number(float v) { return v; }
-// NaN stays NaN
-DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }
-DEVICE float relu_grad(float d, float y) { return y <= 0.f ? 0.f : d; }
-#if ADJOINT
-DEVICE void cell_backward(const float* a, const float* s, const float* n, const float* d,
-                          float* x, float* r, float* p)
-#else
-DEVICE void cell_forward(const float* x, const float* r, const float* s, float* n, float* a)
-#endif
-{ CELL }
-
-#if PRECISE
-DEVICE u32 finite(u32 v) { return (v & 0x7F800000) == 0x7F800000 ? 0 : v; }
-DEVICE u32 rest(u32 v, u32 high) {
-  return finite(tf32(__float_as_uint(__uint_as_float(v) - __uint_as_float(high))));
-}
-#endif
-// d += w v of 16 x 8 numbers over 8 words.
-DEVICE void product(float (&d)[4], u32 (&w)[4], u32 b0, u32 b1) {
-#if PRECISE
-  const u32 h0 = tf32(b0);
-  const u32 h1 = tf32(b1);
-  u32 high[4];
-  u32 low[4];
-  EACH(e, 4) {
-    // not split before the loop: the parts would take twice the registers
-    keep(w[e]);
-    high[e] = tf32(w[e]);
-    low[e] = rest(w[e], high[e]);
-  }
-  // an infinite number has no low part, and multiplies none
-  mma(d, low, finite(h0), finite(h1));
-  mma(d, high, rest(b0, h0), rest(b1, h1));
-  mma(d, high, h0, h1);
-#elif TYPE == FLOAT32
-  mma(d, w, tf32(b0), tf32(b1));
-#else
-  mma(d, w, b0, b1);
-#endif
-}
 
 // A thread's place, its weights, and its exchange with other threads.
 struct Worker {
@@ -107,18 +86,23 @@ struct Worker {
   const i64* offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
+  // its first sequence within the block; the address of its words in the inbox, for ldmatrix
+  const int sequence0;
+  const u32 inbox;
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
-  // first sequence; pitches of [A, R, N, H] and [N, S, B, H]; where the block begins in each
+  // first sequence of the block, where the launch begins at tile `first` of the batch; pitches of
+  // [A, R, N, H] and [N, S, B, H]; where the thread's first pair is in each
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
-  u32 w[ROWS][KS][4];
+  Words w[ROWS][HELD];
   // steps of its pairs' sequences, 0 for those outside
   int end[P];
 
   DEVICE Worker(Shared& shared, const T* w_hh, const i64* lengths, const i64* offsets,
-                const bool* resets, u64* flags, i64 steps, i64 B, i64 R, i64 H, i64 reverses)
+                const bool* resets, u64* flags, i64 steps, i64 B, i64 R, i64 H, i64 reverses,
+                i64 first)
       : shared(shared),
         flags(flags +
               (i64)(blockIdx.z * gridDim.y + blockIdx.y) * 2 * (WORDS / 8) * NT * 64),
@@ -130,31 +114,25 @@ struct Worker {
         n(blockIdx.z),
         rank(blockIdx.x),
         reverse(reverses >> blockIdx.z & 1),
-        lane(threadIdx.x % 32),
+        lane(pin_register(threadIdx.x % 32)),
         wm(threadIdx.x / 32 % WM),
         wk(threadIdx.x / 32 / WM),
         unit(rank * U + wm * 16 + lane / 4 * 2),
-        x_row(gridDim.z * GATES * H),
-        y_row(gridDim.z * H),
-        b0((i64)blockIdx.y * NB),
-        plane(R * y_row),
+        // pinned: the compiler would compute them again in each step
+        sequence0(pin_register((u32)(wk * P / 2 * 8 + lane % 4 * 2 + wk * P % 2))),
+        inbox(pin_register(shared_address(
+            &shared.inbox[0][SCOPE == GRID ? 0 : lane % 8]
+                         [SCOPE == GRID ? 0 : wk * KS * 8 + lane / 8 * 4]))),
+        x_row(pin_register((u32)(gridDim.z * GATES * H))),
+        y_row(pin_register((u32)(gridDim.z * H))),
+        b0((first + blockIdx.y) * NB),
+        plane(pin_register(R * y_row)),
         layer(B * H),
-        x0(b0 * x_row + n * GATES * H),
-        y0(b0 * y_row + n * H),
-        s0((n * STATES * B + b0) * H),
+        x0(pin_register((b0 + sequence0) * x_row + n * GATES * H + unit)),
+        y0(pin_register((b0 + sequence0) * y_row + n * H + unit)),
+        s0((n * STATES * B + b0 + sequence0) * H + unit),
         two(EVEN || unit + 1 < H) {
-    w_hh += (i64)n * GATES * H * H;
-    // A few at a time: unrolled, all their addresses would be computed first, and spilled.
-    constexpr int FEW = ROWS == 1 ? 4 : 1;
-#pragma unroll 1
-    for (int k0 = 0; k0 < KS; k0 += FEW) {
-      u32 words[FEW][ROWS][4];
-      EACH(e, FEW * ROWS * 4) words[e / 4 / ROWS][e / 4 % ROWS][e % 4] =
-          weight(w_hh, e / 4 % ROWS, unit + e % 2,
-                 (wk * KS + k0 + e / 4 / ROWS) * 8 + lane % 4 + e / 2 % 2 * 4);
-      EACH(k, KS) if (k / FEW * FEW == k0)
-        EACH(e, ROWS * 4) w[e / 4][k][e % 4] = words[k % FEW][e / 4][e % 4];
-    }
+    load_weights(w_hh + (i64)n * GATES * H * H);
     EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
     for (int i = threadIdx.x; i < sizeof(shared.inbox) / 4; i += THREADS) words[i] = 0;
@@ -168,38 +146,87 @@ struct Worker {
     __syncthreads();
   }
 
-  // Word k of a row of the matrix: forward, of gate `row` and this unit, over all units; in the
-  // adjoint, of this unit, over all units of all gates. Outside of the matrix it is 0, and what is
-  // read lies inside.
-  DEVICE u32 weight(const T* w_hh, u32 row, u32 unit, u32 k) const {
-    const u32 size = H;
-    const u32 j = min(unit, size - 1);
-    const u32 g = ADJOINT ? min(k, (u32)WORDS - 1) * WORD / (C * U) : row;
-    u32 word = 0;
-    EACH(e, WORD) {
-      const u32 from = (k * WORD + e) % (C * U), i = min(from, size - 1);
-      const bool there = unit < size && from < size && k < WORDS;
-      const T v = ADJOINT ? w_hh[(g * size + i) * size + j] : w_hh[(g * size + j) * size + i];
-#if TYPE != FLOAT32
-      word |= (there ? (u32)v : 0) << 16 * e;
+  // Two numbers side by side in memory, each 0 where it is not there.
+  DEVICE u32 load_pair_if(const T* p, bool first, bool second) const {
+    if (EVEN) return load_word_if(p, first);
+    return load_if(p, first) | load_if(p + 1, second) << 16;
+  }
+  // A few k-steps at a time: with all in flight the registers would not suffice.
+  DEVICE void load_weights(const T* w_hh) {
+#pragma unroll 1
+    for (int k0 = 0; k0 < KS; k0 += K_LOADED) {
+      u32 words[K_LOADED][ROWS][4];
+      load_words(words, w_hh, k0);
+      EACH(k, KS) if (k / K_LOADED * K_LOADED == k0)
+        EACH(row, ROWS) keep_weights(row, k, words[k % K_LOADED][row]);
+    }
+  }
+#if ADJOINT
+  // Of this unit and the next, over all units of all gates: columns of W_hh.
+  DEVICE void load_words(u32 (&words)[K_LOADED][ROWS][4], const T* w_hh, int k0) const {
+    constexpr int OF_A_GATE = C * U / (8 * WORD);
+    EACH(k, 2 * K_LOADED) {
+      const int step = wk * KS + k0 + k / 2;
+      const int i = (step % OF_A_GATE * 8 + k % 2 * 4 + lane % 4) * WORD;
+      const int left = step * 8 < WORDS && unit < H ? H - i : 0;
+      const T* from = w_hh + ((step / OF_A_GATE * H + i) * H + unit);
+      u32* const to = &words[k / 2][0][k % 2 * 2];
+#if TYPE == FLOAT32
+      to[0] = operand(load_if(from, left > 0));
+      to[1] = operand(load_if(from + 1, left > 0 && two));
 #else
-      word = !there ? 0 : PRECISE ? __float_as_uint(v) : tf32(__float_as_uint(v));
+      const u32 row = load_pair_if(from, left > 0, left > 0 && two);
+      const u32 next = load_pair_if(from + H, left > 1, left > 1 && two);
+      to[0] = select_bytes(row, next, 0x5410);
+      to[1] = select_bytes(row, next, 0x7632);
 #endif
     }
-    return word;
+  }
+#else
+  // Of this unit and the next, all gates, over all units: rows of W_hh.
+  DEVICE void load_words(u32 (&words)[K_LOADED][ROWS][4], const T* w_hh, int k0) const {
+    const int i = ((wk * KS + k0) * 8 + lane % 4) * WORD;
+    EACH(e, 2 * ROWS) {
+      const T* from = w_hh + ((e / 2 * H + unit + e % 2) * H + i);
+      EACH(k, 2 * K_LOADED) {
+        const int left = unit + e % 2 < H ? H - i - k * 4 * WORD : 0;
+#if TYPE == FLOAT32
+        const u32 word = operand(load_if(from + k * 4, left > 0));
+#else
+        const u32 word = load_pair_if(from + k * 4 * WORD, left > 0, left > 1);
+#endif
+        words[k / 2][e / 2][k % 2 * 2 + e % 2] = word;
+      }
+    }
+  }
+#endif
+
+  DEVICE void keep_weights(int row, int k, const Words& words) {
+    if (k < HELD) EACH(e, 4) w[row][k][e] = words[e];
+    else shared.weights[(k - HELD) * ROWS + row][threadIdx.x] =
+        uint4{words[0], words[1], words[2], words[3]};
+  }
+  // Those of k-step k and row `row` of tiles, read into `stored` where they are not in registers.
+  DEVICE const Words& weights(int row, int k, Words& stored) const {
+    if (k < HELD) return w[row][k];
+    const uint4 words = shared.weights[(k - HELD) * ROWS + row][threadIdx.x];
+    stored[0] = words.x, stored[1] = words.y, stored[2] = words.z, stored[3] = words.w;
+    return stored;
   }
 
   // Its pairs are of the columns wk * P + p of its tiles: a sequence each.
   DEVICE bool owner() const { return wk * P < 2 * NT; }
-  DEVICE int sequence(int p) const {
-    return (wk * P + p) / 2 * 8 + lane % 4 * 2 + (wk * P + p) % 2;
-  }
+  DEVICE int sequence(int p) const { return sequence0 + p / 2 * 8 + p % 2; }
   DEVICE bool inside(int p) const { return owner() && b0 + sequence(p) < B && unit < H; }
-  // Offset of a pair from that of the block's first sequence and unit 0, in rows of this pitch.
-  DEVICE int at(int p, int pitch) const { return sequence(p) * pitch + unit; }
+  // Offset of a pair from the first, in rows of this pitch.
+  DEVICE int at(int p, int pitch) const { return (p / 2 * 8 + p % 2) * pitch; }
 
-  DEVICE Pair load(const T* p) const {
-    return EVEN ? *(const Pair*)p : join(p[0], two ? p[1] : T(0));
+  DEVICE Loaded load(const T* p) const {
+#if EVEN
+    return *(const Pair*)p;
+#else
+    return loaded(load_if(p, true), load_if(p + 1, two));
+#endif
   }
   DEVICE void store(T* p, Pair v) const {
     if (EVEN) *(Pair*)p = v;
@@ -217,28 +244,32 @@ struct Worker {
     return descending ? steps - 1 - u : u;
   }
   DEVICE i64 row(int t) const {
-    if (t >= steps) return 0;
-    return MASKS && offsets ? offsets[t] : (i64)t * B;
+    if (!MASKS) return t >= steps ? 0 : (i64)t * B;
+    return load_row_if(offsets + t, offsets && t < steps, t < steps ? (i64)t * B : 0);
   }
   DEVICE bool runs(int t, int p) const { return t < end[p]; }
-  DEVICE void find_cuts(bool (&cuts)[P], int t) const {
+  // As bytes, which are looked at only when they are needed.
+  DEVICE void find_cuts(u32 (&cuts)[P], int t) const {
     const i64 boundary = (i64)(t + reverse) * B + b0;
-    EACH(p, P) cuts[p] = MASKS && resets && t + reverse < end[p] && resets[boundary + sequence(p)];
+    EACH(p, P) {
+      const bool there = MASKS && resets && t + reverse < end[p];
+      cuts[p] = MASKS ? load_byte_if(resets + boundary + sequence(p), there) : 0;
+    }
   }
   // The row of step u + AHEAD to read into the L2 cache, or -1. Neighbouring lanes share a line.
   DEVICE i64 prefetch_row(int u) const {
-    if (MASKS || u + AHEAD >= steps || lane >= 4) return -1;
-    return row(time(u + AHEAD, reverse != ADJOINT));
+    if ((MASKS && (!MASKS_AHEAD || offsets)) || u + AHEAD >= steps || lane >= 4) return -1;
+    return (i64)time(u + AHEAD, reverse != ADJOINT) * B;
   }
   DEVICE void prefetch(const T* p, i64 row, int pitch) const {
-    EACH(i, P) if (row >= 0 && inside(i)) prefetch_l2(p + row * pitch + at(i, pitch));
+    EACH(i, P) if (row >= 0 && end[i] > 0) prefetch_l2(p + row * pitch + at(i, pitch));
   }
 
   // Sends these numbers, for the sums of step c, to all blocks that share the sequences.
   DEVICE void publish(int c, const float (&values)[VECTORS][P][2]) {
     EACH(v, VECTORS) EACH(p, P) {
-      if (!owner()) continue;
-      const Pair pair = narrow(values[v][p][0], two ? values[v][p][1] : 0.f);
+      if (!owner() || (SCOPE == GRID && b0 + sequence(p) >= B)) continue;
+      const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
       const int word = (v * C * U + unit) / WORD, b = sequence(p);
 #if SCOPE == BLOCK
       *(Pair*)&shared.inbox[c & 1][b][word] = pair;
@@ -255,74 +286,133 @@ struct Worker {
     __syncthreads();
 #elif SCOPE == CLUSTER
     __syncwarp();
-    // neighbouring lanes send chunks to one block
-    for (int q = lane; owner() && q < CHUNKS * C; q += 32) {
-      const int chunk = q % CHUNKS, part = chunk % (16 / CHUNK), number = chunk / (16 / CHUNK);
-      const int v = number / (4 * P);
-      const int p = number / 4 % P + wk * P;
-      const int b = p / 2 * 8 + number % 4 * 2 + p % 2;
-      const int word = (v * C * U + rank * U + wm * 16 + part * CHUNK) / WORD;
-      const u32 peer = (q / CHUNKS + rank) % C;
-      store_async(peer_address(shared_address(&shared.inbox[c & 1][b][word]), peer),
-                  *(const uint4*)&shared.outbox[wm][v][b][part * CHUNK],
-                  peer_address(shared_address(&shared.barrier[c & 1]), peer));
-    }
+    if (owner()) send_chunks(c);
     __syncwarp();
 #endif
   }
 
-  // The sums of step c, once all blocks have published their part.
-  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
 #if SCOPE == CLUSTER
-    u32 spin_count = 0;
+  // Sends the warp's part of the outbox to all blocks. Neighbouring lanes send chunks to one block,
+  // and a lane its chunk to several; unrolled, as each turn waits for the one before.
+  DEVICE void send_chunks(int c) {
+    const u32 inbox = shared_address(&shared.inbox[c & 1][0][0]);
     const u32 barrier = shared_address(&shared.barrier[c & 1]);
-    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);
-    if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);
+    EACH(first, CHUNKS / CHUNK_LANES) {
+      const int chunk = first * CHUNK_LANES + lane % CHUNK_LANES;
+      const int part = chunk % (16 / CHUNK);
+      const int number = chunk / (16 / CHUNK);
+      const int v = number / (4 * P);
+      const int p = number / 4 % P + wk * P;
+      const int b = p / 2 * 8 + number % 4 * 2 + p % 2;
+      const int word = (v * C * U + rank * U + wm * 16 + part * CHUNK) / WORD;
+      const uint4 numbers = *(const uint4*)&shared.outbox[wm][v][b][part * CHUNK];
+      EACH(turn, (C + PEERS - 1) / PEERS) {
+        const int peer = turn * PEERS + lane / CHUNK_LANES;
+        if (C % PEERS && peer >= C) continue;
+        const u32 to = (peer + rank) % C;
+        store_async(peer_address(inbox + 4 * (b * PITCH + word), to), numbers,
+                    peer_address(barrier, to));
+      }
+    }
+  }
+#endif
+
+  // Until all blocks of the cluster have published their part of step c.
+  DEVICE void wait(int c) {
+#if SCOPE == CLUSTER
+    u32 waited = 0;
+    const u32 barrier = shared_address(&shared.barrier[c & 1]);
+    while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(waited, c);
+    acquire_shared();
+    if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);
     __syncwarp();
 #endif
-    float d[CHAINS][ROWS][NT][4] = {};
-    EACH(j, NT) {
+  }
+
 #if SCOPE == GRID
-      const u64* from = flags + ((c & 1) * (WORDS / 8) + wk * KS) * NT * 64 + j * 64 + lane;
-      constexpr int AT_ONCE = KS < 8 ? KS : 8;
-#pragma unroll
-      for (int k0 = 0; k0 < KS; k0 += AT_ONCE) {
-        u64 seen[AT_ONCE][2];
-        u32 spin_count = 0;
-        for (bool ready = false; !ready;) {
-          ready = true;
-          EACH(k, AT_ONCE) EACH(half, 2) {
-            const bool there =
-                k0 + k < KS && (WORDS == 8 * KS * WK || wk * KS + k0 + k < WORDS / 8);
-            seen[k][half] = there ? load_flagged(from + (k0 + k) * NT * 64 + half * 32)
-                                  : (u64)(c + 1) << 32;
-            ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
-          }
-          if (!ready) wait_more(spin_count);
-        }
-        __syncwarp();
-        EACH(k, AT_ONCE) EACH(row, ROWS)
-          if (k0 + k < KS)
-            product(d[k % CHAINS][row][j], w[row][k0 + k], (u32)seen[k][0], (u32)seen[k][1]);
-      }
-#else
-      const u32 from =
-          shared_address(&shared.inbox[c & 1][j * 8 + lane % 8][wk * KS * 8 + lane / 8 * 4]);
-#pragma unroll
-      for (int k = 0; k < KS; k += 2) {
-        u32 words[4];
-        load_matrices(words, from + k * 32);
-        EACH(row, ROWS) {
-          product(d[0][row][j], w[row][k], words[0], words[1]);
-          product(d[CHAINS - 1][row][j], w[row][k + 1], words[2], words[3]);
-        }
-      }
-#endif
+  // Words of POLLED k-steps of a tile with their flags; for sequences that are none, of the last one
+  // that is, which costs no traffic.
+  DEVICE void poll(int c, int group, u64 (&seen)[POLLED][2]) const {
+    const int b = min((u32)(group / GROUPS * 8 + lane / 4), (u32)(B - b0 - 1));
+    const int k0 = wk * KS + group % GROUPS * POLLED;
+    const u64* from =
+        flags + (((c & 1) * (WORDS / 8) + k0) * NT + b / 8) * 64 + b % 8 * 4 + lane % 4;
+    EACH(k, POLLED) EACH(half, 2) {
+      const bool there = group % GROUPS * POLLED + k < KS &&
+                         (WORDS == 8 * KS * WK || k0 + k < WORDS / 8);
+      seen[k][half] = there ? load_flagged(from + k * NT * 64 + half * 32) : (u64)(c + 1) << 32;
     }
+  }
+  DEVICE bool arrived(int c, const u64 (&seen)[POLLED][2]) const {
+    bool all = true;
+    EACH(k, POLLED) EACH(half, 2) all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
+    return all;
+  }
+#endif
+  // The warp's sums of products with what was published for step c.
+  template <bool EXACT>
+  DEVICE void multiply(int c, float (&total)[ROWS][NT][4]) {
+    float d[CHAINS][ROWS][NT][4] = {};
+#if SCOPE == GRID
+    EACH(group, NT * GROUPS) {
+      u64 seen[POLLED][2];
+      u32 waited = 0;
+      for (bool all = false; !all; all ? void() : wait_more(waited, c)) {
+        poll(c, group, seen);
+        all = arrived(c, seen);
+      }
+      __syncwarp();
+      EACH(k, POLLED) EACH(row, ROWS) {
+        const int at = group % GROUPS * POLLED + k;
+        if (at < KS) {
+          Words stored;
+          Tile<EXACT>(weights(row, at, stored))
+              .multiply(d[k % CHAINS][row][group / GROUPS], (u32)seen[k][0], (u32)seen[k][1]);
+        }
+      }
+    }
+#else
+    const u32 from = inbox + (c & 1) * NB * 4 * PITCH;
+#pragma unroll
+    for (int k = 0; k < KS; k += 2) {
+      u32 words[NT][4];
+      EACH(j, NT) load_matrices(words[j], from + j * 8 * 4 * PITCH + k * 32);
+      EACH(half, 2) EACH(row, ROWS) {
+        Words stored;
+        const Tile<EXACT> tile(weights(row, k + half, stored));
+        EACH(j, NT)
+          tile.multiply(d[(k + half) % CHAINS][row][j], words[j][2 * half], words[j][2 * half + 1]);
+      }
+    }
+#endif
+    EACH(row, ROWS) EACH(i, 4 * NT) {
+      total[row][i / 4][i % 4] = d[0][row][i / 4][i % 4];
+      EACH(chain, CHAINS) if (chain)
+        total[row][i / 4][i % 4] += d[chain][row][i / 4][i % 4];
+    }
+  }
+
+  // The sums of step c, after the wait for it.
+  DEVICE void accumulate(int c, float (&sums)[ROWS][P][2]) {
+    float total[ROWS][NT][4];
+    multiply<false>(c, total);
+#if PRECISE
+    bool nan = false;
+    EACH(row, ROWS) EACH(i, 4 * NT)
+      nan |= total[row][i / 4][i % 4] != total[row][i / 4][i % 4];
+    // maybe of an infinite number; a sum that is none stays, as it depends on no other sequence
+    if (any_of_warp(nan)) {
+      float exact[ROWS][NT][4];
+      multiply<true>(c, exact);
+      EACH(row, ROWS) EACH(i, 4 * NT) {
+        float& sum = total[row][i / 4][i % 4];
+        sum = sum == sum ? sum : exact[row][i / 4][i % 4];
+      }
+    }
+#endif
     auto& partial = shared.sums[SCOPE == GRID ? c & 1 : 0];
     EACH(row, ROWS) EACH(i, 4 * NT) {
-      const float sum =
-          d[0][row][i / 4][i % 4] + (CHAINS > 1 ? d[CHAINS - 1][row][i / 4][i % 4] : 0.f);
+      const float sum = total[row][i / 4][i % 4];
       if (WK > 1) partial[wm][wk][row][i][lane] = sum;
       else sums[row][i / 4 * 2 % P + i % 2][i / 2 % 2] = sum;
     }

@@ -1,11 +1,17 @@
 """One CUDA graph for all calls of a kind.
 
 The graph launches a kernel for a fixed number of steps. Its launches read from a table in device
-memory which step they do and where the tensors are: it serves any length and any tensors."""
+memory which step they do and where the tensors are: it serves any length and any tensors.
 
+The capture goes through the CUDA driver, not through `torch.cuda.CUDAGraph`: that registers the
+process' default generator with the graph, and until its end every other thread that draws random
+numbers on the GPU fails. Nothing that is captured here draws, or allocates a tensor."""
+
+import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Lock
 from typing import Any
 
@@ -16,58 +22,147 @@ from torch import Tensor
 STEPS_PER_GRAPH = 16
 # A step number past any sequence's end.
 PAST_ANY_END = 2**30
+# CU_STREAM_NON_BLOCKING: the legacy default stream of another library does not wait for it.
+NON_BLOCKING = 1
+# CU_STREAM_CAPTURE_MODE_RELAXED: neither what other threads do, nor what the garbage collector
+# frees in this one, ends the capture.
+RELAXED = 2
+
+
+@cache
+def _library() -> Any:
+    """The CUDA driver, which is loaded where there is a GPU."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A function of the driver. Raises RuntimeError, as the driver names the fault."""
+    library = _library()
+    status = getattr(library, name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        library.cuGetErrorName(status, ctypes.byref(text))
+        reason = text.value.decode() if text.value else f"error {status}"
+        raise RuntimeError(f"{name} failed: {reason}")
+
+
+# Of a stream that several graphs are captured on, one after another.
+_capturing = Lock()
+
+
+def _new_stream() -> ctypes.c_void_p:
+    # not one of torch's pool, which may be another thread's too
+    stream = ctypes.c_void_p()
+    _call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
+    return stream
+
+
+@cache
+def _capture_stream(_device: int, _stream: int) -> ctypes.c_void_p:
+    """That of all graphs with a library's products that are replayed on a stream. The memory that a
+    library works in belongs to the stream of the capture: these never run at the same time."""
+    return _new_stream()
+
+
+class Graph:
+    """What `launch` launches on torch's current stream, to be launched again and again; with a
+    library's products, `products`, on the current stream alone."""
+
+    def __init__(self, launch: Callable[[], None], products: bool = False) -> None:
+        self._executable = ctypes.c_void_p()
+        if products:
+            current = torch.cuda.current_stream().cuda_stream
+            with _capturing:
+                self._capture(launch, _capture_stream(torch.cuda.current_device(), current))
+        else:
+            stream = _new_stream()
+            try:
+                self._capture(launch, stream)
+            finally:
+                _call("cuStreamDestroy_v2", stream)
+        # One that still runs is freed when it has ended.
+        weakref.finalize(self, _call, "cuGraphExecDestroy", self._executable).atexit = False
+
+    def _capture(self, launch: Callable[[], None], stream: ctypes.c_void_p) -> None:
+        graph = ctypes.c_void_p()
+        try:
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream.value)):
+                _call("cuStreamBeginCapture_v2", stream, RELAXED)
+                try:
+                    launch()
+                finally:
+                    _call("cuStreamEndCapture", stream, ctypes.byref(graph))
+            executable = ctypes.byref(self._executable)
+            _call("cuGraphInstantiateWithFlags", executable, graph, ctypes.c_ulonglong(0))
+        finally:
+            if graph:
+                _call("cuGraphDestroy", graph)
+
+    def replay(self, stream: int) -> None:
+        _call("cuGraphLaunch", self._executable, ctypes.c_void_p(stream))
 
 
 class StepGraph:
-    """`launch(table, k)` launches step k of a block of STEPS_PER_GRAPH steps.
+    """`launch(table, k, tensors)` launches step k of a block of STEPS_PER_GRAPH steps.
 
     The table is [4 + tensors], int64. Entries 0 and 1 are slots for the step's number: launch k
     reads it from slot k % 2 and writes the next one to the other slot. Entries 2 and 3 are two
     sizes. The rest are pointers, 0 for None. A step past the end must do nothing.
+    A captured call of a library reads and writes `fixed` tensors, of addresses that stay.
     A StepGraph belongs to one stream; the lock is for threads that share that stream."""
 
     def __init__(self, *_kind: Any) -> None:
         self.lock = Lock()
         self.table = torch.empty(0)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.fixed: dict[str, Tensor] = {}
+        self.graph: Graph | None = None
 
-    def capture(self, launch: Callable[[Tensor, int], None]) -> torch.cuda.CUDAGraph:
+    def capture(self, launch: Callable[[Tensor, int], None]) -> Graph:
         # Does nothing, but loads the kernel, which is not allowed during a capture.
         launch(self.table, 0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for k in range(STEPS_PER_GRAPH):
-                    launch(self.table, k)
-            finally:
-                graph.capture_end()
-        return graph
+
+        def launch_all() -> None:
+            for k in range(STEPS_PER_GRAPH):
+                launch(self.table, k)
+
+        return Graph(launch_all, bool(self.fixed))
+
+    def lasting(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made in a thread of its own: it must outlive inference mode and
+        memory pools (as torch.compile has them), which belong to the caller's thread."""
+        stream = torch.cuda.current_stream()
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=(stream,)) as thread:
+            return thread.submit(make).result()
 
     def run(
         self,
-        launch: Callable[[Tensor, int], None],
+        launch: Callable[[Tensor, int, Any], None],
         steps: int,
         sizes: tuple[int, int],
         device: torch.device,
-        tensors: Sequence[Tensor | None],
+        tensors: Any,
+        fixed: Sequence[str] = (),
     ) -> None:
-        entries = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)]
+        """`tensors` is a NamedTuple; those named in `fixed` are copied to addresses that stay."""
         stream = torch.cuda.current_stream()
         with self.lock:
+            given = {name: getattr(tensors, name) for name in fixed}
+            if self.graph is None and given:
+                self.fixed = self.lasting(
+                    lambda: {name: torch.zeros_like(t) for name, t in given.items()}
+                )
+            for name, t in given.items():
+                self.fixed[name].copy_(t)
+            tensors = tensors._replace(**self.fixed)
+            entries = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)]
             if self.graph is None:
-                # In a thread of its own: the table must outlive inference mode and memory pools (as
-                # torch.compile has them), which belong to the caller's thread.
-                with ThreadPoolExecutor(
-                    1, initializer=torch.cuda.set_stream, initargs=(stream,)
-                ) as thread:
-                    table = [PAST_ANY_END, PAST_ANY_END, *entries]
-                    self.table = thread.submit(torch.tensor, table, device=device).result()
-                self.graph = self.capture(launch)
+                table = [PAST_ANY_END, PAST_ANY_END, *entries]
+                self.table = self.lasting(lambda: torch.tensor(table, device=device))
+                self.graph = self.capture(lambda table, k: launch(table, k, tensors))
             table_now = torch.tensor([0, 0, *entries], device="cpu")
             self.table.copy_(table_now, non_blocking=True)
             for _ in range(0, steps, STEPS_PER_GRAPH):
-                self.graph.replay()
+                self.graph.replay(stream.cuda_stream)
 
 
 def can_replay(steps: int, tensors: Sequence[Tensor | None]) -> bool:

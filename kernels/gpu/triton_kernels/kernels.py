@@ -62,11 +62,12 @@ def jit_cell(cell: Cell) -> tuple[Any, Any]:
     return triton.jit(bind(cell.forward, **names)), triton.jit(bind(cell.backward, **names))
 
 
-@triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
+@triton.jit(do_not_specialize=["first", "u0", "u1", "T", "B", "R"])
 def forward_kernel(
     table,
     tensors,
     counter,
+    first,
     u0,
     u1,
     T,
@@ -90,10 +91,10 @@ def forward_kernel(
     SCOPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps u0 <= u < u1 of each sequence.
+    """Steps u0 <= u < u1 of each sequence, from tile `first` of the batch on.
 
-    x holds pre-activations [R, N, G, H] (XN = G), or with w_ih inputs [R, I] (XN = 1). In grid and
-    launch scope slot u % 2 of `hidden` holds the h that enters step u."""
+    x holds pre-activations [R, N, G, H] (XN = G), or with w_ih inputs [R, I] (XN = 1). But in block
+    scope slot u % 2 of `hidden` holds the h that enters step u."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 0)
     if table is not None:
         tensors = ForwardTensors(
@@ -110,12 +111,14 @@ def forward_kernel(
             lengths=load_pointer(table, 10, tensors.lengths),
             offsets=load_pointer(table, 11, tensors.offsets),
             resets=load_pointer(table, 12, tensors.resets),
+            product=load_pointer(table, 13, tensors.product),
         )
-    tile = tile_of_program(B, H, REVERSE, N, G, S, BB, BN)
+    tile = tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN)
     m_b = tile.o_b < B
     y_plane = R.to(tl.int64) * (N * H)
     h_slot = B.to(tl.int64) * (N * H)
     h0 = (tile.n * B + tile.b0) * H
+    o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
     s_plane = B.to(tl.int64) * H
     w_hh = tensors.w_hh + tile.n * G * H * H
     ws = load_matrices(w_hh, H * H, H, 1, tile.o_n, 0, tile.m_n, H, BK, KT, G)
@@ -151,7 +154,10 @@ def forward_kernel(
         if tensors.w_ih is not None and not SEPARATE_RECURRENT_GRAD:
             r = dots(wi, xs[0], zeros, 0, 1, G, PRECISION)
             xs = bx
-        if SCOPE == "block":
+        if SCOPE == "library":
+            kept = tile.mask & ~step.cut[None, :]
+            r = load_tiles(tensors.product, h0 * G, H, o_gates, kept, None, G)
+        elif SCOPE == "block":
             r = dots(ws, s[0], r, 0, 1, G, PRECISION)
         else:
             h = tensors.hidden + (u % 2) * h_slot + h0
@@ -169,17 +175,18 @@ def forward_kernel(
         store_tiles(tensors.saved, row, y_plane, tile.o_y, a, written, A)
         store_tiles(tensors.hidden, ((u + 1) % 2) * h_slot + h0, 0, tile.o_s, s, tile.mask, 1)
         u += 1
-        barrier(counter, u - u0)
+        barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
         xs = xs_next
     store_tiles(tensors.state, tile.s0, s_plane, tile.o_s, s, tile.mask, S)
 
 
-@triton.jit(do_not_specialize=["u0", "u1", "T", "B", "R"])
+@triton.jit(do_not_specialize=["first", "u0", "u1", "T", "B", "R"])
 def backward_kernel(
     table,
     tensors,
     counter,
+    first,
     u0,
     u1,
     T,
@@ -199,7 +206,7 @@ def backward_kernel(
     SCOPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps u0 <= u < u1 of each sequence, in the opposite order.
+    """Steps u0 <= u < u1 of each sequence, in the opposite order, from tile `first` on.
 
     Step T only adds W_hh^T dr of the last one to ds."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 1)
@@ -219,9 +226,13 @@ def backward_kernel(
             lengths=load_pointer(table, 11, tensors.lengths),
             offsets=load_pointer(table, 12, tensors.offsets),
             resets=load_pointer(table, 13, tensors.resets),
+            outgoing=load_pointer(table, 14, tensors.outgoing),
+            product=load_pointer(table, 15, tensors.product),
         )
-    tile = tile_of_program(B, H, REVERSE, N, G, S, BB, BN)
+    tile = tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN)
     o_y = tile.o_y
+    h0 = (tile.n * B + tile.b0) * H
+    o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
     zeros = load_tiles(None, 0, 0, tile.o_s, tile.mask, None, G)
     y_plane = R.to(tl.int64) * (N * H)
     s_plane = B.to(tl.int64) * H
@@ -236,15 +247,17 @@ def backward_kernel(
     while u < u1:
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
         acc = zeros[:1]
-        if SCOPE == "block":
+        flowed = last.runs & ~last.cut
+        if SCOPE == "library":
+            acc = load_tiles(tensors.product, h0, 0, tile.o_s, tile.mask & flowed[None, :], None, 1)
+        elif SCOPE == "block":
             for g in tl.static_range(G):
                 dr = tl.where(last.cut[None, :], 0.0, gr[g])
                 acc = dots(ws, dr, acc, g, 0, 1, PRECISION)
         else:
             dr = tensors.dr + last.row * (N * G * H) + tile.x0
-            m_b = last.runs & ~last.cut
             pitch = N * G * H
-            acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, m_b, H, G, 1, BK, KT, PRECISION)
+            acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
         d = add_in_own_layout(acc, d[:1], 1) + d[1:]
         m_run = tile.mask & step.runs[None, :]
         row = step.row * (N * H) + tile.y0
@@ -267,9 +280,10 @@ def backward_kernel(
         row_x = step.row * (N * G * H) + tile.x0
         store_tiles(tensors.dx, row_x, H, tile.o_x, gx, m_run, G)
         store_tiles(tensors.dr, row_x, H, tile.o_x, gr, m_run, G)
+        store_tiles(tensors.outgoing, h0 * G, H, o_gates, gr, tile.mask, G)
         store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_run, 1)
         u += 1
-        barrier(counter, u - u0)
+        barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step
         step = step_next
     store_tiles(tensors.ds, tile.s0, s_plane, tile.o_s, d, tile.mask, S)

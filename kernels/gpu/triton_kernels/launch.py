@@ -1,5 +1,7 @@
 """Launches of the Triton kernels: one for all steps, one a step, or a CUDA graph of steps."""
 
+from collections.abc import Callable
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -8,11 +10,13 @@ import triton
 from torch import Tensor
 
 from ...cells import Cell
-from ...plan import Plan, power_of_2
+from ...plan import Plan, Slice, power_of_2, slices
 from ...types import Layout
+from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
+from .library import OPERANDS, multiply, with_operands
 
 
 class Kind(NamedTuple):
@@ -54,7 +58,7 @@ def _constants(
         BB=plan.sequences,
         BN=plan.units,
         BK=plan.depth,
-        KT=0 if plan.scope == "launch" else depth_tiles,
+        KT=0 if plan.scope in ("launch", "library") else depth_tiles,
         SCOPE=plan.scope,
         PRECISION=plan.precision,
     )
@@ -68,15 +72,31 @@ def _constants(
     return constants
 
 
-def _barrier_counter(plan: Plan, grid: tuple[int, int, int], device: torch.device) -> Tensor | None:
-    """What the barrier inside a kernel counts in; None where programs cannot wait for each other.
+def _barrier_counter(
+    plan: Plan, grid: tuple[int, int, int], tiles: int, device: torch.device
+) -> Tensor | None:
+    """What the barrier inside a kernel counts in, for each of the batch's tiles; None where
+    programs cannot wait for each other.
 
-    They can only if all run at once: on a multiprocessor each, and not in the interpreter."""
+    They can only if all of a launch run at once: on a multiprocessor each, and not in the
+    interpreter."""
     if plan.scope != "grid" or triton.knobs.runtime.interpret:
         return None
     if prod(grid) > torch.cuda.get_device_properties(device).multi_processor_count:
         return None
-    return torch.zeros(grid[1] * grid[2], dtype=torch.int32, device=device)
+    return torch.zeros(tiles * grid[2], dtype=torch.int32, device=device)
+
+
+def _with_exchanged(
+    cell: Cell, plan: Plan, tensors: ForwardTensors | BackwardTensors, s0: Tensor
+) -> ForwardTensors | BackwardTensors:
+    """With those through which programs, and a library, exchange h and gradients."""
+    if isinstance(tensors, ForwardTensors) and plan.scope != "block":
+        h0 = s0[:: cell.states]
+        tensors = tensors._replace(hidden=torch.stack((h0, h0)))
+    if plan.scope == "library":
+        tensors = with_operands(cell, tensors, s0)
+    return tensors
 
 
 def launch(
@@ -94,6 +114,34 @@ def launch(
     launch_steps(cell, plan, layout, steps, tensors, s0)
 
 
+def _launch_once(
+    kind: Kind,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants_of: Callable[[], dict[str, Any]],
+) -> None:
+    """Launch a kernel, compiled if it was not yet."""
+    key = kind, arguments[0] is None
+    compiled, values = _compiled.get(key, (None, ()))
+    with faults_of(kind.plan, kind.device):
+        if compiled is not None:
+            compiled[grid](*arguments, *values)
+            return
+        constants = constants_of()
+        made = kind.kernel[grid](
+            *arguments,
+            **constants,
+            num_warps=kind.plan.warps,
+            num_stages=1,
+            launch_cooperative_grid=kind.barrier,
+            # Without it, which is Triton's default from 3.10 on, time loops take 8 to 16 % longer.
+            enable_fp_fusion=True,
+        )
+    if made is not None:
+        names = kind.kernel.arg_names[len(arguments) :]
+        _compiled[key] = made, [constants[name] for name in names]
+
+
 def launch_steps(
     cell: Cell,
     plan: Plan,
@@ -104,53 +152,54 @@ def launch_steps(
 ) -> None:
     """Run a kernel over its first `steps` steps.
 
-    That takes one launch, or one for each step where the host or a graph is the barrier."""
+    That takes one launch for each slice of the batch, or one for each step where the host or a
+    graph is the barrier."""
     _, B, H = s0.shape
     R = len(tensors.y)
+    if not B:
+        steps = 0
+    tensors = _with_exchanged(cell, plan, tensors, s0)
+    kernel = backward_kernel
+    sizes = [H]
     if isinstance(tensors, ForwardTensors):
         kernel = forward_kernel
         sizes = [tensors.x.shape[1], H]
-        if plan.scope != "block":
-            h0 = s0[:: cell.states]
-            tensors = tensors._replace(hidden=torch.stack((h0, h0)))
-    else:
-        kernel = backward_kernel
-        sizes = [H]
-    if not B:
-        steps = 0
-    grid = -(-H // plan.units), -(-B // plan.sequences), len(layout.reverse)
+    library = plan.scope == "library"
+    tiles = -(-B // plan.sequences)
+    whole = Slice(0, tiles)
+    parts = slices(plan, B)
+
+    def grid_of(part: Slice) -> tuple[int, int, int]:
+        return -(-H // plan.units), part.tiles, len(layout.reverse)
+
     device = s0.device
-    counter = _barrier_counter(plan, grid, device)
+    counter = _barrier_counter(plan, grid_of(parts[0] if parts else whole), tiles, device)
     barrier = counter is not None
     kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     reverse = tuple(layout.reverse)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
 
-    def run(table: Tensor | None, u: int, count: int = 1) -> None:
-        arguments = table, tensors, counter, u, u + count, layout.steps, B, R, *sizes
-        key = kind, table is None
-        compiled, values = _compiled.get(key, (None, ()))
-        if compiled is not None:
-            compiled[grid](*arguments, *values)
-            return
-        constants = _constants(cell, plan, layout, tensors)
-        made = kernel[grid](
-            *arguments,
-            **constants,
-            num_warps=plan.warps,
-            num_stages=1,
-            launch_cooperative_grid=barrier,
-            # Without it, which is Triton's default from 3.10 on, time loops take 8 to 16 % longer.
-            enable_fp_fusion=True,
-        )
-        if made is not None:
-            _compiled[key] = made, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+    def constants() -> dict[str, Any]:
+        return _constants(cell, plan, layout, tensors)
+
+    def run(table: Any, u: int, tensors: Any, count: int = 1, part: Slice = whole) -> None:
+        if library:
+            multiply(tensors, u, plan.precision)
+        steps_of_launch = part.first, u, u + count, layout.steps
+        arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
+        _launch_once(kind, grid_of(part), arguments, constants)
 
     with torch.cuda.device_of(s0):
-        if plan.scope == "launch" and can_replay(steps, tensors):
+        if plan.scope in ("launch", "library") and can_replay(steps, tensors):
             stream = torch.cuda.current_stream().cuda_stream
-            step_graph(kind, B, stream).run(run, steps, (layout.steps, R), device, tensors)
+            graph = step_graph(kind, B, stream)
+            if graph.graph is None:
+                # No step, but it loads the kernel that a user's capture will launch: nothing can be
+                # loaded then.
+                run(None, 0, tensors, 0)
+            fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
+            graph.run(run, steps, (layout.steps, R), device, tensors, fixed)
         else:
             at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
-            for u in range(0, steps, at_once):
-                run(None, u, at_once)
+            for part, u in product(parts, range(0, steps, at_once)):
+                run(None, u, tensors, at_once, part)

@@ -50,9 +50,9 @@ class Step(NamedTuple):
 
 
 @triton.jit
-def tile_of_program(B, H, REVERSE, N, G, S, BB, BN):
+def tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN):
     n = tl.program_id(2).to(tl.int64)
-    b0 = tl.program_id(1).to(tl.int64) * BB
+    b0 = (first + tl.program_id(1)).to(tl.int64) * BB
     i_b = tl.arange(0, BB)
     o_b = b0 + i_b
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -212,27 +212,35 @@ def add_in_own_layout(products, start, N):
 
 
 @triton.jit
-def barrier(counter, count):
-    """Wait until all programs that share sequences have arrived `count` times.
+def barrier(counter, tile, tiles, count):
+    """Wait until all programs that share this of the batch's `tiles` have arrived `count` times.
 
     A cooperative launch keeps them resident."""
     if counter is not None:
-        counter = counter + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        counter = counter + tl.program_id(2) * tiles + tile
         target = count * tl.num_programs(0)
         tl.debug_barrier()
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
         seen = target - 1
-        polls = 0
+        began = tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+        )
         while seen < target:
+            # a program that has not come for three minutes is an error
             seen = tl.inline_asm_elementwise(
-                "ld.acquire.gpu.global.b32 $0, [$1];",
-                "=r,l",
-                [counter],
+                """{
+                    .reg .u64 waited;
+                    .reg .pred too_long;
+                    mov.u64 waited, %globaltimer;
+                    sub.u64 waited, waited, $2;
+                    setp.gt.s64 too_long, waited, 180000000000;
+                    @too_long trap;
+                    ld.acquire.gpu.global.b32 $0, [$1];
+                }""",
+                "=r,l,l",
+                [counter, began],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
-            polls += 1
-            # compiled in only under TRITON_DEBUG=1
-            tl.device_assert(polls < 2**24, "a program did not come to the barrier")
         tl.debug_barrier()

@@ -6,8 +6,8 @@ Reads JSON lines [cell, dtype, B, I, H, N, capability, options] from standard in
 JSON line for each kernel. The options:
 
 "tf32"
+"launch", "library"  the plan of that scope, whatever is faster
 "graph"  what a CUDA graph launches
-"debug"
 "kinds"  how many kernels Triton would make for several B and T
 "lengths", "offsets", "resets", "states"  what else the kernels are given"""
 
@@ -30,7 +30,8 @@ from triton.runtime.jit import create_function_from_signature
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.triton_kernels import launch as triton_launch
-from rnn.kernels.plan import Gpu, make_plan
+from rnn.kernels.plan import Gpu, Plan
+from rnn.kernels.planner import make_plan, triton_plans
 from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 
 AMD = 942  # gfx942 in place of a compute capability
@@ -109,7 +110,7 @@ def launches(
     w_ih = new(N * G * H, I)
     w = new(N * G * H, H)
     b = new(N * G * H)
-    s = new(N * S, B, H)
+    s = [new(N, B, H) for _ in range(S)]
     y = new(T * B, N * H)
     real: Any = triton_launch.forward_kernel, triton_launch.backward_kernel
     vars(torch.cuda)["get_device_properties"] = lambda _: SimpleNamespace(
@@ -160,13 +161,26 @@ def read_amdgcn(text: str) -> dict[str, Any]:
     return dict(registers=int(used["vgpr_count"]), stack=int(used["private_segment_fixed_size"]))
 
 
+def plan_for(
+    cell: cells.Cell,
+    sizes: tuple[int, int, int, int],
+    dtype: str,
+    gpu: Gpu,
+    options: list[str],
+) -> Plan:
+    chosen = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
+    size = {"ieee": 2, "tf32": 4, "tf32x3": 8}[chosen.precision]
+    plans = triton_plans(cell, sizes, size, chosen.precision, gpu)
+    return next((plan for plan in plans if plan.scope in options), chosen)
+
+
 def measure(
     name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]
 ) -> None:
     cell = getattr(cells, name)
     sizes = (B, I, H, N)
     gpu = GPUS[capability]
-    plan = make_plan(cell, sizes, dtype, gpu, "tf32" in options)
+    plan = plan_for(cell, sizes, dtype, gpu, options)
     for kernel, arguments, launch in launches(cell, getattr(torch, dtype), sizes, plan, options):
         if "graph" in options:
             arguments = (torch.zeros(1, dtype=torch.int64), *arguments[1:])
@@ -177,8 +191,6 @@ def measure(
             if capability == AMD
             else GPUTarget("cuda", capability, 32)
         )
-        if "debug" in options:
-            chosen["debug"] = True
         built = triton.compile(
             source(kernel, arguments, launch, make_backend(target)), target=target, options=chosen
         )
@@ -187,9 +199,8 @@ def measure(
             if capability == AMD
             else read_cubin(built.asm["cubin"])
         )
-        used |= dict(
-            plan=plan, shared=built.metadata.shared, gives_up="did not come" in built.asm["ttir"]
-        )
+        gives_up = "@too_long trap" in built.asm.get("ptx", "")
+        used |= dict(plan=plan, shared=built.metadata.shared, gives_up=gives_up)
         print(json.dumps(dict(kernel=kernel.fn.__name__, **used)), flush=True)
 
 
@@ -199,7 +210,7 @@ def kinds(
     """Of the plan for B: Triton's own keys of the kernels for other B and T."""
     cell = getattr(cells, name)
     backend = make_backend(GPUTarget("cuda", capability, 32))
-    plan = make_plan(cell, (B, I, H, N), dtype, GPUS[capability])
+    plan = plan_for(cell, (B, I, H, N), dtype, GPUS[capability], options)
     found: dict[str, set[str]] = {}
     for batch, T in itertools.product((1, 16, 33, 64), (1, 2, 16, 100)):
         for kernel, arguments, launch in launches(

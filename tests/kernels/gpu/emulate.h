@@ -17,11 +17,32 @@ inline struct { emulate::Index<+[] { return emulate::tiles; }> y; emulate::Index
 DEVICE void __syncthreads() { emulate::block().all.wait(); }
 DEVICE void __syncwarp() { emulate::warp().barrier.wait(); }
 DEVICE void group_sync(int id, int threads) { auto& g = emulate::block().groups[id]; g.threads = threads; g.wait(); }
+DEVICE bool any_of_warp(bool v) {
+  auto& warp = emulate::warp();
+  warp.b[emulate::self->thread % 32][0] = v;
+  warp.barrier.wait();
+  bool any = false;
+  for (auto& b : warp.b) any |= b[0];
+  warp.barrier.wait();
+  return any;
+}
 DEVICE void prefetch_l2(const void*) {}
-DEVICE void keep(u32&) {}
+DEVICE u32 pin_register(u32 v) { return v; }
+DEVICE i64 pin_register(i64 v) { return v; }
 DEVICE u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 DEVICE float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 DEVICE u32 min(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) {
+  const u64 both = (u64)b << 32 | a;
+  u32 v = 0;
+  for (int k = 0; k < 4; ++k) v |= (u32)(both >> 8 * (digits >> 4 * k & 7) & 255) << 8 * k;
+  return v;
+}
+DEVICE u32 load_word_if(const void* p, bool there) { u32 v = 0; if (there) memcpy(&v, p, 4); return v; }
+DEVICE u32 load_byte_if(const bool* p, bool there) { return there ? *p : 0; }
+DEVICE i64 load_row_if(const i64* p, bool there, i64 v) { return there ? *p : v; }
+DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
+DEVICE u32 load_if(const u16* p, bool there) { return there ? *p : 0; }
 DEVICE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 #if TYPE == FLOAT32
@@ -42,7 +63,11 @@ DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF 
 struct alignas(2 * sizeof(T)) Pair { T a, b; };
 DEVICE Pair narrow(float a, float b) { return {narrow(a), narrow(b)}; }
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
-DEVICE Pair join(T a, T b) { return {a, b}; }
+#if TYPE == FLOAT32
+DEVICE Pair join(u32 a, u32 b) { return {__uint_as_float(a), __uint_as_float(b)}; }
+#else
+DEVICE Pair join(u32 a, u32 b) { return {(u16)a, (u16)b}; }
+#endif
 
 DEVICE u32 shared_address(const void* p) {
   return (u32)((const char*)p - (const char*)emulate::block().memory.data()) | emulate::self->rank << 24;
@@ -53,6 +78,8 @@ DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   warp.rows[lane] = emulate::memory(address);
   warp.barrier.wait();
   for (int m = 0; m < 4; ++m) memcpy(&r[m], warp.rows[m * 8 + lane / 4] + lane % 4 * 4, 4);
+  // what a relaxed wait does not order
+  if (emulate::self->unacquired) memset(r, ~0, 16);
   warp.barrier.wait();
 }
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -78,7 +105,7 @@ DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
   emulate::in_flight.push_back([=] { *p = (u64)flag << 32 | word; });
 }
 DEVICE u64 load_flagged(const u64* p) { return *(const volatile u64*)p; }
-DEVICE void wait_more(u32&) { emulate::look_again(); }
+DEVICE void wait_more(u32&, int) { emulate::look_again(); }
 DEVICE u32 peer_address(u32 address, u32 rank) { return (address & 0xFFFFFF) | rank << 24; }
 DEVICE void cluster_sync() { if (SCOPE == CLUSTER) emulate::cluster.wait(); }
 DEVICE void barrier_init(u32 barrier) { emulate::arrivals(barrier) = {}; }
@@ -87,7 +114,11 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   a.bytes += bytes, --a.pending;
   a.settle();
 }
-DEVICE bool barrier_passed(u32 barrier, u32 parity) { return (emulate::arrivals(barrier).phase & 1) != parity; }
+DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+  emulate::self->unacquired = true;
+  return (emulate::arrivals(barrier).phase & 1) != parity;
+}
+DEVICE void acquire_shared() { emulate::self->unacquired = false; }
 DEVICE void store_async(u32 address, uint4 v, u32 barrier) {
   emulate::in_flight.push_back([=] {
     memcpy(emulate::memory(address), &v, 16);

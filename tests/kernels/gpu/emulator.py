@@ -26,7 +26,7 @@ extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
       if (!emulate::run(BLOCKS, THREADS, sizeof(Shared), [] {
             []<std::size_t... k>(std::index_sequence<k...>) {
               ((void (*)(decltype((void)k, i64())...))recurrence)(a[k]...);
-            }(std::make_index_sequence<20>());
+            }(std::make_index_sequence<21>());
           })) return false;
   return true;
 }
@@ -64,7 +64,7 @@ def loader(folder: Path, fault: tuple[str, str] = ("", "")) -> Callable[..., Cal
 
         def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
             assert grid[0] == plan.blocks
-            if not run((ctypes.c_longlong * 20)(*arguments), grid[1], grid[2]):
+            if not run((ctypes.c_longlong * 21)(*arguments), grid[1], grid[2]):
                 raise RuntimeError("deadlock")
 
         return launch

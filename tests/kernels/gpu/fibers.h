@@ -13,7 +13,7 @@
 typedef unsigned short u16; typedef unsigned int u32; typedef unsigned long long u64; typedef long long i64;
 
 namespace emulate {
-struct Fiber { ucontext_t context; std::unique_ptr<char[]> stack; u32 thread, rank; };
+struct Fiber { ucontext_t context; std::unique_ptr<char[]> stack; u32 thread, rank; bool unacquired = false; };
 inline std::vector<Fiber*> ready;
 inline std::vector<std::function<void()>> in_flight;  // stores that have not arrived
 inline ucontext_t scheduler;

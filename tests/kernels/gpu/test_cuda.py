@@ -5,6 +5,7 @@ import importlib
 import itertools
 import re
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, shared_bytes
-from tests.cases import NAMES, OF_EACH_SIZE, check_recurrence
+from rnn.kernels.gpu.cuda import occupancy
+from rnn.kernels.plan import Gpu, Plan, plan_text, shared_bytes, slices, stored_fragments
+from rnn.kernels.planner import cuda_plans
+from tests.cases import NAMES, OF_EACH_SIZE, check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
 from tests.kernels.gpu.emulator import COMPILER, library, loader
 
@@ -77,6 +80,114 @@ def test_runs(run: tuple[Any, ...]) -> None:
     check_recurrence(cell, plan, (3, 11, 3, H), (False, True), form, resets, dtype=dtype)
 
 
+# As RUNS, of batches in several launches: of a tile or two each, with a smaller one at the end.
+SLICED: list[tuple[Any, ...]] = [
+    ("gru", "block", 21, SINGLE, 1, 2, 16, "packed", True),
+    ("lstm", "cluster", 61, HALF, 2, 2, 8, "lengths", True),
+    ("rnn_tanh", "grid", 61, BRAIN, 4, 4, 8, "padded", False),
+    ("lstm", "grid", 30, SINGLE, 2, 1, 16, "lengths", True),
+    ("gru", "grid", 40, HALF, 3, 8, 8, "packed", True),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("run", SLICED, ids=name_of)
+def test_slices_of_the_batch(run: tuple[Any, ...], tiles: int) -> None:
+    """Values and gradients; and not a bit differs from those of the batch at once."""
+    cell, scope, H, dtype, blocks, splits, sequences, form, resets = run
+    whole = plan_for(scope, H, dtype, blocks, splits, sequences)
+    sliced = whole._replace(slice_tiles=tiles)
+    sizes = (3, 2 * sequences + 5, 3, H)
+    both_ways = (False, True)
+    check_recurrence(cell, sliced, sizes, both_ways, form, resets, dtype=dtype)
+    o = operands(cell, sizes, both_ways, form, resets, dtype=dtype)
+    torch.testing.assert_close(evaluate(o, sliced), evaluate(o, whole), rtol=0, atol=0)
+
+
+# As RUNS, with so many registers for weights, of which there are more in every warp.
+STORED: list[tuple[Any, ...]] = [
+    ("rnn_tanh", "block", 64, SINGLE, 1, 2, 8, "padded", False, 8),
+    ("lstm", "cluster", 61, HALF, 2, 1, 8, "lengths", True, 32),
+    ("gru", "grid", 45, SINGLE, 3, 2, 8, "packed", True, 24),
+    ("lstm", "grid", 64, BRAIN, 4, 1, 16, "padded", False, 32),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("run", STORED, ids=name_of)
+def test_weights_in_shared_memory(run: tuple[Any, ...]) -> None:
+    """Values and gradients; and not a bit differs from those of weights in registers."""
+    cell, scope, H, dtype, blocks, splits, sequences, form, resets, registers = run
+    whole = plan_for(scope, H, dtype, blocks, splits, sequences)
+    stored = whole._replace(weight_registers=registers)
+    for adjoint in (False, True):
+        assert stored_fragments(getattr(cells, cell), stored, dtype.itemsize, adjoint) > 0
+    sizes = (3, 2 * sequences + 5, 3, H)
+    check_recurrence(cell, stored, sizes, (False, True), form, resets, dtype=dtype)
+    o = operands(cell, sizes, (False, True), form, resets, dtype=dtype)
+    torch.testing.assert_close(evaluate(o, stored), evaluate(o, whole), rtol=0, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (
+            "words = shared.weights[(k - HELD) * ROWS + row]",
+            "words = shared.weights[0]",
+        ),
+        ("* ROWS + row][threadIdx.x] =", "* ROWS + row][threadIdx.x ^ 1] ="),
+    ],
+    ids=["another k-step's", "another thread's"],
+)
+def test_faults_in_stored_weights_are_found(
+    fault: tuple[str, str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(cuda, "load", loader(folder, fault))
+    plan = plan_for("grid", 64, BRAIN, 2, 1)._replace(weight_registers=8)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (3, 9, 2, 64), dtype=BRAIN)
+
+
+SLICE_FAULTS = {
+    "a slice that starts a sequence late": (
+        "b0((first + blockIdx.y) * NB),",
+        "b0((first + blockIdx.y) * NB + (first > 0)),",
+    ),
+    "every slice the first": ("b0((first + blockIdx.y) * NB),", "b0((i64)blockIdx.y * NB),"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", SLICE_FAULTS)
+def test_faults_in_slices_are_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(cuda, "load", loader(folder, SLICE_FAULTS[fault]))
+    plan = plan_for("grid", 32, BRAIN, 2, 2)._replace(slice_tiles=1)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (3, 19, 2, 32), dtype=BRAIN)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda plan, B: slices(plan, B)[:-1],
+        lambda plan, B: [part._replace(tiles=1) for part in slices(plan, B)],
+    ],
+    ids=["one forgotten", "the second tile forgotten"],
+)
+def test_slices_that_are_forgotten_are_found(
+    wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "slices", wrong)
+    plan = plan_for("grid", 32, BRAIN, 2, 2)._replace(slice_tiles=2)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_recurrence("rnn_tanh", plan, (3, 19, 2, 32), dtype=BRAIN)
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
@@ -128,12 +239,19 @@ FAULTS = {
     "partial sums read too early": ("block", "group_sync(1 + wm, 32 * WK);", ""),
     "no wait for the others' h": (
         "cluster",
-        "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(spin_count);",
+        "while (!barrier_passed(barrier, c >> 1 & 1)) wait_more(waited, c);",
         "",
+    ),
+    "a chain of products left out": ("block", "if (chain)\n", "if (chain > 1)\n"),
+    "no fence after the wait": ("cluster", "    acquire_shared();\n", ""),
+    "weights of the neighbour": (
+        "block",
+        "to[1] = select_bytes(row, next, 0x7632);",
+        "to[1] = to[0];",
     ),
     "barrier never set again": (
         "cluster",
-        "if (threadIdx.x == 0) barrier_expect(barrier, 4 * NB * WORDS);",
+        "if (lane + wm + wk == 0) barrier_expect(barrier, 4 * NB * WORDS);",
         "",
     ),
     "wrong number of bytes": ("cluster", "4 * NB * WORDS);\n    }", "4 * NB * WORDS + 16);\n    }"),
@@ -147,7 +265,20 @@ FAULTS = {
         "b = p / 2 * 8 + number % 4 * 2 + p % 2;\n      const int word",
         "b = p / 2 * 8 + number % 4 * 2;\n      const int word",
     ),
-    "flags not looked at": ("grid", "ready &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
+    "a peer left out": (
+        "cluster",
+        "const u32 to = (peer + rank) % C;",
+        "const u32 to = peer % (C - 1);",
+    ),
+    "the row of another step": ("block packed", "offsets + t,", "offsets + t / 2,"),
+    "the reset of another sequence": (
+        "block packed",
+        "resets + boundary + sequence(p)",
+        "resets + boundary",
+    ),
+    "a number in place of the next": ("block packed", "load_if(p + 1, two)", "load_if(p, two)"),
+    "flags not looked at": ("grid", "all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
+    "the last sequence left out": ("grid", "(u32)(B - b0 - 1)", "(u32)(B - b0 - 2)"),
     "flags of another step": (
         "grid",
         "((const u32*)&pair)[e], c + 1);",
@@ -161,11 +292,39 @@ FAULTS = {
 def test_planted_faults_are_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    scope, *change = FAULTS[fault]
+    where, *change = FAULTS[fault]
+    # both kernels have it
+    assert change[0] in cuda.text("worker.cuh")
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
-    plan = plan_for(scope, 64, BRAIN, 1 if scope == "block" else 2, 2)
+    scope = where.split()[0]
+    packed = "packed" in where
+    form = "packed" if packed else "padded"
+    H = 61 if packed else 64
+    plan = plan_for(scope, H, BRAIN, 1 if scope == "block" else 2, 2)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_recurrence("rnn_tanh", plan, (6, 9, 2, 64), dtype=BRAIN)
+        check_recurrence("rnn_tanh", plan, (6, 9, 2, H), form=form, resets=packed, dtype=BRAIN)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["", "if (any_of_warp(nan)) {", "EXACT ? finite(v1.high) : "])
+@pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
+def test_infinite_numbers(
+    fault: str, scope: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """In three parts a product of an infinite number is what it is in one; without the second try,
+    or with the parts of an infinite number multiplied too, it is not."""
+    change = (fault, "if (false) {" if fault.startswith("if") else "") if fault else ("", "")
+    monkeypatch.setattr(cuda, "load", loader(folder, change))
+    given = operands("rnn_relu", (2, 9, 2, 32), (False,))
+    given.given[5][0, 3, 7] = float("inf")
+    # exact in TF32: their low parts are 0
+    given.given[2][::3] = given.given[2][::3].sign() / 4
+    want = evaluate(given, dtype=torch.float64, oracle=True)["y"]
+    assert want.isinf().any()
+    plan = plan_for(scope, 32, SINGLE, 1 if scope == "block" else 2, 2)
+    got = evaluate(given, plan)["y"]
+    same = torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert same == (not fault)
 
 
 @needs_compiler
@@ -177,8 +336,10 @@ def test_shared_memory(folder: Path) -> None:
         ("grid", 3, 4, True),
     ):
         plan = plan_for(scope, 90, SINGLE, blocks, splits, 16)
-        built = library(folder, ("", ""), cells.lstm, plan, SINGLE, adjoint, False, True)
-        assert built.emulate_shared() == shared_bytes(cells.lstm, plan, 4, adjoint)
+        for registers in (0, 32):
+            kept = plan._replace(weight_registers=registers)
+            built = library(folder, ("", ""), cells.lstm, kept, SINGLE, adjoint, False, True)
+            assert built.emulate_shared() == shared_bytes(cells.lstm, kept, 4, adjoint)
 
 
 def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -229,6 +390,125 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match=r"needs .* blocks at a time"):
         launch((16, 9, 1), ())
+
+
+class Driver:
+    """Answers as the CUDA driver does: `active` clusters by size, and an error for other sizes."""
+
+    def __init__(self, active: dict[int, int], error: int = 912) -> None:
+        self.active = active
+        self.error = error
+        self.loaded = 0
+        self.attributes = list[tuple[int, int]]()
+
+    def cuModuleLoadData(self, module: Any, cubin: bytes) -> int:
+        self.loaded += 1
+        return 0
+
+    def cuModuleUnload(self, module: Any) -> int:
+        self.loaded -= 1
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
+        assert name.decode() in occupancy.PROBE
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+        self.attributes.append((attribute, value))
+        return 0
+
+    def cuOccupancyMaxActiveClusters(self, count: Any, function: Any, config: Any) -> int:
+        given = config._obj
+        attribute = given.attributes[0]
+        assert given.attribute_count == 1 and attribute.kind == 4 and given.shared == 232448
+        assert given.grid_x % attribute.size[0] == 0 and [*attribute.size[1:3]] == [1, 1]
+        count._obj.value = self.active.get(attribute.size[0], 7)
+        return 0 if attribute.size[0] in self.active else self.error
+
+
+@pytest.mark.parametrize(
+    ("driver", "want"),
+    [
+        (Driver({2: 60, 4: 30, 8: 14, 16: 6}), (60, 30, 14, 6)),
+        (Driver({2: 60, 4: 30, 8: 14, 16: 0}), (60, 30, 14, 0)),
+        (Driver({2: 60, 4: 30, 8: 14}), (60, 30, 14, 0)),
+        (Driver({2: 60}, error=1), ()),
+    ],
+    ids=["all", "none of 16 fits", "16 is refused", "another error"],
+)
+def test_active_clusters(
+    driver: Driver, want: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(occupancy, "_driver", lambda: driver)
+    monkeypatch.setattr(occupancy, "build", lambda code, capability: (b"cubin", ""))
+    assert occupancy.active_clusters(90, 232448) == want
+    assert driver.loaded == 0 and (8, 232448) in driver.attributes and (14, 1) in driver.attributes
+
+
+def test_no_driver_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(occupancy, "_driver", missing)
+    assert occupancy.active_clusters(90, 232448) == ()
+
+
+class Refusing:
+    """CuPy's module and kernel, where the driver refuses something."""
+
+    def __init__(self, refused: str, machine: SimpleNamespace) -> None:
+        self.refused = refused
+        self.kernel = SimpleNamespace(ptr=7)
+        self.max_dynamic_shared_size_bytes = 0
+        machine.set_attribute = lambda *_: self.refuse("attribute")
+
+    def refuse(self, what: str) -> None:
+        if what == self.refused:
+            raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE: cluster size is not valid")
+
+    def get_function(self, name: str) -> Any:
+        self.refuse("load")
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.refuse("launch")
+
+
+@pytest.mark.parametrize("refused", ["load", "attribute", "launch"])
+def test_what_cuda_refuses_names_the_plan(
+    refused: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    cupy_cuda = importlib.import_module("cupy").cuda
+    machine = SimpleNamespace()
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(cuda, "_cubin", lambda *_: tmp_path)
+    monkeypatch.setattr(cuda, "on_stream", lambda *_: nullcontext())
+    monkeypatch.setattr("cupy.RawModule", lambda **_: Refusing(refused, machine))
+    monkeypatch.setattr(cupy_cuda, "Device", lambda index: nullcontext())
+    monkeypatch.setattr(cupy_cuda.driver, "funcSetAttribute", lambda *_: machine.set_attribute())
+    plan = plan_for("cluster", 256, BRAIN, 16, 1)
+    real_load.cache_clear()
+    words = r"cuda:0 does not run the plan .*cluster .*blocks=16.*: CUDA_ERROR_INVALID_CLUSTER_SIZE"
+    with pytest.raises(RuntimeError, match=words) as caught:
+        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, torch.device("cuda", 0))(
+            (16, 2, 1), ()
+        )
+    assert "plan=" in str(caught.value) and caught.value.__cause__ is not None
+
+
+def test_a_wait_that_does_not_end() -> None:
+    """By the clock, not by the number of polls; the message has the plan and the step."""
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    assert 60 < cuda.WAIT_LIMIT * 2**32 / 1e9 < 600
+    # the LSTM in a grid has no registers for a message
+    for scope, cell in (("cluster", cells.lstm), ("grid", cells.gru)):
+        plan = plan_for(scope, 64, BRAIN, 2, 2)
+        code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, False, True)
+        cubin, _ = cuda.build(code, 90)
+        assert f"came in time for {plan_text(plan)}".encode() in cubin
+        assert "wait_more(waited, c)" in code and f"#define WAIT_LIMIT {cuda.WAIT_LIMIT}" in code
 
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
@@ -282,6 +562,13 @@ def test_compiles() -> None:
     chosen += [
         kernel for kernel in kernels(90, [(8, 1024)], ["gru"]) if kernel[2] == BRAIN and kernel[5]
     ]
+    stored = [
+        kernel
+        for kernel in kernels(90, [(16, 768)], ["lstm", "gru"])
+        if kernel[1].precision == "tf32" and kernel[5]
+    ]
+    assert len(stored) == 4 and all(kernel[1].weight_registers for kernel in stored)
+    chosen += stored
     cell, plan, _, adjoint, masks, even = chosen[0]
     chosen.append((cell, plan, HALF, adjoint, masks, even))
     assert {kernel[1].scope for kernel in chosen} == {"block", "cluster", "grid"}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rnn.kernels import cells
-from rnn.kernels.plan import Gpu, Plan, cuda_plans, make_plan, power_of_2
+from rnn.kernels.plan import Gpu, Plan, power_of_2
+from rnn.kernels.planner import cuda_plans, make_plan
 from tests.cases import (
     CASES,
     NAMES,
@@ -33,7 +34,14 @@ DEVICE = "cuda" if GPU else "cpu"
 # One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without
 # a GPU these run in test_cuda.py.)
 CUDA = ["cuda block", "cuda cluster", "cuda grid"]
-SCOPES = ["block", "fused", "grid", "launch", *(CUDA if GPU and find_spec("cupy") else [])]
+SCOPES = [
+    "block",
+    "fused",
+    "grid",
+    "launch",
+    "library",
+    *(CUDA if GPU and find_spec("cupy") else []),
+]
 HALF = (torch.float16, torch.bfloat16)
 MODES = {
     "ieee": torch.float32,
@@ -65,9 +73,10 @@ def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
         return Plan(
             "triton", "block", units, 8, units, max(1, units // 16), scope == "fused", precision
         )
+    wide = scope if scope == "library" else "launch"
     return Plan(
         "triton",
-        "grid" if scope == "grid" and H <= 128 else "launch",
+        "grid" if scope == "grid" and H <= 128 else wide,
         tile,
         16,
         tile,
@@ -158,6 +167,23 @@ def test_float64(case: Case) -> None:
 def test_cells(cell: str, form: str, resets: bool, scope: str) -> None:
     check_recurrence(
         cell, plan_for(scope, 18), (3, 9, 3, 18), (False, True), form, resets, device=DEVICE
+    )
+
+
+@pytest.mark.parametrize(
+    ("cell", "form", "resets", "scope"),
+    by_turns([(cell, *form) for cell, form in zip(("rnn_tanh", "lstm", "gru", "lstm"), FORMS)], 3),
+)
+def test_slices_of_the_batch(cell: str, form: str, resets: bool, scope: str) -> None:
+    """Of one tile each, the last not full: values and gradients, and not by a bit others than those
+    of the batch at once."""
+    whole = plan_for(scope, 18)._replace(slice_tiles=0)
+    sliced = whole._replace(slice_tiles=1)
+    sizes = (3, 2 * whole.sequences + 3, 3, 18)
+    check_recurrence(cell, sliced, sizes, (False, True), form, resets, device=DEVICE)
+    o = operands(cell, sizes, form=form, resets=resets)
+    torch.testing.assert_close(
+        evaluate(o, sliced, DEVICE), evaluate(o, whole, DEVICE), rtol=0, atol=0
     )
 
 
@@ -269,7 +295,7 @@ rnn.dispatch._plan = lambda *given: plans.append(choose(*given)) or plans[-1]
 layer, x = rnn.RNN(16, 64), torch.randn(5, 3, 16)
 want = layer.double()(x.double())[0]
 error = (layer.to("{device}", torch.float32)(x.to("{device}"))[0].cpu() - want).abs().max().item()
-print(*[plan.precision for plan in plans[1:]], error)
+print(plans[-1].precision, error)
 """
 
 

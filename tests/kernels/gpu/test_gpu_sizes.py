@@ -4,6 +4,8 @@ is short, and the first call. On a GPU; in Triton's interpreter what it is quick
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 
 import rnn
 from rnn.kernels import cells
+from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.types import Layout
 from tests.cases import Case, build, check, check_recurrence, close, thrice
 from tests.conftest import GPU
-from tests.kernels.gpu.test_gpu import DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
+from tests.kernels.gpu.test_gpu import CUDA, DEVICE, MODES, SCOPES, chosen, in_mode, plan_for
 from tests.small import gradients
 
 ROOT = Path(__file__).parents[3]
@@ -145,27 +148,49 @@ def test_steps(T: int, scope: str) -> None:
         )
 
 
+def watch_compilers(monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]) -> None:
+    """Has the name of each kernel told that Triton compiles, or that CuPy loads."""
+    from triton.runtime.jit import JITFunction
+
+    compiler = JITFunction._do_compile
+    load = cuda.load.__wrapped__
+
+    def compile_noted(kernel: Any, *arguments: Any) -> Any:
+        tell(kernel.fn.__name__)
+        return compiler(kernel, *arguments)
+
+    @cache
+    def load_noted(*arguments: Any) -> Any:
+        tell("backward.cu" if arguments[3] else "forward.cu")
+        return load(*arguments)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_noted)
+    monkeypatch.setattr(cuda, "load", load_noted)
+
+
+def kernels_of(scope: str) -> list[str]:
+    """What a layer's calls of any length compile."""
+    if scope in CUDA:
+        return ["backward.cu", "forward.cu"]
+    # alone, and in a graph of steps
+    kinds = 2 if scope in ("launch", "library") else 1
+    return sorted(kinds * ["backward_kernel", "forward_kernel"])
+
+
 @gpu_only
 @pytest.mark.parametrize("scope", SCOPES)
 def test_nothing_is_compiled_for_a_batch_or_a_length(
     scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from triton.runtime.jit import JITFunction
-
     compiled = list[str]()
-    compiler = JITFunction._do_compile
-
-    def noted(kernel: Any, *arguments: Any) -> Any:
-        compiled.append(kernel.fn.__name__)
-        return compiler(kernel, *arguments)
-
-    monkeypatch.setattr(JITFunction, "_do_compile", noted)
+    watch_compilers(monkeypatch, compiled.append)
     layer = rnn.LSTM(11, 27, device=DEVICE, plan=plan_for(scope, 27))
-    gradients(layer, torch.randn(5, 9, 11, device=DEVICE, requires_grad=True))
-    assert sorted(compiled) == ["backward_kernel", "forward_kernel"]
+    for T in (5, 40):
+        gradients(layer, torch.randn(T, 9, 11, device=DEVICE, requires_grad=True))
+    assert sorted(compiled) == kernels_of(scope)
     for T, B in ((1, 1), (16, 16), (40, 300), (33, 500)):
         gradients(layer, torch.randn(T, B, 11, device=DEVICE, requires_grad=True))
-    assert len(compiled) == 2
+    assert sorted(compiled) == kernels_of(scope)
 
 
 def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tensor]:
@@ -365,7 +390,11 @@ def test_first_call(
             cwd=ROOT,
             text=True,
             capture_output=True,
-            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+            env={
+                **os.environ,
+                "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+                "CUPY_CACHE_DIR": str(tmp_path / "cupy"),
+            },
         )
         assert done.returncode == 0, done.stderr
         seconds.append(float(done.stdout))

@@ -1,18 +1,22 @@
 """Launch scope: how the host goes through time, in CUDA graphs of several steps (a stand-in
 here)."""
 
+import gc
+import itertools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
+from rnn.kernels.plan import Slice
 from rnn.kernels.types import Layout, Weights
 from tests.cases import check_recurrence
 from tests.kernels.gpu.test_gpu import plan_for
@@ -28,6 +32,68 @@ def useless(t: torch.Tensor | None) -> torch.Tensor | None:
     return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
 
+class Driver:
+    """The part of the CUDA driver's library that captures: graphs are lists of launches, by
+    handle. Handles that were destroyed are gone."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self.machine = machine
+        self.made = itertools.count(1)
+        self.streams = set[int]()
+        self.captured = dict[int, list[Any]]()
+        self.executables = dict[int, list[Any]]()
+        self.modes = list[int]()
+
+    def cuStreamCreate(self, to: Any, flags: int) -> int:
+        assert flags == 1, "it would wait for the legacy default stream"
+        to._obj.value = next(self.made)
+        self.streams.add(to._obj.value)
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        self.streams.remove(stream.value)
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:
+        if stream.value not in self.streams:
+            return 400
+        self.modes.append(mode)
+        self.machine.capturing = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, to: Any) -> int:
+        to._obj.value = next(self.made)
+        self.captured[to._obj.value] = self.machine.capturing or []
+        self.machine.capturing = None
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, to: Any, graph: Any, flags: Any) -> int:
+        assert flags.value == 0
+        to._obj.value = next(self.made)
+        self.executables[to._obj.value] = self.captured[graph.value]
+        self.machine.graphs.append(self.captured[graph.value])
+        return 0
+
+    def cuGraphDestroy(self, graph: Any) -> int:
+        del self.captured[graph.value]
+        return 0
+
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self.executables[executable.value]
+        return 0
+
+    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
+        assert (stream.value or 0) == self.machine.stream
+        self.machine.replays += 1
+        for launch in self.executables[executable.value]:
+            launch()
+        return 0
+
+    def cuGetErrorName(self, status: int, to: Any) -> int:
+        to._obj.value = b"CUDA_ERROR_INVALID_HANDLE"
+        return 0
+
+
 class Machine:
     """Kernels that run in the interpreter, except while a graph captures them. With a table, the
     tensors they are called with hold nothing but NaN: what they need must come from the table."""
@@ -36,25 +102,16 @@ class Machine:
         self.graphs = list[list[Any]]()
         self.replays = 0
         self.plain = 0
+        self.loaded = 0
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        self.driver = Driver(self)
         machine = self
 
-        class Graph:
-            def capture_begin(self, capture_error_mode: str) -> None:
-                machine.capturing = self.launches = list[Any]()
-
-            def capture_end(self) -> None:
-                machine.graphs.append(self.launches)
-                machine.capturing = None
-
-            def replay(self) -> None:
-                machine.replays += 1
-                for launch in self.launches:
-                    launch()
-
         class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
             @property
             def cuda_stream(self) -> int:
                 return machine.stream
@@ -71,9 +128,13 @@ class Machine:
                     self.kernel[grid], arguments, options
                 )
 
+        def registers_a_generator(*_: Any) -> None:
+            pytest.fail("other threads could not draw random numbers meanwhile")
+
         for name, value in (
-            ("CUDAGraph", Graph),
-            ("Stream", Stream),
+            ("CUDAGraph", registers_a_generator),
+            ("graph", registers_a_generator),
+            ("ExternalStream", Stream),
             ("current_stream", Stream),
             ("stream", lambda stream: stream),
             ("set_stream", lambda _: None),
@@ -81,15 +142,26 @@ class Machine:
             ("is_current_stream_capturing", lambda: self.by_user),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(cuda_graph, "_library", lambda: self.driver)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(cuda_graph, "STEPS_PER_GRAPH", 4)
+        monkeypatch.setattr(torch, "bmm", self.multiply)
         for name in ("forward_kernel", "backward_kernel"):
             monkeypatch.setattr(gpu, name, Kernel(getattr(gpu, name)))
+
+    def multiply(self, *operands: torch.Tensor, out: torch.Tensor, bmm: Any = torch.bmm) -> None:
+        """The library's product: a graph has it with the addresses that it was captured with."""
+        if self.capturing is None:
+            bmm(*operands, out=out)
+        else:
+            self.capturing.append(lambda: bmm(*operands, out=out))
 
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
         if table is None:
-            self.plain += 1
+            _, _, start, end, *_ = rest
+            self.plain += end > start
+            self.loaded += end == start
         else:
             tensors = tensors._make(map(useless, tensors))
         if self.capturing is None:
@@ -99,15 +171,24 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    # graphs are destroyed by the driver that made them
+    cuda_graph.step_graph.cache_clear()
+    cuda_graph._capture_stream.cache_clear()
+    gc.collect()
 
 
 def check(
-    T: int, cell: str = "rnn_tanh", form: str = "padded", resets: bool = False, seed: int = 2
+    T: int,
+    cell: str = "rnn_tanh",
+    form: str = "padded",
+    resets: bool = False,
+    seed: int = 2,
+    scope: str = "launch",
 ) -> None:
     reverse = (False, True) if cell == "lstm" else (True,)
-    check_recurrence(cell, plan_for("launch", 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
+    check_recurrence(cell, plan_for(scope, 18), (T, 3, 3, 18), reverse, form, resets, seed=seed)
 
 
 def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
@@ -129,6 +210,47 @@ def test_everything_a_layer_is_given(machine: Machine, cell: str, form: str, res
     assert len(machine.graphs) == 2 and machine.plain == 0
 
 
+@pytest.mark.parametrize(
+    ("cell", "form", "resets"),
+    [("rnn_relu", "padded", False), ("lstm", "packed", True), ("gru", "lengths", True)],
+)
+def test_library_products_in_graphs(machine: Machine, cell: str, form: str, resets: bool) -> None:
+    """Whole blocks of steps and remainders; the graphs serve any weights."""
+    for count, T in enumerate((9, 6)):
+        check(T, cell, form, resets, seed=count, scope="library")
+    assert machine.plain == 0
+    assert len(machine.driver.streams) == 1, "of all captures for this stream"
+    # of each step a product and a kernel
+    assert [len(launches) for launches in machine.graphs] == [8, 8]
+
+
+def check_two_layers() -> None:
+    for seed in range(2):
+        check(9, "gru", seed=seed, scope="library")
+
+
+@pytest.mark.parametrize("left_out", ["w_hh", "hidden"])
+def test_a_library_graph_with_a_callers_tensors_is_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, left_out: str
+) -> None:
+    """The graph's products would be of what the first call had there."""
+    operands = tuple(name for name in gpu.OPERANDS if name != left_out)
+    monkeypatch.setattr(gpu, "OPERANDS", operands)
+    with pytest.raises(AssertionError):
+        check_two_layers()
+
+
+def test_a_step_without_its_product_is_found(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply = gpu.multiply
+    monkeypatch.setattr(
+        gpu, "multiply", lambda tensors, u, *precision: u % 4 and multiply(tensors, u, *precision)
+    )
+    with pytest.raises(AssertionError):
+        check_two_layers()
+
+
 def test_a_stream_has_its_own(machine: Machine) -> None:
     for machine.stream in (1, 2, 1):
         check(4)
@@ -141,6 +263,10 @@ def test_few_steps_are_launched(machine: Machine) -> None:
 
 
 def test_a_capture_of_the_users_gets_plain_launches(machine: Machine) -> None:
+    """Of kernels that the calls before it loaded, whatever they launched."""
+    check(5)
+    assert machine.loaded == len(machine.graphs) == 2 and machine.plain == 0
+    machine.graphs.clear()
     machine.by_user = True
     check(5)
     assert not machine.graphs and machine.plain == 5 + 6
@@ -154,11 +280,20 @@ def test_tensors_that_begin_anywhere_get_plain_launches(machine: Machine) -> Non
     plan = plan_for("launch", 18)
     rows = Layout(5, [0])
     odd = torch.empty(w.numel() + 1)[1:].view_as(w).copy_(w)
-    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), s, 0).y
+    want = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, w, None, None), [s], 0).y
     assert len(machine.graphs) == 1 and machine.plain == 0
-    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), s, 0).y
+    got = device.forward(cells.rnn_tanh, plan, rows, x, Weights(w_ih, odd, None, None), [s], 0).y
     assert torch.equal(got, want)
     assert machine.plain == 5
+
+
+@pytest.mark.parametrize("wrong", [(0, 1), (2, 2), (1, 1)], ids=["first", "late", "forgotten"])
+def test_wrong_slices_are_found(wrong: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_for("grid", 18)._replace(slice_tiles=1)
+    parts = [Slice(0, 1), Slice(*wrong)]
+    monkeypatch.setattr(gpu, "slices", lambda *_: parts)
+    with pytest.raises(AssertionError):
+        check_recurrence("gru", plan, (3, 2 * plan.sequences + 1, 2, 18))
 
 
 def test_a_capture_that_failed_is_made_again(
@@ -173,9 +308,55 @@ def test_a_capture_that_failed_is_made_again(
     monkeypatch.setattr(machine, "launch", fail)
     with pytest.raises(torch.OutOfMemoryError):
         check(6)
-    assert machine.capturing is None
+    assert machine.capturing is None and not machine.driver.captured
     monkeypatch.setattr(machine, "launch", launch)
     check(6)
+
+
+def test_what_triton_refuses_names_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error too, which is none of Python's kinds; memory that is short stays that."""
+
+    def refuse(error: Exception) -> None:
+        class Kernel:
+            arg_names = gpu.forward_kernel.arg_names
+
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                def launch(*_: Any, **__: Any) -> None:
+                    raise error
+
+                return launch
+
+        monkeypatch.setattr(gpu, "forward_kernel", Kernel())
+
+    words = r"cpu does not run the plan backend=triton scope=launch"
+    for error in (RuntimeError("Triton Error [CUDA]: too large"), OutOfResources(9, 8, "shared")):
+        refuse(error)
+        with pytest.raises(RuntimeError, match=words) as caught:
+            check(3)
+        assert caught.value.__cause__ is error and str(error) in str(caught.value)
+    refuse(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        check(3)
+
+
+def test_what_a_capture_leaves(machine: Machine) -> None:
+    """Graphs that are let go are freed, and so are the stream and the graph of each capture; what
+    other threads do meanwhile does not end it."""
+    check(6)
+    driver = machine.driver
+    assert driver.modes == [2, 2] and len(driver.executables) == 2
+    assert not driver.streams and not driver.captured
+    cuda_graph.step_graph.cache_clear()
+    cuda_graph._capture_stream.cache_clear()
+    gc.collect()
+    assert not driver.executables
+
+
+def test_a_refused_capture(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.driver, "cuStreamBeginCapture_v2", lambda *_: 400)
+    with pytest.raises(RuntimeError, match=r"cuStreamBeginCapture_v2 failed: CUDA_ERROR_INVALID"):
+        check(6)
+    assert not machine.driver.streams
 
 
 def rows_of(count: int, *shape: int) -> torch.Tensor:
@@ -265,7 +446,7 @@ def test_what_triton_made_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> 
         )
         w = torch.zeros(18 * 18 + shift, dtype=dtype)[shift:].view(18, 18)
         weights = Weights(w_ih, w, None, None)
-        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, s, 0)
+        device.forward(cell, plan_for("block", 18), Layout(T, [reverse]), x, weights, [s], 0)
 
     run(5, 3)
     run(1, 1)

@@ -1,0 +1,47 @@
+"""What the CUDA C++ kernels' machine code may cost, for sm_90: read from cubins, without a GPU."""
+
+import pytest
+
+from tests.kernels.gpu.sass_report import Kernel, disassembler, report
+
+pytestmark = pytest.mark.skipif(
+    disassembler() is None, reason="there is no nvdisasm, which prints machine code"
+)
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+
+
+# Cells, modes, H, batch; whether backward; the most instructions of a step, the most stall cycles
+# from the wait for other blocks to the end of the step.
+BARS = [
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16), 520, 1100),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16), 240, 420),
+    (Kernel("rnn_tanh", "float16", 64, 16, False), 215, 560),
+    (Kernel("rnn_tanh", "tf32x3", 512, 16, False, 16), 1400, 1700),
+    (Kernel("rnn_tanh", "tf32x3", 512, 16, True, 16), 1400, 1700),
+    (Kernel("rnn_tanh", "tf32", 512, 16, False, 16), 330, 720),
+    (Kernel("lstm", "bfloat16", 1024, 1, False), 620, 1600),
+]
+
+
+@pytest.mark.parametrize(("kernel", "instructions", "stall"), BARS)
+def test_cost_of_a_step(kernel: Kernel, instructions: int, stall: int) -> None:
+    _, found = report(kernel)
+    assert found.instructions <= instructions
+    assert found.stall_after_wait <= stall
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel, _, _ in BARS])
+def test_what_no_kernel_has(kernel: Kernel) -> None:
+    """No spills; no division; no wait that empties the L1 cache; no load of W that waits for the
+    one before; no load of a step that the next instructions wait for."""
+    plan, found = report(kernel)
+    assert found.spills == 0
+    assert found.fchk == 0
+    assert found.ivall == 0
+    assert found.loads_of_w >= 8
+    if plan.scope != "grid":
+        assert found.load_distance >= 200
