@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
-from tests.cases import LAYER_NAMES, Case, build, cell_of, close
+from tests.cases import LAYER_NAMES, NAMES, Case, build, cell_of, close
 from tests.fuzzing import ByCells, Finding, main, place, plain, sweep
 
 HALF = (torch.float16, torch.bfloat16)
@@ -112,7 +112,7 @@ def draw(seed: int, index: int) -> tuple[random.Random, Layer | Call]:
         zeros=rng.random() < 0.3,
     )
     if rng.random() < 0.35:
-        name = rng.choice(("rnn_tanh", "rnn_relu", "lstm", "gru"))
+        name = rng.choice(NAMES)
         form = rng.choice(("padded", "lengths", "packed"))
         if form != "packed" and rng.random() < 0.05:
             B = 0

@@ -17,7 +17,7 @@ from rnn import dispatch, single_step
 from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
-from tests.cases import LAYER_NAMES, OF_EACH_SIZE, check_recurrence
+from tests.cases import LAYER_NAMES, NAMES, OF_EACH_SIZE, check_recurrence
 from tests.small import pair
 
 ROOT = Path(__file__).parents[3]
@@ -182,7 +182,7 @@ def test_two_processes_compile_at_once(compiler: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "dtype"),
     [
-        *((cell, torch.float32) for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru")),
+        *((cell, torch.float32) for cell in NAMES),
         ("gru", torch.float64),
     ],
     ids=str,
