@@ -239,7 +239,7 @@ def layers(kind: tuple[str, str], plan: Plan, **options: Any) -> tuple[Any, Any]
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_what_is_not_finite(kind: tuple[str, str], value: float, plan: Plan) -> None:
-    """In one step of one sequence: it goes where torch's goes, there and back, and nowhere else."""
+    """In one step of one sequence: forward and backward carry it where torch's do, nowhere else."""
     theirs, ours = layers(kind, plan)
     x = torch.randn(7, 5, 3)
     x[3, 2, 1] = value
@@ -272,7 +272,7 @@ def test_large_arguments(cell: str, plan: Plan) -> None:
 
 
 def test_quiet() -> None:
-    """What is infinite, or no number, goes its way without a warning, as in torch."""
+    """NaN and infinities propagate without warnings, as in torch."""
     layer = rnn.RNN(3, 4, plan=Plan("numpy"))
     x = torch.full((3, 2, 3), torch.inf, requires_grad=True)
     for p in layer.parameters():
