@@ -149,6 +149,7 @@ def test_import_is_light() -> None:
         "rnn.transforms",
         "rnn.kernels",
         "rnn.kernels.build_cache",
+        "rnn.kernels.cell_checks",
         "rnn.kernels.cells",
         "rnn.kernels.codegen",
         "rnn.kernels.costs",
