@@ -6,13 +6,15 @@ backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
 
 All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh;
 s: S states, of which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what
-flows back through W_hh: the recurrence adds that. A cell in which x and r meet only as x + r
-returns one and the same object as dx and dr. (Functions that Triton reads have no annotations.)"""
+flows back through W_hh: the recurrence adds that. (Functions that Triton reads have no
+annotations.)"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, cast
+
+from .cell_checks import StandIn, check_function, results_of
 
 
 # The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives
@@ -50,10 +52,20 @@ class Cell:
     """A recurrence of G gates and S states, that saves A activations for its adjoint.
 
     `forward` and `backward` are as the module's docstring says: functions of tuples of arrays of
-    one shape, [..., H], and one floating-point dtype, that use Python's arithmetic and the names of
-    this module alone. Both are called once, with numbers, which sets `saved` to A, and `split` to
-    whether x and r have different gradients. Raises what the functions raise there, and TypeError
-    or ValueError where they do not return as many parts as they should.
+    one shape, [..., H], and one floating-point dtype. What they have to keep to:
+
+    - Python's + - * / and the five functions of this module alone: no methods, no branches.
+    - All results are tuples, of one value too: (value,).
+    - If x and r meet only as x + r, dx and dr are one and the same tuple object: then one gradient
+      serves both, and one product.
+    - No annotations, for Triton; no default arguments, closures or constants of the module: each
+      backend takes the code and gives it names of its own. Write constants into the formula.
+    - `name` is that of the cell's variable in this module, if torch.compile is to record it as an
+      operator: other cells are recorded step by step.
+
+    Both are called once, on stand-ins for arrays, which sets `saved` to A, and `split` to whether x
+    and r have different gradients. Raises TypeError, with the line, where that fails, or where a
+    result does not have as many values as it should.
 
     Sources of the four: rnn_tanh and rnn_relu, Elman, Finding Structure in Time, 1990; lstm,
     Hochreiter and Schmidhuber, Long Short-Term Memory, 1997, with the forget gate of Gers et al.,
@@ -69,14 +81,20 @@ class Cell:
     split: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # Of numbers, and only to count the results.
+        check_function(self.forward)
+        check_function(self.backward)
+        # Only to count the results
         names = dict.fromkeys(
             ("sigmoid", "tanh", "relu", "relu_grad", "zeros_like"), lambda *values: values[0]
         )
-        x = (0.5,) * self.gates
-        s = (0.5,) * self.states
-        s_next, saved = bind(self.forward, **names)(x, x, s)
-        dx, dr, _ = bind(self.backward, **names)(saved, s, s_next, s)
+        x = (StandIn(),) * self.gates
+        s = (StandIn(),) * self.states
+        forward = bind(self.forward, **names)
+        sizes = dict(s_next=self.states, saved=None)
+        s_next, saved = results_of(self.forward, forward, (x, x, s), sizes)
+        backward = bind(self.backward, **names)
+        sizes = dict(dx=self.gates, dr=self.gates, ds_prev=self.states)
+        dx, dr, _ = results_of(self.backward, backward, (saved, s, s_next, s), sizes)
         self.saved = len(saved)
         self.split = dx is not dr
 

@@ -82,9 +82,9 @@ def statements(cell: Cell, adjoint: bool) -> str:
     def word(value: Any) -> str:
         return str(value) if isinstance(value, Value) else f"number({float(value)!r})"
 
-    for name, given, result in lines:
+    for name, arguments, result in lines:
         between = _INFIX.get(name, ",")
-        words = [*map(word, given)]
+        words = [*map(word, arguments)]
         text.append(
             f"const auto {result} = {'' if name in _INFIX else name}({between.join(words)});"
         )

@@ -1,5 +1,5 @@
 """The recurrence in plain NumPy, forward and backward, step after step: to be read first, and what
-the other backends can be compared with. CuPy's arrays take the same way.
+the other backends can be compared with. The same code runs on CuPy arrays.
 
 Rows are those of `types.Layout`: step t has the sizes[t] rows that follow those of step t - 1, one
 for each sequence that still runs, the longest first. A sequence keeps its state past its end.
@@ -24,13 +24,13 @@ _TYPES = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.b
 
 
 class Step(NamedTuple):
-    """One step of one recurrence. Some of its sequences ran in the step before it, in the order of
-    the recurrence, whose rows are `before`; the others begin with it, from s0."""
+    """One step of one recurrence. `before` are the rows of the step before it, in the order of the
+    recurrence, for those of its sequences that ran in it; the others begin here, from s0."""
 
     size: int
     rows: slice
     before: slice
-    # [size, 1]: the sequences whose state is 0 as the step begins
+    # [size, 1]: the sequences whose incoming state is reset
     reset: Array | None
 
 
@@ -43,7 +43,7 @@ def forward(
     s0: States,
     outputs: Outputs,
 ) -> None:
-    """Writes `outputs`, for x and `s0` as in `cpu`."""
+    """Writes `outputs`, for x [R, I] and s0, S tensors [N, B, H], zeros if None."""
     w_ih, w_hh, b_ih, b_hh = weights
     y, others, last, saved = outputs
     xp = _library(plan)
@@ -55,7 +55,7 @@ def forward(
     states = [y, *_split(xp, others)]
     activations = _split(xp, saved)
     zeros = xp.zeros((layout.sequences, H), x.dtype)
-    starts = _arrays(xp, *(s0 or (None,) * S))
+    s0_arrays = _arrays(xp, *(s0 or (None,) * S))
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
@@ -71,7 +71,7 @@ def forward(
                 # The cell takes nothing but x + r.
                 x_all += b_hh[gates]
         x_all = _by_gates(x_all, G)
-        s = _of_recurrence(n, starts, zeros)
+        s = _of_recurrence(n, s0_arrays, zeros)
         for step in _steps(xp, layout, n):
             s_prev = _cut(xp, step, [state[: step.size] for state in s])
             r = s_prev[0] @ w_t
@@ -109,14 +109,14 @@ def backward(
     activations = _split(xp, saved)
     d_states = [dy, *_split(xp, grads.states)]
     zeros = xp.zeros((layout.sequences, H), x.dtype)
-    starts = _arrays(xp, *(s0 or (None,) * S))
+    s0_arrays = _arrays(xp, *(s0 or (None,) * S))
     ds_last = _arrays(xp, *(grads.last or (None,) * S))
-    # At least float64, or the sums over many rows would lose digits.
+    # Accumulated in float64 at least: sums over many rows lose digits.
     sums = xp.result_type(x, "f8")
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
-        s_start = _of_recurrence(n, starts, zeros)
+        s_initial = _of_recurrence(n, s0_arrays, zeros)
         ds = _of_recurrence(n, ds_last, zeros)
         # The h that enters each step, and the gradients of the pre-activations x and r.
         h_all = xp.empty((len(x), H), x.dtype)
@@ -124,7 +124,7 @@ def backward(
         dr_all = xp.empty_like(dx_all) if cell.split else dx_all
         for step in reversed(_steps(xp, layout, n)):
             s_before = [state[step.before, units] for state in states]
-            s_prev = _cut(xp, step, _with_begun(xp, step, s_before, s_start))
+            s_prev = _cut(xp, step, _with_begun(xp, step, s_before, s_initial))
             s_next = [state[step.rows, units] for state in states]
             a = [activation[step.rows, units] for activation in activations]
             ds_next = [d[: step.size] for d in ds]
@@ -179,14 +179,15 @@ def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:
     T = layout.steps
     sizes = layout.sizes
     back = bool(layout.reverse[n])
-    starts = [*accumulate(sizes, initial=0)]
+    first_rows = [*accumulate(sizes, initial=0)]
     has_reset = [] if layout.resets is None else layout.resets.any(1).tolist()
     (resets,) = _arrays(xp, layout.resets)
     steps = []
     for t in reversed(range(T)) if back else range(T):
         t_before = t + 1 if back else t - 1
         ran = min(sizes[t], sizes[t_before]) if 0 <= t_before < T else 0
-        before = slice(starts[t_before], starts[t_before] + ran) if ran else slice(0, 0)
+        row_before = first_rows[t_before] if ran else 0
+        before = slice(row_before, row_before + ran)
         # resets[t] lies between t - 1 and t
         boundary = t + back
         reset = None
@@ -195,7 +196,7 @@ def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:
             running = min(sizes[t], sizes[boundary])
             reset = xp.zeros((sizes[t], 1), bool)
             reset[:running, 0] = resets[boundary, :running]
-        steps.append(Step(sizes[t], slice(starts[t], starts[t + 1]), before, reset))
+        steps.append(Step(sizes[t], slice(first_rows[t], first_rows[t + 1]), before, reset))
     return steps
 
 
@@ -205,17 +206,17 @@ def _cut(xp: Any, step: Step, states: Sequence[Array]) -> Sequence[Array]:
 
 
 def _with_begun(
-    xp: Any, step: Step, s_before: Sequence[Array], s_start: Sequence[Array]
+    xp: Any, step: Step, s_before: Sequence[Array], s_initial: Sequence[Array]
 ) -> Sequence[Array]:
     """The states after the step before, and the initial ones of the sequences that begin now."""
     ran = len(s_before[0])
     if ran == step.size:
         return s_before
-    return [xp.concatenate((s, start[ran : step.size])) for s, start in zip(s_before, s_start)]
+    return [xp.concatenate((s, s0[ran : step.size])) for s, s0 in zip(s_before, s_initial)]
 
 
 def _with_ended(xp: Any, running: Sequence[Array], every: Sequence[Array]) -> Sequence[Array]:
-    """The new states of the sequences that run, and those that the others have kept."""
+    """New states of running sequences, old states of ended ones."""
     size = len(running[0])
     if size == len(every[0]):
         return running

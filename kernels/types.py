@@ -1,8 +1,9 @@
-"""What is given to a backend and comes back from it, in named types.
+"""The arguments and results of the backends, as named types.
 
-Every backend has `forward(cell, plan, layout, x, weights, s0, save) -> Outputs` and `backward(cell,
-plan, layout, x, weights, s0, outputs, grads, needs) -> Gradients`. T, B, I, H, G, S, A, N and R are
-those of the package's docstring."""
+kernels/cpu and kernels/gpu have `forward(cell, plan, layout, x, weights, s0, save) -> Outputs` and
+`backward(cell, plan, layout, x, weights, s0, outputs, grads, needs) -> Gradients`. For the former,
+kernels/cpu/native.py and kernels/reference.py write into Outputs and Gradients that it allocates.
+T, B, I, H, G, S, A, N and R are those of the docstring of kernels/__init__.py."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -16,7 +17,7 @@ States = Any
 
 
 class Save(IntEnum):
-    """What a forward pass has to keep of every step."""
+    """What a forward pass saves of every step."""
 
     NOTHING = 0
     STATES = 1
@@ -27,8 +28,8 @@ class Layout(NamedTuple):
     """Where `steps` steps of B sequences stand in memory, as rows, and which way the N recurrences
     go through them. Sequence b has lengths[b] steps, or all. Packed, the rows of step t begin at
     offsets[t] and are those of the first sizes[t] sequences, which run; else they are all B.
-    `resets` [T, B] as in `rnn.functional.recurrence`. `sequences` is B, also of those that have no
-    step."""
+    `resets` [T, B] as in `rnn.functional.recurrence`. `sequences` is B, including sequences of
+    length 0."""
 
     steps: int
     reverse: Sequence[int]
@@ -58,8 +59,8 @@ class Weights(NamedTuple):
 
 class Outputs(NamedTuple):
     """y [R, N*H], state 0 of every step; the other states [S-1, R, N*H]; the last states; and the
-    activations for the adjoint [A, R, N*H], in an order of the backend's own. None for what there
-    is not, or is not kept."""
+    activations for the adjoint [A, R, N*H], in an order of the backend's own. None where absent or
+    not saved."""
 
     y: Tensor
     states: Tensor | None
@@ -76,8 +77,7 @@ class OutputGrads(NamedTuple):
 
 
 class Gradients(NamedTuple, Generic[Value]):
-    """Of what is differentiated: gradients, None for those that are not needed; or bools, which
-    are needed."""
+    """Of all inputs: the gradients, None where not needed; or, as bools, which are needed."""
 
     x: Value
     w_ih: Value

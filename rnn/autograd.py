@@ -1,7 +1,7 @@
-"""The layer as an autograd.Function, for ordinary calls.
+"""A layer as an autograd.Function, for ordinary calls.
 
-Its backward runs kernels, or the composite where a graph of it is asked for, to be differentiated
-again, or where a transform is at work."""
+Its backward runs kernels; or the composite, where its result is to be differentiated again or a
+transform is active."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,13 +24,26 @@ from .transforms import (
     without_autocast,
 )
 
+# Gradients of the inputs of _Layer before x
+_NO_GRADS = (None,) * 6
+
 
 class _Layer(torch.autograd.Function):
-    """lengths to resets, x, weights, which are w_ih to b_hh of all recurrences or of one after the
-    other, and the states to y, the other states, the activations and the last states."""
+    """One layer. Its inputs, by position:
+
+    call: the LayerCall
+    save: what to keep for backward, a Save
+    count: how many weights there are
+    lengths, batch_sizes, resets: as in `functional.recurrence`
+    x: in the caller's layout
+    *weights: w_ih, w_hh, b_ih, b_hh, either joined (count is 4) or one recurrence after the other
+    *states: the S states before the first step, [N, B, H] each; nothing for zeros
+
+    Its outputs: y; the states of every step but for y, or None; the activations saved for the
+    adjoint, or None; and the S last states."""
 
     @staticmethod
-    # A separate setup_context would cost 60 us more
+    # A separate setup_context costs 60 us more
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
         call, save, count, lengths, batch_sizes, resets, x, *rest = inputs
         weights = rest[:count]
@@ -49,7 +62,7 @@ class _Layer(torch.autograd.Function):
         ctx.biases = biases
         ctx.versions = versions(biases)
         ctx.count = count
-        kept = () if count == 4 else joined[:2]
+        joined_matrices = () if count == 4 else joined[:2]
         ctx.save_for_backward(
             lengths,
             batch_sizes,
@@ -59,8 +72,8 @@ class _Layer(torch.autograd.Function):
             saved,
             x,
             *matrices,
+            *joined_matrices,
             *states,
-            *kept,
         )
         if saved is not None:
             ctx.mark_non_differentiable(saved)
@@ -68,62 +81,102 @@ class _Layer(torch.autograd.Function):
         return y, others, saved, *last
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dothers: Any, _: Any, *last_grads: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Any, dothers: Any, _: Any, *dlast: Any) -> tuple[Any, ...]:
         lengths, batch_sizes, resets, y, others, saved, x, *rest = ctx.saved_tensors
         call: LayerCall = ctx.call
         count = ctx.count
-        needs = ctx.needs_input_grad
-        dlast: Sequence[Any] = last_grads
-        came = [dy, dothers, *dlast]
-        for grad in came:
-            if grad is not None and grad.layout is not torch.strided:
-                dy, dothers, *dlast = came = [*map(to_dense, came)]
-                break
-        again = needs_composite(came)
-        recompute = call.cell.saved and saved is None
-        if again or recompute:
-            check_versions(ctx.biases, ctx.versions)
         matrices = rest[: count // 2]
+        joined_matrices = matrices
         states = rest[count // 2 :]
-        kept = matrices
         if count > 4:
-            states, kept = states[:-2], states[-2:]
-        weights: Sequence[Tensor | None] = [*matrices, None, None]
-        if again or recompute or count > 4:
-            weights = [
-                t
-                for k in range(0, count // 2, 2)
-                for t in (*matrices[k : k + 2], *ctx.biases[k : k + 2])
-            ]
+            joined_matrices = states[:2]
+            states = states[2:]
+        needs = ctx.needs_input_grad[6:]
+        incoming_grads = _all_dense([dy, dothers, *dlast])
+        needs_graph = needs_composite(incoming_grads)
+        recompute = call.cell.saved and saved is None
+        if needs_graph or recompute:
+            check_versions(ctx.biases, ctx.versions)
         with without_autocast(x.device):
-            if again:
+            if needs_graph:
+                inputs = x, *_interleaved(matrices, ctx.biases), *states
                 masks = lengths, batch_sizes, resets
-                found = _by_composite(call, (x, *weights, *states), masks, count, came, needs[6:])
-                return None, None, None, None, None, None, *found
-            whole = Weights._make(weights[:4])
-            of_rows = needs[6:11]
-            if count > 4:
-                biases = join_weights(weights)[2:] if recompute else (None, None)
-                whole = Weights._make([*kept, *biases])
-                of_rows = [needs[6], *(True in needs[7 + k : 7 + count : 4] for k in range(4))]
-            wanted: Gradients[bool] = Gradients._make([*of_rows, True in needs[7 + count :]])
-            counted: Any = nullcontext()
+                grads = _by_composite(call, inputs, masks, count, incoming_grads, needs)
+                return *_NO_GRADS, *grads
+            weights = _joined_weights(joined_matrices, ctx.biases if recompute else None)
+            wanted = _wanted(needs, count)
+            counting: Any = nullcontext()
             if under_dispatch_mode():
                 s0 = x.new_empty((0, call.layout.sequences, 0))
-                shapes = x, *whole, s0, lengths, batch_sizes, resets, y, others, saved
-                counted = flops.of_backward(call.cell, call.reverse, wanted, shapes)
-            with counted:
+                shapes = x, *weights, s0, lengths, batch_sizes, resets, y, others, saved
+                counting = flops.of_backward(call.cell, call.reverse, wanted, shapes)
+            with counting:
                 outputs = Outputs(y, others, None, saved)
-                coming = OutputGrads(dy, dothers, dlast)
-                made = layer_call.backward(call, x, whole, states, outputs, coming, wanted)
-            grads: Sequence[Tensor | None] = made[:5]
-            if count > 4:
-                grads = [made.x, *part_weights(made.of_weights(), count // 4)]
-                grads = [grad if need else None for grad, need in zip(grads, needs[6:])]
-            first = [None] * len(states) if made.s0 is None else made.s0
-            if made.s0 is not None and not all(needs[7 + count :]):
-                first = [grad if need else None for grad, need in zip(first, needs[7 + count :])]
-        return None, None, None, None, None, None, *grads, *first
+                output_grads = OutputGrads(incoming_grads[0], incoming_grads[1], incoming_grads[2:])
+                gradients = layer_call.backward(
+                    call, x, weights, states, outputs, output_grads, wanted
+                )
+            of_weights = _weight_grads(gradients, needs, count)
+            of_states = _state_grads(gradients.s0, needs[1 + count :])
+        return *_NO_GRADS, gradients.x, *of_weights, *of_states
+
+
+def _all_dense(grads: list[Any]) -> list[Any]:
+    for grad in grads:
+        if grad is not None and grad.layout is not torch.strided:
+            return [*map(to_dense, grads)]
+    return grads
+
+
+def _interleaved(matrices: Sequence[Any], biases: Sequence[Any]) -> list[Any]:
+    """w_ih, w_hh, b_ih, b_hh of one recurrence after the other."""
+    weights: list[Any] = []
+    for k in range(0, len(matrices), 2):
+        weights += matrices[k : k + 2]
+        weights += biases[k : k + 2]
+    return weights
+
+
+def _joined_weights(matrices: Sequence[Tensor], biases: Sequence[Any] | None) -> Weights:
+    """Of joined matrices, and of biases b_ih, b_hh, joined or one recurrence after the other."""
+    w_ih, w_hh = matrices
+    if biases is None:
+        return Weights(w_ih, w_hh, None, None)
+    if len(biases) == 2:
+        return Weights(w_ih, w_hh, biases[0], biases[1])
+    b_ih, b_hh = (None if biases[k] is None else torch.cat([*biases[k::2]]) for k in range(2))
+    return Weights(w_ih, w_hh, b_ih, b_hh)
+
+
+def _wanted(needs: Sequence[bool], count: int) -> Gradients[bool]:
+    """Which gradients a backend has to compute. `needs`: of x, `count` weights and the states."""
+    of_states = True in needs[1 + count :]
+    if count == 4:
+        return Gradients(needs[0], needs[1], needs[2], needs[3], needs[4], of_states)
+    # A joined tensor's gradient, if that of any part is needed
+    of_weights = [True in needs[1 + k : 1 + count : 4] for k in range(4)]
+    return Gradients._make([needs[0], *of_weights, of_states])
+
+
+def _weight_grads(
+    gradients: Gradients[Tensor | None], needs: Sequence[bool], count: int
+) -> Sequence[Tensor | None]:
+    """As _Layer takes the weights."""
+    if count == 4:
+        return gradients.of_weights()
+    parts = part_weights(gradients.of_weights(), count // 4)
+    return [grad if need else None for grad, need in zip(parts, needs[1:])]
+
+
+def _state_grads(
+    grads: Sequence[Tensor | None] | None, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Of the states before the first step, those that are needed."""
+    if grads is None:
+        return [None] * len(needs)
+    if all(needs):
+        return grads
+    return [grad if need else None for grad, need in zip(grads, needs)]
 
 
 def _by_composite(
@@ -137,7 +190,9 @@ def _by_composite(
     """The gradients of `inputs`, x, `count` weights and the states, with a graph of their own."""
     with torch.enable_grad():
         alias = aliases(inputs)
-        x, weights, states = alias[0], alias[1 : 1 + count], alias[1 + count :] or None
+        x, *rest = alias
+        weights = rest[:count]
+        states = rest[count:] or None
         y, others, last = composite_layer(
             call.cell, x, weights, states, masks, call.reverse, 1, call.batch_first
         )
@@ -145,7 +200,7 @@ def _by_composite(
 
 
 class _OwnGradient(torch.autograd.Function):
-    """The same numbers, whose gradient is a contiguous tensor of its own, and no part of a larger
+    """The identity, whose gradient is a contiguous tensor of its own, not a view of a larger
     one."""
 
     @staticmethod
@@ -158,16 +213,16 @@ class _OwnGradient(torch.autograd.Function):
 
 
 def own_gradient(t: Tensor) -> Tensor:
-    """As torch.nn has it where we put tensors together. Compilers and transforms lay their
-    gradients out themselves."""
+    """`t` for `torch.cat`, with a gradient that is no view, as torch.nn's. Compilers and transforms
+    lay out gradients themselves."""
     if not torch.is_grad_enabled() or not t.requires_grad or traced(t) or active_transform():
         return t
-    found: Tensor = _OwnGradient.apply(t)
-    return found
+    identity: Tensor = _OwnGradient.apply(t)
+    return identity
 
 
 def trains(tensors: Sequence[Any]) -> bool:
-    """Whether gradients of any of them may be asked for."""
+    """Whether any of them may need a gradient."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -176,7 +231,7 @@ def trains(tensors: Sequence[Any]) -> bool:
 
 
 def to_dense(grad: Any) -> Any:
-    """A gradient that comes in, which may be sparse, with all its numbers."""
+    """An incoming gradient, which may be sparse or None, as a dense tensor."""
     return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
 
 
@@ -185,7 +240,7 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
 
 
 def check_versions(biases: Sequence[Tensor | None], before: Sequence[int | None]) -> None:
-    """Of biases that were not saved for backward, and now are read after all."""
+    """Raises RuntimeError if biases, not saved for backward but read there, have changed since."""
     if versions(biases) != before:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
@@ -193,6 +248,6 @@ def check_versions(biases: Sequence[Tensor | None], before: Sequence[int | None]
         )
 
 
-# Function.apply without its preparations for transforms, of which there is none here: they would
-# cost 6 us.
+# Function.apply without its handling of transforms, which costs 6 us: `run_layer` has ruled
+# transforms out before this call.
 apply: Any = super(torch.autograd.Function, _Layer).apply

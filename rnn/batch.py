@@ -1,4 +1,5 @@
-"""What a layer is given, checked as torch.nn does, with messages in the layout of the caller."""
+"""The arguments of a layer's forward, checked as torch.nn does, with messages in the layout of the
+caller."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from .transforms import any_autocast
 
 
 class Batch(NamedTuple):
-    """What a call is given, checked: x in the layout of the caller, but with a batch; the states in
-    the order of that batch, [L*D, B, H] each, or None for zeros; resets [T, B]."""
+    """The arguments of a call, checked: x in the layout of the caller, but with a batch; the states
+    in the order of that batch, [L*D, B, H] each, or None for zeros; resets [T, B]."""
 
     x: Tensor
     states: Sequence[Tensor] | None
@@ -27,14 +28,16 @@ class Batch(NamedTuple):
     unbatched: bool
 
 
-def batch_of(layer: Any, input: Any, hx: Any, lengths: Any, resets: Any, weight: Tensor) -> Batch:
-    """What `forward` is given, checked as torch.nn does. Messages have the shapes of the
-    caller's layout."""
+def batch_of(
+    layer: Any, states_count: int, input: Any, hx: Any, lengths: Any, resets: Any, weight: Tensor
+) -> Batch:
+    """The arguments of `forward`, checked as torch.nn does, for a cell of `states_count` states.
+    Messages have the shapes of the caller's layout."""
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(
             f"Expected input to be a Tensor or a PackedSequence, got {type(input).__name__}"
         )
-    states = _states_of(layer, hx)
+    states = _states_of(states_count, hx)
     if lengths is not None:
         lengths = as_tensor("lengths", lengths)
     batch_sizes = order = restore = None
@@ -80,26 +83,26 @@ def batch_of(layer: Any, input: Any, hx: Any, lengths: Any, resets: Any, weight:
     return Batch(input, states, lengths, batch_sizes, resets, order, restore, unbatched)
 
 
-def _states_of(layer: Any, hx: Any) -> Sequence[Tensor] | None:
+def _states_of(states_count: int, hx: Any) -> Sequence[Tensor] | None:
     """`hx` as a sequence of tensors. Raises TypeError and RuntimeError."""
     if hx is None:
         return None
-    if layer.mode != "LSTM":
+    if states_count == 1:
         if not isinstance(hx, Tensor):
             raise TypeError(f"Expected hx to be a Tensor, got {type(hx).__name__}")
         return (hx,)
     if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
-        raise TypeError(
-            f"Expected hx to be a tuple of two tensors, h_0 and c_0, got {type(hx).__name__}"
-        )
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
+        names = "two tensors, h_0 and c_0" if states_count == 2 else f"{states_count} tensors"
+        raise TypeError(f"Expected hx to be a tuple of {names}, got {type(hx).__name__}")
+    if len(hx) != states_count:
+        message = f"Expected hx to be {states_count} tensors, got {len(hx)}"
+        raise RuntimeError("lstm expects two hidden states" if states_count == 2 else message)
     return hx
 
 
 def _fit(layer: Any, x: Tensor, states: Any) -> bool:
-    """Whether states fit x [T, B, I], or as `batch_first` has it: the quick answer, for those
-    that nearly always do. What is wrong otherwise, `_initial` says."""
+    """Whether states fit x [T, B, I], or [B, T, I] if batch_first: a quick check, which nearly
+    always passes. Where it fails, `_initial` finds out why."""
     count = 2 * layer.num_layers if layer.bidirectional else layer.num_layers
     size = count, x.shape[0 if layer.batch_first else 1], layer.hidden_size
     for s in states:
@@ -121,8 +124,8 @@ def _initial(
     """The states before the first step, [L*D, B, H] each, checked and in the order of the
     batch."""
     expected = [layer.get_expected_hidden_size(x, batch_sizes)]
-    if layer.mode == "LSTM":
-        expected.append((*expected[0][:2], layer.hidden_size))
+    # A projection makes only h narrower
+    expected += [(*expected[0][:2], layer.hidden_size)] * (len(states) - 1)
     checked: list[Tensor] = []
     for k, state in enumerate(map(_dense, states)):
         name = "hidden" if len(expected) == 1 else f"hidden[{k}]"

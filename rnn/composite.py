@@ -36,12 +36,12 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def composite(
-    cell: Cell, given: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int], keep: int
+    cell: Cell, operands: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int], keep: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `functional.recurrence`, with `given` x to s0 and `masks` lengths, batch_sizes and resets.
-    But for batch_sizes all may have a leading dimension: so many recurrences side by side, each
-    with weights of its own."""
-    (x, w_ih, w_hh, b_ih, b_hh, s0) = given
+    """As `functional.recurrence`, with `operands` x to s0 and `masks` lengths, batch_sizes and
+    resets. But for batch_sizes all may have a leading dimension: so many recurrences side by side,
+    each with weights of its own."""
+    (x, w_ih, w_hh, b_ih, b_hh, s0) = operands
     (lengths, batch_sizes, resets) = masks
     N = len(reverse)
     S = cell.states
@@ -126,7 +126,7 @@ def differentiate(
     a graph of their own."""
     used = [k for k, grad in enumerate(grads) if grad is not None]
     wanted = [t for t, need in zip(inputs, needs) if need]
-    found: Any = torch.autograd.grad(
+    computed: Any = torch.autograd.grad(
         [outputs[k] for k in used],
         wanted,
         [grads[k] for k in used],
@@ -134,8 +134,8 @@ def differentiate(
         create_graph=again,
         allow_unused=True,
     )
-    rest = iter(found)
-    return [next(rest) if need else None for need in needs]
+    remaining = iter(computed)
+    return [next(remaining) if need else None for need in needs]
 
 
 def aliases(tensors: Sequence[Any]) -> list[Any]:

@@ -32,21 +32,21 @@ def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[
 
 def _joined_backward(
     call: LayerCall,
-    given: Sequence[Any],
-    kept: Sequence[Any],
-    d: Sequence[Any],
+    operands: Sequence[Any],
+    results: Sequence[Any],
+    incoming: Sequence[Any],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """`layer_call.backward` with joined states."""
     S = call.cell.states
-    x, *weights, s0 = given
-    y, others, saved = kept
+    x, *weights, s0 = operands
+    y, others, saved = results
     outputs = Outputs(y, others, None, saved)
-    grads = OutputGrads(d[0], d[1], part_views(d[2], S))
-    *found, first = layer_call.backward(
+    grads = OutputGrads(incoming[0], incoming[1], part_views(incoming[2], S))
+    *gradients, first = layer_call.backward(
         call, x, Weights(*weights), part_views(s0, S), outputs, grads, Gradients(*needs)
     )
-    return [*found, None if first is None else join_states(first, len(call.reverse))]
+    return [*gradients, None if first is None else join_states(first, len(call.reverse))]
 
 
 def _op_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
@@ -57,56 +57,58 @@ def _op_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx: Any, *d: Any) -> tuple[Any, ...]:
-    """Of the custom operator, which has tensors of one dimension for what is not there."""
+def _op_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
+    """Of the custom operator, which returns tensors of one dimension where there is no result."""
     # Once: hooks would unpack them once more
     (*tensors,) = ctx.saved_tensors
     (cell, plan, reverse) = ctx.choices
-    given = tensors[:6]
+    operands = tensors[:6]
     masks = tensors[6:9]
     needs = ctx.needs_input_grad[4:10]
-    kept: list[Any]
+    results: list[Any]
     grads: list[Any]
-    kept, grads = (
+    results, grads = (
         [t if t is not None and t.dim() > 1 else None for t in some]
-        for some in (tensors[9:], d[:3])
+        for some in (tensors[9:], incoming[:3])
     )
     with without_autocast(tensors[0].device):
         if needs_composite(grads):
             with torch.enable_grad():
-                alias = aliases(given)
+                alias = aliases(operands)
                 outputs = composite(getattr(cells, cell), alias, masks, reverse, 1)
-            found = differentiate(outputs, grads, alias, needs)
-        elif traced(kept[0]):
+            gradients = differentiate(outputs, grads, alias, needs)
+        elif traced(results[0]):
             if under_dispatch_mode():
                 flops.register()
-            found = backward_op(cell, plan, reverse, needs, *given, *masks, *kept, *grads)
+            gradients = backward_op(cell, plan, reverse, needs, *operands, *masks, *results, *grads)
         else:
-            found = _joined_backward(
-                _named_call(cell, plan, reverse, tensors), given, kept, grads, needs
+            gradients = _joined_backward(
+                _named_call(cell, plan, reverse, tensors), operands, results, grads, needs
             )
     return (
         None,
         None,
         None,
         None,
-        *(g if need else None for g, need in zip(found, needs)),
+        *(g if need else None for g, need in zip(gradients, needs)),
         None,
         None,
         None,
     )
 
 
-_GIVEN = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
-_MASKS = "Tensor? lengths, Tensor? batch_sizes, Tensor? resets"
-_KEPT = "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, Tensor? dlast"
+_INPUTS_SCHEMA = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
+_MASKS_SCHEMA = "Tensor? lengths, Tensor? batch_sizes, Tensor? resets"
+_RESULTS_SCHEMA = (
+    "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, Tensor? dlast"
+)
 
 
 @torch.library.custom_op(
     "fused_rnn::forward",
     mutates_args=(),
     schema=(
-        f"(str cell, str plan, int[] reverse, int keep, {_GIVEN}, {_MASKS})"
+        f"(str cell, str plan, int[] reverse, int keep, {_INPUTS_SCHEMA}, {_MASKS_SCHEMA})"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -126,18 +128,20 @@ def forward_op(
     "fused_rnn::backward",
     mutates_args=(),
     schema=(
-        f"(str cell, str plan, int[] reverse, bool[] needs, {_GIVEN}, {_MASKS}, {_KEPT})"
-        " -> Tensor[]"
+        f"(str cell, str plan, int[] reverse, bool[] needs, {_INPUTS_SCHEMA}, {_MASKS_SCHEMA}, "
+        f"{_RESULTS_SCHEMA}) -> Tensor[]"
     ),
 )
 def backward_op(
     cell: str, plan: str, reverse: list[int], needs: list[bool], *tensors: Any
 ) -> list[Tensor]:
-    given = tensors[:6]
-    kept = tensors[9:12]
-    d = tensors[12:]
-    grads = _joined_backward(_named_call(cell, plan, reverse, tensors), given, kept, d, needs)
-    return [given[0].new_empty(0) if g is None else g for g in grads]
+    operands = tensors[:6]
+    results = tensors[9:12]
+    incoming = tensors[12:]
+    grads = _joined_backward(
+        _named_call(cell, plan, reverse, tensors), operands, results, incoming, needs
+    )
+    return [operands[0].new_empty(0) if g is None else g for g in grads]
 
 
 @forward_op.register_fake

@@ -25,12 +25,15 @@ from .projection import first_steps
 from .single_step import single_step
 from .transforms import tracing_state
 
-_CELLS = {
+# By the modes of nn.RNNBase
+_TORCH_CELLS = {
     "RNN_TANH": cells.rnn_tanh,
     "RNN_RELU": cells.rnn_relu,
     "LSTM": cells.lstm,
     "GRU": cells.gru,
 }
+# And by those of layers that torch.nn does not have
+_CELLS = {**_TORCH_CELLS}
 
 
 def _prepare_scriptable(self: Any) -> Any:
@@ -63,9 +66,23 @@ class _Stack(nn.RNNBase):
         check_plan(plan)
         if not isinstance(recompute, int):
             raise TypeError(f"Expected recompute to be a bool, got {type(recompute).__name__}")
-        super().__init__(mode, *args, **kwargs)
+        if mode in _TORCH_CELLS:
+            super().__init__(mode, *args, **kwargs)
+        else:
+            super().__init__("RNN_TANH", *args, **kwargs)
+            self._take_mode(mode)
         self.plan = plan
         self.recompute = recompute
+
+    def _take_mode(self, mode: str) -> None:
+        """From one gate to the gates of a cell that nn.RNNBase does not know."""
+        gates = _CELLS[mode].gates
+        self.mode = mode
+        for name, one_gate in [*self.named_parameters()]:
+            rows = gates * one_gate.shape[0]
+            setattr(self, name, nn.Parameter(one_gate.new_empty(rows, *one_gate.shape[1:])))
+        self._init_flat_weights()
+        self.reset_parameters()
 
     qconfig = interop.qconfig
 
@@ -232,7 +249,8 @@ class _Stack(nn.RNNBase):
     ) -> Any:
         """`forward` by an operator like `run_layer`."""
         layers = self._layers()
-        batch = batch_of(self, input, hx, lengths, resets, layers[0][0])
+        states_count = _CELLS[self.mode].states
+        batch = batch_of(self, states_count, input, hx, lengths, resets, layers[0][0])
         # Under one name: torch.jit.trace looks for a tensor among the local variables
         input = batch.x
         D = 2 if self.bidirectional else 1
@@ -268,12 +286,12 @@ class _Stack(nn.RNNBase):
         output: Any = layout(x)
         if batch.batch_sizes is not None:
             output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
-        pair = self.mode == "LSTM"
-        result = output, tuple(h_n) if pair else h_n[0]
+        several = states_count > 1
+        result = output, tuple(h_n) if several else h_n[0]
         if not return_states:
             return result
         columns = [torch.stack([layout(t) for t in column]) for column in zip(*every)]
-        return *result, tuple(columns) if pair else columns[0]
+        return *result, tuple(columns) if several else columns[0]
 
     def _layer(
         self,

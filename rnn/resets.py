@@ -14,9 +14,9 @@ from .kernels.types import Layout, OutputGrads, Outputs
 def requested_steps(
     call: Any, x: Tensor, s0: Any, outputs: Outputs, grads: OutputGrads
 ) -> tuple[Tensor, Any, Outputs]:
-    """x, s0 and what was kept with 0 in the steps that the loss does not ask for: those from which,
-    up to the next reset, no gradient comes. Their own is 0; but 0 times the NaN that one of them
-    may hold would be NaN."""
+    """x, s0 and what was saved, with 0 in the steps that the loss does not ask for: those from
+    which, up to the next reset, no gradient comes. Their own is 0; but 0 times the NaN that one of
+    them may hold would be NaN."""
     y, others, _, saved = outputs
     dy, dothers, dlast = grads
     tensors = [t for t in (x, y, others, saved, *(s0 or ())) if t is not None]
@@ -29,12 +29,12 @@ def requested_steps(
     H = y.shape[-1] // N
     place = _place(call.layout, x.device)
     # Which rows a gradient comes into from outside, [R, N].
-    given = torch.zeros(R, N, dtype=torch.bool, device=x.device)
+    nonzero = torch.zeros(R, N, dtype=torch.bool, device=x.device)
     for grad in (dy, *(() if dothers is None else dothers)):
         if grad is not None:
-            given |= (grad.view(R, N, H) != 0).any(-1)
+            nonzero |= (grad.view(R, N, H) != 0).any(-1)
     row = ((place.starts[:, None] + place.sequence) * place.runs).clamp(max=max(R - 1, 0))
-    asks = given[row] & place.runs[..., None]  # [T, B, N]
+    asks = nonzero[row] & place.runs[..., None]  # [T, B, N]
     for grad in dlast or ():
         if grad is not None:
             last = (grad != 0).any(-1)  # [N, B]

@@ -146,9 +146,9 @@ def single_step(
     if pointers is None:
         return None
     if not dispatch.native_available(cell, dtype):
-        if dtype is not torch.float32 and dtype is not torch.float64:
+        operator = dispatch.OPERATORS.get(cell)
+        if operator is None or (dtype is not torch.float32 and dtype is not torch.float64):
             return None
-        operator = dispatch.OPERATORS[cell]
         first = states if count > 1 else states[0]
         y, *last = operator(
             x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first
@@ -225,7 +225,8 @@ class _SingleStep(torch.autograd.Function):
         return None, None, None, *found
 
 
-# Function.apply without its preparations for transforms, of which there is none here.
+# Function.apply without its handling of transforms: `single_step` has ruled them out before this
+# call.
 _apply: Any = super(torch.autograd.Function, _SingleStep).apply
 
 

@@ -37,8 +37,8 @@ class _TorchLSTM(torch.autograd.Function):
         grads = tuple(map(to_dense, grads))
         with without_autocast(inputs[0].device):
             if not needs_composite(grads):
-                found = differentiate(ctx.outputs, grads, ctx.leaves, needs, again=False)
-                return None, None, *found
+                gradients = differentiate(ctx.outputs, grads, ctx.leaves, needs, again=False)
+                return None, None, *gradients
             with torch.enable_grad():
                 alias = aliases(inputs)
                 outputs = ctx.composite(*alias)
@@ -64,15 +64,15 @@ def by_torch(
         return y, *last
 
     def composite(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        given = x, rest[:count], rest[count:] or None
-        y, _, last = composite_layer(cell, *given, masks, reverse, 0, batch_first)
+        operands = x, rest[:count], rest[count:] or None
+        y, _, last = composite_layer(cell, *operands, masks, reverse, 0, batch_first)
         return y, *last
 
-    given = x, *weights, *(states or ())
-    if cell is lstm and x.dtype == torch.float32 and trains(given):
-        y, *last = _TorchLSTM.apply(run, composite, *given)
+    inputs = x, *weights, *(states or ())
+    if cell is lstm and x.dtype == torch.float32 and trains(inputs):
+        y, *last = _TorchLSTM.apply(run, composite, *inputs)
     else:
-        y, *last = run(*given)
+        y, *last = run(*inputs)
     return y, None, last
 
 
@@ -92,9 +92,9 @@ def _run(
     if not states:
         B = x.shape[0] if batch_first else x.shape[1]
         states = [x.new_zeros((N, B, weights[1].shape[1]))] * cell.states
-    x, *given = ready((x, *states, *weights))
-    first = given[: cell.states]
-    parameters = [t for t in given[cell.states :] if t is not None]
+    x, *rest = ready((x, *states, *weights))
+    first = rest[: cell.states]
+    parameters = [t for t in rest[cell.states :] if t is not None]
     y, *last = operator(
         x,
         first if cell.states > 1 else first[0],

@@ -11,9 +11,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
+from rnn.kernels import cells
+from rnn.kernels.cells import Cell
 from rnn.kernels.plan import Plan
 
 recurrence: Any = rnn.functional.recurrence
+# All cells that there are; and without rnn_relu, whose sizes are those of rnn_tanh
+NAMES = [name for name, value in vars(cells).items() if isinstance(value, Cell)]
+OF_EACH_SIZE = [name for name in NAMES if name != "rnn_relu"]
+CELLS: list[Cell] = [getattr(cells, name) for name in NAMES]
+# A step of each: f(x_t [B, I], h or (h, c), w_ih, w_hh, b_ih, b_hh). Where torch has none, write it
+# with torch's functions.
+TORCH_CELLS: dict[str, Any] = {
+    "rnn_tanh": torch.rnn_tanh_cell,
+    "rnn_relu": torch.rnn_relu_cell,
+    "lstm": torch.lstm_cell,
+    "gru": torch.gru_cell,
+}
+LAYER_NAMES = ["RNN", "LSTM", "GRU"]
 FORMS = ("padded", "unbatched", "packed", "unsorted", "lengths")
 
 
@@ -85,6 +100,12 @@ CASES = [
 ]
 
 
+def cell_of(layer: str, nonlinearity: str = "tanh") -> Cell:
+    """The cell of the layer of that name."""
+    cell: Cell = getattr(cells, f"rnn_{nonlinearity}" if layer == "RNN" else layer.lower())
+    return cell
+
+
 def build(library: Any, case: Case, **options: Any) -> Any:
     """The layer of the case, from torch.nn or rnn."""
     if case.mode == "RNN":
@@ -151,7 +172,7 @@ def results(module: Any, case: Case, device: str = "cpu", seed: int = 1) -> dict
 
     lengths = lengths_of(case)
     x = random_like(case.T, case.B, case.I).requires_grad_()
-    widths = [case.proj or case.H, *([case.H] if case.mode == "LSTM" else [])]
+    widths = [case.proj or case.H, *[case.H] * (cell_of(case.mode).states - 1)]
     states = [random_like(case.layers * D, case.B, width).requires_grad_() for width in widths]
     starts = states if case.hx else [torch.zeros_like(s) for s in states]
     given: Any = x.transpose(0, 1) if case.batch_first else x
@@ -291,13 +312,8 @@ def step_by_step(
     (lengths, resets) = masks
     (T, B, _) = given[0].shape
     N = len(reverse)
-    S = 2 if name == "lstm" else 1
-    cell: Any = {
-        "lstm": torch.lstm_cell,
-        "gru": torch.gru_cell,
-        "rnn_tanh": torch.rnn_tanh_cell,
-        "rnn_relu": torch.rnn_relu_cell,
-    }[name]
+    S = getattr(cells, name).states
+    cell = TORCH_CELLS[name]
     weights = [[None] * N if w is None else w.chunk(N) for w in (w_ih, w_hh, b_ih, b_hh)]
     rows = [[[torch.zeros_like(s0[0, 0])] * S for _ in range(T * B)] for _ in range(N)]
     last = [[torch.empty(0)] * B for _ in range(N * S)]

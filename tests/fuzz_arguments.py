@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
+from tests.cases import LAYER_NAMES
 from tests.fuzzing import ByCells, Finding, main, sweep
 
 REFUSED = object()  # what an argument means that means nothing
@@ -820,7 +821,7 @@ def _as_plan(rng: random.Random, dtype: torch.dtype) -> Plan | None:
 
 
 def layer_call(rng: random.Random) -> Result:
-    name = rng.choice(("RNN", "LSTM", "GRU"))
+    name = rng.choice(LAYER_NAMES)
     options = _options(rng, name)
     form = rng.choice(("padded", "padded", "unbatched", "packed", "lengths", "step"))
     plan = _as_plan(rng, options["dtype"])
@@ -888,7 +889,7 @@ def _exactly(module: Any, given: dict[str, Any], grad: bool) -> Any:
 
 def weights(rng: random.Random) -> Result:
     """A parameter of another kind."""
-    name = rng.choice(("RNN", "LSTM", "GRU"))
+    name = rng.choice(LAYER_NAMES)
     options = _options(rng, name)
     ours, theirs = _layers(name, options, _as_plan(rng, options["dtype"]))
     form = rng.choice(("padded", "step"))
@@ -920,7 +921,7 @@ def weights(rng: random.Random) -> Result:
 
 def attribute_plan(rng: random.Random) -> Result:
     """A plan that is set later."""
-    name = rng.choice(("RNN", "LSTM", "GRU"))
+    name = rng.choice(LAYER_NAMES)
     layer = getattr(rnn, name)(4, 5)
     wrong = from_table(rng, PLANS, ("None",))
     what = f"rnn.{name}(4, 5).plan = {wrong.what}"
@@ -1092,7 +1093,7 @@ def _meant(name: str, given: dict[str, Any], form: str) -> Any:
 
 def between(rng: random.Random) -> Result:
     """What happens to a tensor between forward and backward, or to an incoming gradient."""
-    name = rng.choice(("RNN", "LSTM", "GRU"))
+    name = rng.choice(LAYER_NAMES)
     options = _options(rng, name)
     plan = _as_plan(rng, options["dtype"])
     ours, theirs = _layers(name, options, plan)

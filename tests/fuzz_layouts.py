@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
-from tests.cases import Case, build, close
+from tests.cases import LAYER_NAMES, NAMES, Case, build, cell_of, close
 from tests.fuzzing import ByCells, Finding, main, place, plain, sweep
 
 HALF = (torch.float16, torch.bfloat16)
@@ -112,7 +112,7 @@ def draw(seed: int, index: int) -> tuple[random.Random, Layer | Call]:
         zeros=rng.random() < 0.3,
     )
     if rng.random() < 0.35:
-        name = rng.choice(("rnn_tanh", "rnn_relu", "lstm", "gru"))
+        name = rng.choice(NAMES)
         form = rng.choice(("padded", "lengths", "packed"))
         if form != "packed" and rng.random() < 0.05:
             B = 0
@@ -128,7 +128,7 @@ def draw(seed: int, index: int) -> tuple[random.Random, Layer | Call]:
             dtype=dtype,
             **shared,
         )
-    mode = rng.choice(("RNN", "LSTM", "GRU"))
+    mode = rng.choice(LAYER_NAMES)
     form = rng.choice(FORMS)
     if form == "unbatched":
         B = 1
@@ -460,7 +460,7 @@ def call_layer(module: Any, layer: Layer, given: Given, ours: bool) -> Found:
     leaves |= dict((module.module if isinstance(module, ByCells) else module).named_parameters())
     hx: Any = None
     if given.states is not None:
-        hx = tuple(given.states) if case.mode == "LSTM" else given.states[0]
+        hx = tuple(given.states) if len(given.states) > 1 else given.states[0]
     keywords: dict[str, Any] = {}
     if ours:
         if case.form == "lengths":
@@ -519,7 +519,7 @@ def draw_layer(layer: Layer, data: Data) -> tuple[dict[str, Tensor], Given]:
     D = 1 + case.bidirectional
     width = case.proj or case.H
     x = data.tensor("input", shape(case.T, case.B, case.I), case.dtype)
-    widths = [width, *([case.H] if case.mode == "LSTM" else [])]
+    widths = [width, *[case.H] * (cell_of(case.mode).states - 1)]
     ends = [[case.layers * D, *([case.B] if batched else []), K] for K in widths]
     states = (
         [data.tensor(f"hx_{k}", end, case.dtype) for k, end in enumerate(ends)] if case.hx else None

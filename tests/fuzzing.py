@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from tests.cases import TORCH_CELLS
+
 HANGS = 120.0  # seconds without a word from a child
 
 
@@ -187,14 +189,9 @@ def _cell(name: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]
         i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(states[0], w_hh, b_hh)).chunk(4, -1)
         c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
         return [F.linear(o.sigmoid() * c.tanh(), projection[0]), c]
-    cells: dict[str, Any] = {
-        "lstm": torch.lstm_cell,
-        "gru": torch.gru_cell,
-        "rnn_tanh": torch.rnn_tanh_cell,
-        "rnn_relu": torch.rnn_relu_cell,
-    }
-    found = cells[name](x, tuple(states) if name == "lstm" else states[0], w_ih, w_hh, b_ih, b_hh)
-    return list(found) if name == "lstm" else [found]
+    pair = len(states) > 1
+    new = TORCH_CELLS[name](x, tuple(states) if pair else states[0], w_ih, w_hh, b_ih, b_hh)
+    return list(new) if pair else [new]
 
 
 def sweep(

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 import rnn
 from rnn.kernels import cells
+from tests.cases import LAYER_NAMES
 
 T = 5
 B = 4
 I = 3
 H = 6
-NAMES = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
-LAYERS = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+LAYERS = pytest.mark.parametrize("name", LAYER_NAMES)
 
 
 def data(name: str, N: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:

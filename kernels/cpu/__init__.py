@@ -1,4 +1,4 @@
-"""What is around the C++ and the reference, in NumPy or CuPy: the tensors that they write. Tensors
+"""Allocates the results of the C++ and of the reference (NumPy or CuPy), which write them. Tensors
 are contiguous and of one device; step t has the sizes[t] rows that follow those of step t - 1."""
 
 import math
@@ -24,8 +24,8 @@ def _kernel(backend: str) -> Any:
 def forward(
     cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
 ) -> Outputs:
-    """x [R, I] (in C++ [T, B, I] will do, and then y is alike), S states [N, B, H], zeros if
-    None."""
+    """Of x [R, I] (C++ takes [T, B, I] too; y has the same leading dimensions), and of s0, S states
+    [N, B, H], zeros if None."""
     N = len(layout.reverse)
     S = cell.states
     H = weights.w_hh.shape[1]
@@ -70,7 +70,7 @@ def backward(
     b_ih = needs.b_ih and cell.split
     b_hh = needs.b_hh or (needs.b_ih and not cell.split)
     rows = w_hh.shape[0]
-    found: Gradients[Tensor | None] = Gradients(
+    gradients: Gradients[Tensor | None] = Gradients(
         torch.empty_like(x, memory_format=CONTIGUOUS) if needs.x else None,
         torch.empty_like(w_ih, memory_format=CONTIGUOUS) if needs.w_ih else None,
         torch.empty_like(w_hh, memory_format=CONTIGUOUS) if needs.w_hh else None,
@@ -78,10 +78,10 @@ def backward(
         x.new_empty(rows) if b_hh else None,
         ds,
     )
-    if len(layout.reverse) > 1 and found.x is not None:
-        found.x.zero_()
-    _kernel(plan.backend).backward(cell, plan, layout, x, weights, s0, outputs, grads, found)
-    if cell.split or not needs.b_ih or found.b_hh is None:
-        return found
-    b_hh_grad = found.b_hh.clone() if needs.b_hh else None
-    return Gradients(found.x, found.w_ih, found.w_hh, found.b_hh, b_hh_grad, ds)
+    if len(layout.reverse) > 1 and gradients.x is not None:
+        gradients.x.zero_()
+    _kernel(plan.backend).backward(cell, plan, layout, x, weights, s0, outputs, grads, gradients)
+    if cell.split or not needs.b_ih or gradients.b_hh is None:
+        return gradients
+    b_hh_grad = gradients.b_hh.clone() if needs.b_hh else None
+    return Gradients(gradients.x, gradients.w_ih, gradients.w_hh, gradients.b_hh, b_hh_grad, ds)

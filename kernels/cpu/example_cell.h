@@ -30,6 +30,7 @@ struct Arguments {
   const NUMBER* s0[STATES];
   const NUMBER* dlast[STATES];
   NUMBER* last[STATES];
+  NUMBER* s0_grad[STATES];
   int64_t steps;
   int64_t B;
   int64_t R;

@@ -7,6 +7,12 @@
 constexpr int VECTORS_PER_TILE = 2;
 constexpr int PANEL_WIDTH = VECTORS_PER_TILE * LANES;
 
+// Where row 0 of column u lies in a matrix [rows, columns] packed into panels [columns /
+// PANEL_WIDTH, rows, PANEL_WIDTH]; its other rows follow PANEL_WIDTH numbers apart.
+static inline i64 panel_offset(i64 u, i64 rows) {
+  return u / PANEL_WIDTH * PANEL_WIDTH * rows + u % PANEL_WIDTH;
+}
+
 // How many sums of its own each element has, so that no product waits for the one before it.
 constexpr int independent_sums(int vectors) {
   if (vectors <= 4) return 4;

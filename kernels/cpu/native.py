@@ -47,8 +47,9 @@ Pair = Annotated[tuple[int, int], "int64_t", "2"]
 
 
 class Sizes(NamedTuple):
-    """Bit n of `reverses` is set if recurrence n goes backward. Windows of time have about as many
-    rows as `window` steps of B, forward and back."""
+    """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a forward
+    and a backward pass: windows of time have about as many rows as so many steps of B
+    sequences."""
 
     steps: Size
     B: Size
@@ -62,8 +63,9 @@ class Sizes(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What `forward` and `backward` of recurrence.cpp are given. s0 and dlast are zero where
-    missing; `last` are the last states, or the gradients of the first ones."""
+    """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S tensors
+    each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last` is written
+    by forward, s0_grad by backward."""
 
     x: Required
     w_ih: Required
@@ -85,11 +87,12 @@ class Arguments(NamedTuple):
     s0: InputStates = None
     dlast: InputStates = None
     last: OutputStates = None
+    s0_grad: OutputStates = None
     sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, (1, 1))
 
 
 class StepSizes(NamedTuple):
-    """`memory` has `size` numbers; a layer has so many `parameters`."""
+    """`memory` has `size` numbers; `parameters` is the number per layer."""
 
     memory: Output
     size: Size
@@ -102,7 +105,7 @@ class StepSizes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The struct that `step` of single_step.cpp is given. After it come pointers."""
+    """The argument of `step` in single_step.cpp. After it come the pointers of the parameters."""
 
     x: Required
     s: InputStates
@@ -188,10 +191,10 @@ def load(cell: Cell, dtype: torch.dtype) -> Any:
     functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
     library: Any = load_library(program(cell, dtype), _FLAGS, SOURCES, functions)
     library.struct_size.restype = ctypes.c_int64
-    found = [library.struct_size(i) for i in range(len(STRUCTS))]
+    compiled = [library.struct_size(i) for i in range(len(STRUCTS))]
     expected = [8 * words(struct_type, cell.states) for struct_type in STRUCTS]
-    if found != expected:
-        raise RuntimeError(f"The C++ compiler's structs have {found} bytes, expected {expected}")
+    if compiled != expected:
+        raise RuntimeError(f"The C++ compiler's structs have {compiled} bytes, expected {expected}")
     library.needed.restype = ctypes.c_int64
     library.needed.argtypes = [ctypes.c_char_p]
     library.step.restype = ctypes.c_int64
@@ -205,8 +208,9 @@ def threads() -> int:
     return 1 if forked() else torch.get_num_threads()
 
 
-# The first field that is an array.
-_ARRAYS = Arguments._fields.index("s0")
+# The fields of Arguments that are one tensor come first; those from here on, but for `sizes`, are S
+# tensors each.
+_FIRST_STATES_FIELD = Arguments._fields.index("s0")
 
 
 def _call(name: str, cell: Cell, arguments: Arguments) -> None:
@@ -214,11 +218,11 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
     w_hh = arguments.w_hh
     dtype = w_hh.dtype
     if dtype not in NUMBERS or not w_hh.is_cpu:
-        found = f"{dtype} on {w_hh.device}"
-        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {found}')
+        got = f"{dtype} on {w_hh.device}"
+        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
     library = load(cell, dtype)
-    tensors: list[Any] = [*arguments[:_ARRAYS]]
-    for states in arguments[_ARRAYS:-1]:
+    tensors: list[Any] = [*arguments[:_FIRST_STATES_FIELD]]
+    for states in arguments[_FIRST_STATES_FIELD:-1]:
         tensors += states or [None] * cell.states
     addresses = []
     for t in tensors:
@@ -233,7 +237,9 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
             )
         addresses.append(address)
     sizes = arguments.sizes
-    packed = _pack(len(addresses) + len(sizes) + 1)(*addresses, *sizes[:-1], *sizes.window)
+    # All numbers of 8 bytes. Sizes ends with `window`, a pair.
+    count = len(addresses) + len(sizes) - 1 + 2
+    packed = _pack(count)(*addresses, *sizes[:-1], *sizes.window)
     needed = _needed(cell, dtype, sizes) if arguments.offsets is None else library.needed(packed)
     memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
@@ -266,12 +272,16 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
 
 @lru_cache(4096)
 def _windows(sequences: int, width: int, split: bool) -> tuple[int, int]:
-    """Steps of a window, forward and back. Going forward there are no gradients of W, which every
-    window would read once more. With a split cell a row is twice as long in the adjoint: fewer rows
-    then save more memory than they cost time."""
+    """Steps of a window in forward and in backward, for rows of `width` pre-activations.
+
+    Each window reads W once more, and in backward its gradients too: windows have at least
+    WINDOW_ROWS rows for that. Forward, which has no gradients, does with an eighth of these rows.
+    In backward of a split cell a row is twice as wide, dx and dr: a quarter of the rows then saves
+    more memory than it costs time."""
     layout = Layout(0, (), (sequences,))
-    backward = window(layout, 2 * width, 4) if split else window(layout, width)
-    return window(layout, width, 8), backward
+    forward = window(layout, width, share=8)
+    backward = window(layout, 2 * width, share=4) if split else window(layout, width)
+    return forward, backward
 
 
 def forward(
@@ -311,10 +321,10 @@ def backward(
     s0: States,
     outputs: Outputs,
     grads: OutputGrads,
-    found: Gradients[Tensor | None],
+    gradients: Gradients[Tensor | None],
 ) -> None:
-    """Writes those of `found` that are there; with more than one recurrence it adds to that of
-    x."""
+    """Writes those of `gradients` that are not None; with more than one recurrence it adds to that
+    of x."""
     arguments = Arguments(
         x=x,
         w_ih=weights.w_ih,
@@ -324,16 +334,16 @@ def backward(
         y=outputs.y,
         states=outputs.states,
         saved=outputs.saved,
-        x_grad=found.x,
-        w_ih_grad=found.w_ih,
-        w_hh_grad=found.w_hh,
-        b_ih_grad=found.b_ih,
-        b_hh_grad=found.b_hh,
+        x_grad=gradients.x,
+        w_ih_grad=gradients.w_ih,
+        w_hh_grad=gradients.w_hh,
+        b_ih_grad=gradients.b_ih,
+        b_hh_grad=gradients.b_hh,
         offsets=layout.offsets,
         resets=layout.resets,
         s0=s0,
         dlast=grads.last,
-        last=found.s0,
+        s0_grad=gradients.s0,
         sizes=_sizes(cell, layout, x, weights.w_hh),
     )
     _call("backward", cell, arguments)

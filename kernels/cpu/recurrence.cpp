@@ -12,8 +12,8 @@ static inline void copy_or_zero(Number* to, const Number* from, i64 at, i64 byte
   else std::memset(to, 0, bytes);
 }
 
-// The first states, to where they are between two steps; and to the last ones, where they stay if a
-// sequence has no step.
+// s0 becomes the state between two steps; and the last states, which it remains for a sequence of
+// length 0.
 static void load_first_states(const Schedule& schedule, const WorkItem& item) {
   item.for_each_state(schedule, [&](i64 k, i64 b, i64 at, Number* row, i64 bytes) {
     copy_or_zero(schedule.last[k] + at, schedule.s0[k], at, bytes);
@@ -25,31 +25,36 @@ static void load_first_states(const Schedule& schedule, const WorkItem& item) {
   });
 }
 
-// W_ih x + b of an item's window. With a gradient of its own for h, b_hh is added to W_hh h.
+// W_ih x + b_ih of an item's window, and + b_hh unless the cell takes W_hh h + b_hh separately.
 static void input_product(const Schedule& schedule, const WorkItem& item) {
   const i64 I = schedule.I;
-  const i64 K = GATES * schedule.H;
+  const i64 gate_rows = GATES * schedule.H;
   const i64 n = item.n;
-  const Number* const b_ih = schedule.b_ih ? schedule.b_ih + n * K : nullptr;
-  const Number* const b_hh = b_ih && !SEPARATE_RECURRENT_GRAD ? schedule.b_hh + n * K : nullptr;
+  const Number* const b_ih = schedule.b_ih ? schedule.b_ih + n * gate_rows : nullptr;
+  const bool add_b_hh = b_ih && !SEPARATE_RECURRENT_GRAD;
+  const Number* const b_hh = add_b_hh ? schedule.b_hh + n * gate_rows : nullptr;
   const Number* const panels = schedule.input_panels + n * schedule.padded_inputs * I;
-  product<INPUT_VECTORS>(item.input_rows(schedule), I, panels, I, K, b_ih, b_hh, false);
+  product<INPUT_VECTORS>(item.input_rows(schedule), I, panels, I, gate_rows, b_ih, b_hh, false);
 }
 
-// The gradients of x in a window. In each round every recurrence has rows of x of its own.
+// The gradients of x in a window. All recurrences add to the same rows of x_grad, each by threads
+// of its own: if two added to a row at the same time, they would race. So rows are divided into N
+// regions, and there are N rounds with a barrier after each: in round k recurrence n adds to region
+// (n + k) % N.
 static void input_gradients(const Schedule& schedule, const ThreadWork& work, bool shared_rows) {
   const i64 I = schedule.I;
-  const i64 K = GATES * schedule.H;
+  const i64 gate_rows = GATES * schedule.H;
   const i64 N = schedule.N;
   const i64 R = schedule.R;
+  const i64 panels_size = gate_rows * schedule.padded_inputs;
   for (i64 round = 0; round < N; ++round) {
     for (const WorkItem& item : work.items) {
-      const i64 area = (item.n + round) % N;
+      const i64 region = (item.n + round) % N;
       if (schedule.x_grad) {
-        const auto rows = item.input_grad_rows(schedule, R * area / N, R * (area + 1) / N);
-        const Number* const panels = schedule.input_panels + item.n * K * schedule.padded_inputs;
-        product<VECTORS_PER_TILE>(rows, schedule.gates_width, panels, K, I, nullptr, nullptr,
-                                  N > 1);
+        const auto rows = item.input_grad_rows(schedule, R * region / N, R * (region + 1) / N);
+        const Number* const panels = schedule.input_panels + item.n * panels_size;
+        product<VECTORS_PER_TILE>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
+                                  nullptr, N > 1);
       }
       if (round == 0 && schedule.w_ih_grad && !schedule.input_is_packed())
         item.pack_input(schedule);
@@ -64,8 +69,8 @@ extern "C" i64 struct_size(int i) {
   return sizes[i];
 }
 
-// How many numbers of memory a call needs. Both directions get the same, so that they share it:
-// what is never touched takes no memory.
+// How many numbers of memory a call needs. A forward and a backward pass get equally many, so that
+// they share it: pages that are never touched take no memory.
 extern "C" i64 needed(const Arguments& arguments) {
   const i64 forward = Schedule(arguments, false, nullptr).used;
   const i64 backward = Schedule(arguments, true, nullptr).used;
@@ -130,7 +135,7 @@ extern "C" void backward(const Arguments& arguments, Number* memory) {
     }
     for (const WorkItem& item : work.items)
       item.for_each_state(schedule, [&](i64 k, i64, i64 at, Number* row, i64 bytes) {
-        if (schedule.last[k]) std::memcpy(schedule.last[k] + at, row, bytes);
+        if (schedule.s0_grad[k]) std::memcpy(schedule.s0_grad[k] + at, row, bytes);
       });
     if (schedule.private_weight_grads) {
       barrier_if(true);

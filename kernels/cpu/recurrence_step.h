@@ -9,7 +9,7 @@ static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) 
   const i64 H = schedule.H;
   const i64 N = schedule.N;
   const i64 n = item.n;
-  const i64 P = schedule.state_width;
+  const i64 state_width = schedule.state_width;
   const i64 width = schedule.gates_width;
   const i64 plane = schedule.R * N * H;
   const i64 next_t = item.reverse ? t - 1 : t + 1;
@@ -35,8 +35,8 @@ static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) 
           sums[i][j] = from ? load(from + g * H + u + v * LANES, valid_lanes(v)) : Vector{};
         }
       }
-      multiply(sums, item.state_row(schedule, 0, first, parity), P, 1, item.panel + u * GATES * H,
-               H);
+      const Number* const h_prev = item.state_row(schedule, 0, first, parity);
+      multiply(sums, h_prev, state_width, 1, item.panel + u * GATES * H, H);
       LOOP(i, ROWS) {
         const i64 b = sequences[first + i];
         const i64 at = offset(first + i);
@@ -115,22 +115,24 @@ static void adjoint_step(const Schedule& schedule, const WorkItem& item, i64 t) 
         if (SEPARATE_RECURRENT_GRAD) store(dx + g * H + u, x[g], lanes);
         store(dr + g * H + u, r[g], lanes);
       }
-      store(h_row + u / PANEL_WIDTH * PANEL_WIDTH * item.rows + u % PANEL_WIDTH, s[0], LANES);
+      store(h_row + panel_offset(u, item.rows), s[0], LANES);
+      // A reset cuts the gradient of h once adjoint_product has added its part to it.
       UNROLLED(k, STATES)
         store(ds + k * item.state_size + u, reset && k ? Vector{} : p[k], LANES);
     });
-    // Units end within the first vector of the last panel: its second one is zero.
+    // Where units end within the first vector of the last panel, its second one is zero.
+    static_assert(VECTORS_PER_TILE == 2, "more than one vector could be left over");
     const i64 rest = H % PANEL_WIDTH;
     if (item.end == H && rest && rest <= LANES)
-      store(h_row + (H - rest) * item.rows + LANES, Vector{}, LANES);
+      store(h_row + panel_offset(H - rest + LANES, item.rows), Vector{}, LANES);
   }
 }
 
-// Adds the gradients of h that flow through W_hh.
+// Adds the gradients of h that flow through W_hh, and cuts the sum at resets.
 static void adjoint_product(const Schedule& schedule, const WorkItem& item, i64 t) {
   constexpr int MAX_ROWS = ACCUMULATORS / VECTORS_PER_TILE;
   const i64 H = schedule.H;
-  const i64 P = schedule.state_width;
+  const i64 state_width = schedule.state_width;
   const i64 width = schedule.gates_width;
   const Number* const dr = schedule.dr + (item.base + item.slot(t)) * width;
   for (i64 u = item.begin; u < item.end; u += PANEL_WIDTH)
@@ -139,12 +141,12 @@ static void adjoint_product(const Schedule& schedule, const WorkItem& item, i64 
       Number* const ds = item.state_row(schedule, 0, first) + u;
       Vector sums[ROWS][VECTORS_PER_TILE];
       LOOP(i, ROWS) UNROLLED(v, VECTORS_PER_TILE)
-        sums[i][v] = load(ds + i * P + v * LANES, LANES);
+        sums[i][v] = load(ds + i * state_width + v * LANES, LANES);
       multiply(sums, dr + first * width, width, 1, item.panel + u * GATES * H, GATES * H);
       LOOP(i, ROWS) {
         const bool reset = item.is_reset(schedule, t, item.sequences[first + i]);
         UNROLLED(v, VECTORS_PER_TILE)
-          store(ds + i * P + v * LANES, reset ? Vector{} : sums[i][v], LANES);
+          store(ds + i * state_width + v * LANES, reset ? Vector{} : sums[i][v], LANES);
       }
     });
 }

@@ -50,7 +50,7 @@ struct SequenceGroup {
   }
 };
 
-// Of the struct Arguments, which native.py defines: s0, dlast and `last` are [N, B, H] each;
+// Of the struct Arguments, which native.py defines: s0, dlast, last and s0_grad are [N, B, H] each;
 // y [R, N, H], states [S-1, R, N, H] and saved [R, N, A, H] are written going forward, where they
 // are wanted, and read in the adjoint.
 //
@@ -123,15 +123,15 @@ struct Schedule : Arguments {
       return memory ? memory + at : nullptr;
     };
     const bool in_y = GATES_IN_Y && !adjoint;
-    const i64 K = GATES * H;
+    const i64 gate_rows = GATES * H;
     padded_hidden = padded_to(H, PANEL_WIDTH);
-    padded_inputs = adjoint ? padded_to(I, PANEL_WIDTH) : padded_to(K, INPUT_TILE);
-    gates_width = in_y ? N * H : odd_width(padded_to(K, LANES));
+    padded_inputs = adjoint ? padded_to(I, PANEL_WIDTH) : padded_to(gate_rows, INPUT_TILE);
+    gates_width = in_y ? N * H : odd_width(padded_to(gate_rows, LANES));
     state_width = odd_width(padded_hidden);
-    const i64 input_panel = N * padded_inputs * (adjoint ? K : I);
-    const i64 hidden_panel = N * padded_hidden * K;
+    const i64 input_panel = N * padded_inputs * (adjoint ? gate_rows : I);
+    const i64 hidden_panel = N * padded_hidden * gate_rows;
     const i64 slots = N * groups * max_rows;
-    // What is the same in both directions comes first: then a thread has what it had before.
+    // What forward and backward have in common comes first: then it is in the same caches in both.
     Number* const gates_or_dr = take(in_y ? 0 : slots * gates_width);
     hidden_panels = take(shared_panel ? std::max(hidden_panel, input_panel) : hidden_panel);
     input_panels = shared_panel ? hidden_panels : take(input_panel);
@@ -169,7 +169,7 @@ struct Schedule : Arguments {
   Number* copy(i64 thread) const { return copies + thread * (OUTER_COPY + SHARING_PAD); }
   // Of the gradients of W_ih, W_hh and both biases.
   i64 weight_grads_size() const { return GATES * H * (I + H + 2); }
-  // If one group has all rows of x, and they are as wide as a panel, they are one as they are.
+  // Whether x is a panel as it lies: its rows are as wide as one, and one group has them all.
   bool input_is_packed() const { return I == PANEL_WIDTH && groups == 1; }
   // In the tensors of the caller.
   i64 first_row(i64 t) const {
@@ -348,7 +348,7 @@ struct WorkItem {
     Number* const panels = schedule.x_rows + base * schedule.padded_inputs;
     for (i64 i = first; i < last; ++i)
       for (i64 u = 0; u < schedule.padded_inputs; u += LANES) {
-        Number* const to = panels + u / PANEL_WIDTH * PANEL_WIDTH * rows + u % PANEL_WIDTH;
+        Number* const to = panels + panel_offset(u, rows);
         const Number* const from = schedule.x + index[i] * I + u;
         store(to + (offset + i) * PANEL_WIDTH, load(from, static_cast<int>(I - u)), LANES);
       }

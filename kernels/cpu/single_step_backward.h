@@ -148,11 +148,11 @@ struct StepMemory {
     auto take = [&](i64 numbers) { return std::exchange(used, used + padded_to(numbers, 16)); };
     const i64 B = call.B;
     const i64 H = call.H;
-    const i64 K = GATES * H;
+    const i64 gate_rows = GATES * H;
     const bool unpacked = B <= MAX_UNPACKED_GRADIENT;
     // Rows a power of 2 apart would have the same place in the caches.
-    width = padded_to(K, LANES) + (K < 256 ? 0 : LANES);
-    panel = B >= MIN_PACKED_BACKWARD ? padded_to(K * PANEL_WIDTH, 16) : 0;
+    width = padded_to(gate_rows, LANES) + (gate_rows < 256 ? 0 : LANES);
+    panel = B >= MIN_PACKED_BACKWARD ? padded_to(gate_rows * PANEL_WIDTH, 16) : 0;
     dr = take(B * width);
     dx = SEPARATE_RECURRENT_GRAD ? take(B * width) : dr;
     dy_below = take(call.layers > 1 ? B * H : 0);
@@ -229,11 +229,11 @@ struct StepLayerAdjoint {
   // Part i of so many of the gradients of h, x and the parameters.
   void products(i64 i, i64 parts, Number* panel) const {
     constexpr i64 BLOCK = ACCUMULATORS / VECTORS_PER_TILE;
-    const i64 K = GATES * H;
+    const i64 gate_rows = GATES * H;
     const i64 width = at.width;
-    const i64 blocks = (K + BLOCK - 1) / BLOCK;
+    const i64 blocks = (gate_rows + BLOCK - 1) / BLOCK;
     const i64 begin = i * blocks / parts * BLOCK;
-    const i64 end = std::min(K, (i + 1) * blocks / parts * BLOCK);
+    const i64 end = std::min(gate_rows, (i + 1) * blocks / parts * BLOCK);
     const bool unpacked = B <= MAX_UNPACKED_GRADIENT;
     const bool biased = call.parameters > 2;
     const Number* const dr = memory + at.dr;
@@ -241,8 +241,8 @@ struct StepLayerAdjoint {
     const Number* const x_rows = unpacked ? x : memory + at.x_panels;
     const Number* const h_rows = unpacked ? h : memory + at.h_panels;
     Number* const h_grad = call.ds[0] ? call.ds[0] + offset : nullptr;
-    const StepProduct to_h = {dr, weights[1], width, K, H, h_grad, true};
-    const StepProduct to_x = {dx, weights[0], width, K, I, x_grad, false};
+    const StepProduct to_h = {dr, weights[1], width, gate_rows, H, h_grad, true};
+    const StepProduct to_x = {dx, weights[0], width, gate_rows, I, x_grad, false};
     const StepGradient of_ih = {dx, x_rows, width, I, grads[0], biased ? grads[2] : nullptr};
     const StepGradient of_hh = {dr, h_rows, width, H, grads[1], biased ? grads[3] : nullptr};
     if (to_h.out) to_h.part(B, i, parts, panel);

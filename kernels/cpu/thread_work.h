@@ -7,7 +7,7 @@
 
 // What a thread does. Either it takes the sequences of its items through time alone; or, where
 // there are too few sequences, threads have items of the same sequences, with a barrier after each
-// step's first half.
+// step's first part.
 struct ThreadWork {
   i64 thread = 0;
   i64 threads = 1;
@@ -25,18 +25,18 @@ struct ThreadWork {
   template <typename Body> void for_each(i64 count, Body&& body) const {
     for (i64 i = thread; i < count; i += threads) body(i);
   }
-  // All steps of window w, each in two halves.
-  template <typename First, typename Second>
-  void for_each_step(const Schedule& schedule, i64 w, bool adjoint, First&& first,
-                     Second&& second) const {
+  // All steps of window w, each in two parts, between which threads that share a group meet.
+  template <typename Before, typename After>
+  void for_each_step(const Schedule& schedule, i64 w, bool adjoint, Before&& before_barrier,
+                     After&& after_barrier) const {
     auto step = [&](const WorkItem& item, i64 i) {
       return item.reverse != adjoint ? item.end_step - 1 - i : item.first_step + i;
     };
     if (schedule.shares == 1) {
       for (const WorkItem& item : items)
         for (i64 i = 0; i < item.end_step - item.first_step; ++i) {
-          first(schedule, item, step(item, i));
-          second(schedule, item, step(item, i));
+          before_barrier(schedule, item, step(item, i));
+          after_barrier(schedule, item, step(item, i));
         }
       return;
     }
@@ -44,10 +44,13 @@ struct ThreadWork {
       for (const WorkItem& item : items)
         if (i < item.end_step - item.first_step) body(schedule, item, step(item, i));
     };
-    for (i64 i = 0, count = schedule.longest_window(w); i < count; ++i) {
-      each_item(i, first);
+    // Every thread has to meet the barrier equally often. So it goes by longest_window(w), which is
+    // the same for all of them, and not by the steps of its own items, of which it may have none.
+    const i64 count = schedule.longest_window(w);
+    for (i64 i = 0; i < count; ++i) {
+      each_item(i, before_barrier);
 #pragma omp barrier
-      each_item(i, second);
+      each_item(i, after_barrier);
     }
   }
 };

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 import rnn
-from rnn.kernels import cells
 from rnn.kernels.cells import Cell, sigmoid, tanh, zeros_like
 from rnn.kernels.plan import Plan
-
-CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
+from tests.cases import CELLS, TORCH_CELLS
 
 
 def randn(count: int) -> tuple[Tensor, ...]:
@@ -35,11 +33,12 @@ def test_adjoint(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "kernel"),
-    [*zip(CELLS, ["rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"])],
+    ("cell", "step"),
+    [*zip(CELLS, TORCH_CELLS.values(), strict=True)],
     ids=lambda cell: getattr(cell, "name", ""),
 )
-def test_formula(cell: Cell, kernel: str) -> None:
+def test_formula(cell: Cell, step: Callable[..., Any]) -> None:
+    assert TORCH_CELLS[cell.name] is step
     G = cell.gates
     S = cell.states
     x = randn(G)
@@ -48,7 +47,7 @@ def test_formula(cell: Cell, kernel: str) -> None:
     eye = torch.eye(200 * G, dtype=torch.float64)
     # Pre-activations come through unchanged where the input is one-hot: x alone has a weight, r is
     # all bias.
-    want = getattr(torch, kernel)(
+    want = step(
         torch.cat(x)[None],
         tuple(v[None] for v in s) if S > 1 else s[0][None],
         eye,
@@ -60,6 +59,84 @@ def test_formula(cell: Cell, kernel: str) -> None:
     torch.testing.assert_close(
         [v[None] for v in got], list(want) if S > 1 else [want], rtol=1e-14, atol=1e-14
     )
+
+
+def _twice(saved, s, s_next, ds):
+    d = (2 * ds[0],)
+    return d, d, (zeros_like(ds[0]),)
+
+
+def _no_comma(x, r, s):
+    return tanh(x[0] + r[0]), ()
+
+
+def _no_saved(x, r, s):
+    return (tanh(x[0] + r[0]),)
+
+
+def _too_many(x, r, s):
+    return (x[0], s[0]), ()
+
+
+def _method(x, r, s):
+    y = x[0].tanh()
+    return (y,), ()
+
+
+def _power(x, r, s):
+    y = x[0] ** 2
+    return (y,), ()
+
+
+def _branch(x, r, s):
+    y = x[0] if x[0] > 0 else r[0]
+    return (y,), ()
+
+
+def _default(x, r, s, scale=2):
+    return (x[0] * scale,), ()
+
+
+def _made(scale):
+    def closure(x, r, s):
+        return (x[0] * scale,), ()
+
+    return closure
+
+
+def _wrong_adjoint(saved, s, s_next, ds):
+    return (ds[0],), (ds[0],), ()
+
+
+@pytest.mark.parametrize(
+    ("step", "adjoint", "words", "line"),
+    [
+        (_no_comma, _twice, ("_no_comma", "s_next", "(value,)"), "return tanh(x[0] + r[0]), ()"),
+        (_no_saved, _twice, ("_no_saved", "s_next, saved", "got 1"), "return (tanh(x[0] + r[0]),)"),
+        (_too_many, _twice, ("_too_many", "s_next of length 1, got 2"), "return (x[0], s[0]), ()"),
+        (_method, _twice, ("_method", "'tanh'", "rnn.kernels.cells"), "y = x[0].tanh()"),
+        (_power, _twice, ("_power", "**", "+ - * /"), "y = x[0] ** 2"),
+        (_branch, _twice, ("_branch", "'>'"), "y = x[0] if x[0] > 0 else r[0]"),
+        (_default, _twice, ("_default", "default arguments"), "def _default(x, r, s, scale=2):"),
+        (_made(2), _twice, ("closure", "closure over scale"), "def closure(x, r, s):"),
+        (_too_many, len, ("to be functions", "builtin"), ""),
+        (
+            lambda x, r, s: ((x[0],), ()),
+            _wrong_adjoint,
+            ("_wrong_adjoint", "ds_prev of length 1, got 0"),
+            "return (ds[0],), (ds[0],), ()",
+        ),
+    ],
+)
+def test_mistakes(
+    step: Callable[..., Any], adjoint: Callable[..., Any], words: tuple[str, ...], line: str
+) -> None:
+    """What a backend could not compute is refused at once, with the function's name and line."""
+    with pytest.raises(TypeError) as caught:
+        Cell("wrong", step, adjoint, gates=1, states=1)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert message.endswith(line), message
 
 
 def _squares(x, r, s):

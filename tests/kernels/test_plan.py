@@ -22,9 +22,9 @@ from rnn.kernels.plan import (
 )
 from rnn.kernels.planner import cuda_plans, make_plan
 from rnn.kernels.prediction import Prediction, predict
+from tests.cases import CELLS
 
 ROOT = Path(__file__).parents[2]
-CELLS = [cells.rnn_tanh, cells.rnn_relu, cells.lstm, cells.gru]
 H200 = Gpu(90, 132, 232448)
 SMALL = Gpu(86, 28, 101376)  # a laptop's
 

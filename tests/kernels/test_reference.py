@@ -10,11 +10,11 @@ import rnn
 from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
-from tests.cases import close
+from tests.cases import NAMES, close
 from tests.kernels.gpu.test_gpu import plan_for
 
 T, B, I, H = 5, 4, 3, 18
-NAMES = "y", "states", "last", "x", "w_ih", "w_hh", "b_ih", "b_hh", "s0"
+RESULTS = "y", "states", "last", "x", "w_ih", "w_hh", "b_ih", "b_hh", "s0"
 
 
 def results(
@@ -42,8 +42,8 @@ def results(
         (t.sin() * torch.arange(1, t.numel() + 1).view(t.shape)).mean() for t in outputs
     )
     grads = torch.autograd.grad(loss, given)
-    names = [name for name, t in zip(NAMES, out) if t is not None]
-    return dict(zip([*names, *NAMES[3:]], [*(t.detach() for t in outputs), *grads]))
+    names = [name for name, t in zip(RESULTS, out) if t is not None]
+    return dict(zip([*names, *RESULTS[3:]], [*(t.detach() for t in outputs), *grads]))
 
 
 NATIVE = Plan("native")
@@ -55,7 +55,7 @@ CASES += [(plan_for(scope, H), "lengths", True) for scope in ("fused", "grid", "
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("plan", "form", "reset"), CASES)
 def test_as_the_reference(name: str, plan: Plan, form: str, reset: bool) -> None:
     cell = getattr(cells, name)

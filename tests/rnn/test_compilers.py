@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn
 from rnn.kernels import cells
-from tests.small import LAYERS, NAMES, B, H, I, T, data, pair, randn
+from tests.cases import NAMES
+from tests.small import LAYERS, B, H, I, T, data, pair, randn
 
 
 @pytest.fixture(autouse=True)

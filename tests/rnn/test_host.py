@@ -28,14 +28,14 @@ from rnn.kernels import gpu as device
 from rnn.kernels.gpu.device import describe
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Outputs, Weights
-from tests.cases import check_recurrence
+from tests.cases import LAYER_NAMES, NAMES, check_recurrence
 from tests.conftest import INHERITS_PRECISION, TORCH
 
 ROOT = Path(__file__).parents[2]
 BLOCK = Plan("triton", "block", 16, 8, 16, 1, False, "tf32x3")
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of ours but the kernels, at sizes at which arithmetic is nothing: 0.9 of torch.nn's time
     at most, with backward all of it."""
@@ -359,7 +359,7 @@ class Arrays(ModuleType):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # what CuPy would not say
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("cell", NAMES)
 def test_cupy(cell: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CPU's source asks of an array library, CuPy has; and the way there and back is
     right."""

@@ -12,17 +12,16 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn
 from rnn import layer_call
-from rnn.kernels import cells
 from rnn.kernels.plan import Plan
 from tests import fuzzing, gone
+from tests.cases import LAYER_NAMES, cell_of
 from tests.conftest import check_ready
 from tests.fuzz_layouts import edits, forms, shared
 from tests.fuzzing import ByCells
 from tests.kernels.cpu.test_cpu import KINDS, PLANS, available
 
-NAMES = ["RNN", "LSTM", "GRU"]
 LARGE = 2**20
-every_name = pytest.mark.parametrize("name", NAMES)
+every_name = pytest.mark.parametrize("name", LAYER_NAMES)
 every_plan = pytest.mark.parametrize(
     "plan", [None, *PLANS], ids=lambda plan: plan.backend if plan else ""
 )
@@ -477,7 +476,7 @@ def test_the_boundary_is_watched(
         return find(name)
 
     monkeypatch.setattr(layer_call, "module", watched)
-    cell = getattr(cells, {"RNN": f"rnn_{nonlinearity}", "LSTM": "lstm", "GRU": "gru"}[mode])
+    cell = cell_of(mode, nonlinearity)
     layer = getattr(rnn, mode)(
         3, 4, plan=plan, **({"nonlinearity": nonlinearity} if mode == "RNN" else {})
     )

@@ -19,6 +19,9 @@ from torch.testing._internal.common_modules import (
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import rnn
+from rnn.kernels.cells import Cell
+from tests.cases import LAYER_NAMES
+from tests.kernels.test_cells import mgu, mgu_backward, mgu_by_hand
 
 NAMES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 OURS = {getattr(nn, name): getattr(rnn, name) for name in NAMES}
@@ -196,7 +199,40 @@ REFUSED += [
 ]
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_layer_of_a_new_cell(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """A mode that torch.nn does not know: parameters by the cell's gates, and its formula."""
+    cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)
+    monkeypatch.setitem(rnn.modules._CELLS, "MGU", cell)
+    layer = rnn.modules._Stack("MGU", 3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
+    assert layer.mode == "MGU" and layer.weight_hh_l1_reverse.shape == (8, 4)
+    assert all(0 < p.abs().max() <= 0.5 and p.unique().numel() > 1 for p in layer.parameters())
+    x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
+    hx = torch.randn(4, 2, 4, dtype=torch.float64, requires_grad=True)
+    output, h_n = layer(x, hx)
+    rows = x
+    ends = []
+    for k in range(2):
+        halves = []
+        for n, suffix in enumerate(("", "_reverse")):
+            kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weights = [getattr(layer, f"{kind}_l{k}{suffix}") for kind in kinds]
+            way = rows.flip(0) if n else rows
+            by_hand: Any = mgu_by_hand
+            y, end = by_hand(way, *weights, hx[2 * k + n : 2 * k + n + 1])
+            halves.append(y.flip(0) if n else y)
+            ends.append(end)
+        rows = torch.cat(halves, -1)
+    want = [rows, torch.cat(ends)]
+    torch.testing.assert_close([output, h_n], want, rtol=1e-12, atol=1e-12)
+    leaves = [x, hx, *layer.parameters()]
+    got, expected = (
+        torch.autograd.grad([t.sin().sum() for t in out], leaves) for out in ([output, h_n], want)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
 @pytest.mark.parametrize("i", range(len(REFUSED)))
 def test_refused(i: int, name: str) -> None:
     call, text = REFUSED[i]

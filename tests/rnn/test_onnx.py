@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rnn
+from tests.cases import LAYER_NAMES
 
 
 class Model(nn.Module):
@@ -35,7 +36,7 @@ class Model(nn.Module):
     [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}],
     ids=["plain", "deep", "bare"],
 )
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_export(name: str, options: dict[str, Any], with_lengths: bool, tmp_path: Path) -> None:
     model = Model(name, **options).eval()
     path = tmp_path / "model.onnx"
@@ -67,7 +68,7 @@ def test_export(name: str, options: dict[str, Any], with_lengths: bool, tmp_path
         torch.testing.assert_close([torch.from_numpy(a) for a in got], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_no_steps(name: str, tmp_path: Path) -> None:
     """A sequence of no steps keeps its initial state, there too."""
     model = Model(name, bidirectional=True).eval()

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 import rnn
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
-from tests.cases import check_recurrence, kept_bytes, step_by_step
+from tests.cases import NAMES, check_recurrence, kept_bytes, step_by_step
 from tests.kernels.gpu.test_gpu import plan_for
-from tests.small import NAMES, B, H, I, T, data, outputs
+from tests.small import B, H, I, T, data, outputs
 
 recurrence: Any = rnn.functional.recurrence
 NUMPY = Plan("numpy")
@@ -34,7 +34,7 @@ class TestMasks:
     """NaN and infinity in one sequence, or in padding."""
 
     @PLANS
-    @pytest.mark.parametrize("name", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+    @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_padding_reaches_nothing(self, name: str, plan: Plan, bad: float) -> None:
         lengths = torch.tensor([2, 0, 5, 3])

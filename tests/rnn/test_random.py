@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.cases import FORMS, Case, check, check_recurrence, thrice
+from tests.cases import FORMS, LAYER_NAMES, NAMES, Case, check, check_recurrence, thrice
 from tests.kernels.cpu.test_cpu import PLANS, suited
 
 SETTINGS: dict[str, Any] = dict(
@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = dict(
 @st.composite
 def layers(draw: Any) -> Case:
     form = draw(st.sampled_from(FORMS))
-    mode = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
+    mode = draw(st.sampled_from(LAYER_NAMES))
     least = 1 if form in ("packed", "unsorted") else 0
     H = draw(st.integers(1, 20))
     flag = st.booleans()
@@ -58,7 +58,7 @@ def test_operator(request: pytest.FixtureRequest) -> None:
 
     @settings(max_examples=request.config.getoption("--cases"), **SETTINGS)
     @given(
-        name=st.sampled_from(["rnn_tanh", "rnn_relu", "lstm", "gru"]),
+        name=st.sampled_from(NAMES),
         T=st.integers(1, 7),
         B=st.integers(1, 7),
         I=st.integers(1, 7),

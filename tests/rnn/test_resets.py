@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import rnn
 from rnn.kernels.plan import Plan
+from tests.cases import LAYER_NAMES
 
 T = 7
 B = 3
@@ -39,7 +40,7 @@ def loss(y: Tensor, weights: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("form", "plan", "bad"), CASES, ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 @pytest.mark.parametrize("asked", ["after", "before"])
 def test_what_is_not_asked_for(
     name: str, form: str, bidirectional: bool, asked: str, plan: Plan | None, bad: float
@@ -89,7 +90,7 @@ def test_what_is_not_asked_for(
         torch.testing.assert_close(ours_grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_first_and_last_states(name: str) -> None:
     """A first state that is dropped, and a last state that is asked for, in place of steps."""
     ours, exact = pair(name, False)
@@ -116,7 +117,7 @@ def test_first_and_last_states(name: str) -> None:
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_what_is_asked_for_stays_nan(name: str) -> None:
     """As in torch.nn: a NaN that the loss asks for is not hidden."""
     ours, _ = pair(name, False)

@@ -8,14 +8,13 @@ import torch
 import rnn
 from rnn import dispatch, functional
 from rnn.kernels.plan import Plan
-from tests.cases import CASES, Case, check
+from tests.cases import CASES, LAYER_NAMES, Case, check
 
 PLAIN = [
     case
     for case in CASES
     if case.form in ("padded", "unbatched") and case.dtype == torch.float32 and case.T > 1
 ]
-LAYERS = ["RNN", "LSTM", "GRU"]
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_layers(case: Case, used: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_second_derivatives(name: str, dtype: torch.dtype, used: list[str]) -> None:
     """Which torch.nn's LSTM does not have in oneDNN."""
     found = []
@@ -57,7 +56,7 @@ def test_second_derivatives(name: str, dtype: torch.dtype, used: list[str]) -> N
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_backward_twice(name: str, used: list[str]) -> None:
     """With `retain_graph`, and with gradients of several losses at once."""
     layer = getattr(rnn, name)(3, 4)
@@ -81,7 +80,7 @@ def test_what_is_edited(used: list[str]) -> None:
     assert used
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_NAMES)
 def test_memory_that_is_gone(name: str, used: list[str]) -> None:
     layer = getattr(rnn, name)(3, 4)
     for t in (x := torch.randn(5, 2, 3), *layer.parameters()):

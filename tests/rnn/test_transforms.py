@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels import cells
-from tests.cases import step_by_step
-from tests.small import LAYERS, NAMES, B, H, I, T, data, outputs, pair, randn
+from tests.cases import NAMES, step_by_step
+from tests.small import LAYERS, B, H, I, T, data, outputs, pair, randn
 
 recurrence: Any = rnn.functional.recurrence
 

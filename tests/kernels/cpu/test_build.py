@@ -25,6 +25,7 @@ from rnn.kernels.cpu import build as native_build
 from rnn.kernels.cpu import native
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
+from tests.cases import LAYER_NAMES, OF_EACH_SIZE
 from tests.small import pair
 
 ROOT = Path(__file__).parents[3]
@@ -125,7 +126,7 @@ def test_small_stacks() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("cell", OF_EACH_SIZE)
 def test_frames_are_small(cell: str, tmp_path: Path) -> None:
     """No function has more than 20 KiB on the stack, even without the compiler's help."""
     flags = [
@@ -771,7 +772,7 @@ class TestCalls:
     @needs_compiler
     def test_eight_threads(self) -> None:
         """With torch's number of threads set in between."""
-        pairs = {name: pair(name, 24, 40, dtype=torch.float32) for name in ("RNN", "LSTM", "GRU")}
+        pairs = {name: pair(name, 24, 40, dtype=torch.float32) for name in LAYER_NAMES}
         x = torch.randn(30, 8, 24)
         count = torch.get_num_threads()
         exact = {}
@@ -783,7 +784,7 @@ class TestCalls:
             try:
                 for turn in range(12):
                     torch.set_num_threads(1 + (number + turn) % 4)
-                    name = ["RNN", "LSTM", "GRU"][(number + turn) % 3]
+                    name = LAYER_NAMES[(number + turn) % 3]
                     for got, want in zip(gradients(pairs[name][1], x), exact[name]):
                         torch.testing.assert_close(
                             got.double(), want, rtol=1e-3, atol=1e-4 * want.abs().max().item()

@@ -12,11 +12,22 @@ import rnn
 from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.plan import Plan
-from tests.cases import Case, check, check_recurrence, close, evaluate, operands, right, thrice
+from tests.cases import (
+    NAMES,
+    OF_EACH_SIZE,
+    Case,
+    cell_of,
+    check,
+    check_recurrence,
+    close,
+    evaluate,
+    operands,
+    right,
+    thrice,
+)
 from tests.small import pair
 
 PLANS = [Plan("numpy"), Plan("native")]
-CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 KINDS = [("RNN", "tanh"), ("RNN", "relu"), ("LSTM", ""), ("GRU", "")]
 # Whole tiles and part of one, several tiles of rows, and of sequences as many as threads or fewer,
 # so that these share the units.
@@ -39,7 +50,7 @@ def suited(plan: Plan, dtype: torch.dtype) -> Plan | None:
 
 
 every_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.backend)
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", NAMES)
 
 
 @pytest.fixture
@@ -107,7 +118,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "sizes", [SIZES[0], pytest.param(SIZES[2], marks=pytest.mark.slow), SIZES[3], SHARED], ids=str
 )
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("cell", OF_EACH_SIZE)
 def test_threads(
     cell: str,
     plan: Plan,
@@ -147,7 +158,7 @@ class TestWindows:
     def test_many_rows(self, kind: tuple[str, str], plan: Plan) -> None:
         """As many as windows are for."""
         mode, nonlinearity = kind
-        available({"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[mode], plan)
+        available(cell_of(mode).name, plan)
         case = Case(
             6, 400, 2, 170, bidirectional=True, mode=mode, nonlinearity=nonlinearity or "tanh"
         )
@@ -217,7 +228,7 @@ def test_no_sequences(cell: str, plan: Plan, form: str) -> None:
 def layers(kind: tuple[str, str], plan: Plan, **options: Any) -> tuple[Any, Any]:
     """Torch's layer in float64 and ours in float32, with the same parameters."""
     mode, nonlinearity = kind
-    available({"RNN": f"rnn_{nonlinearity}", "LSTM": "lstm", "GRU": "gru"}[mode], plan)
+    available(cell_of(mode, nonlinearity).name, plan)
     options |= dict(nonlinearity=nonlinearity) if nonlinearity else {}
     theirs, ours = pair(mode, 3, 21, dtype=torch.float32, bidirectional=True, **options)
     ours.plan = plan
@@ -228,7 +239,7 @@ def layers(kind: tuple[str, str], plan: Plan, **options: Any) -> tuple[Any, Any]
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_what_is_not_finite(kind: tuple[str, str], value: float, plan: Plan) -> None:
-    """In one step of one sequence: it goes where torch's goes, there and back, and nowhere else."""
+    """In one step of one sequence: forward and backward carry it where torch's do, nowhere else."""
     theirs, ours = layers(kind, plan)
     x = torch.randn(7, 5, 3)
     x[3, 2, 1] = value
@@ -261,7 +272,7 @@ def test_large_arguments(cell: str, plan: Plan) -> None:
 
 
 def test_quiet() -> None:
-    """What is infinite, or no number, goes its way without a warning, as in torch."""
+    """NaN and infinities propagate without warnings, as in torch."""
     layer = rnn.RNN(3, 4, plan=Plan("numpy"))
     x = torch.full((3, 2, 3), torch.inf, requires_grad=True)
     for p in layer.parameters():

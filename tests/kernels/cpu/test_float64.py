@@ -15,14 +15,13 @@ from rnn.kernels import cells, reference
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Weights
-from tests.cases import Operands, evaluate, operands, recurrence
+from tests.cases import NAMES, Operands, cell_of, evaluate, operands, recurrence
 
 pytestmark = [
     pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler"),
     pytest.mark.usefixtures("compiled"),
 ]
 NATIVE = Plan("native")
-CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 KINDS = [("RNN", dict(nonlinearity="relu")), ("RNN", {}), ("LSTM", {}), ("GRU", {})]
 LONG: Any = np.longdouble
 needs_long_double = pytest.mark.skipif(
@@ -138,7 +137,7 @@ def error(got: Any, want: Any) -> float:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", NAMES)
 def test_error(cell: str, form: str, reverse: tuple[bool, ...], resets: bool) -> None:
     """4 times that of torch's cells, at most."""
     o = operands(cell, (11, 14, 21, 43), reverse, form, resets, dtype=torch.float64)
@@ -162,7 +161,7 @@ def test_chosen() -> None:
 
 
 @pytest.mark.parametrize("form", ["padded", "packed", "lengths", "resets"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", NAMES)
 def test_derivatives(cell: str, form: str) -> None:
     """Of both directions, by differences."""
     resets = form == "resets"
@@ -211,7 +210,7 @@ def test_derivatives_of_a_step(
 
     monkeypatch.setattr(rnn.single_step, "_backward", counted)
     ours, _ = two_layers(kind, 3, 9)
-    count = 2 if kind[0] == "LSTM" else 1
+    count = cell_of(kind[0]).states
     x, *first = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in [(1, B, 3), *[(2, B, 9)] * count]

@@ -17,7 +17,7 @@ from rnn import dispatch, single_step
 from rnn.kernels import cells
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
-from tests.cases import check_recurrence
+from tests.cases import LAYER_NAMES, NAMES, OF_EACH_SIZE, check_recurrence
 from tests.small import pair
 
 ROOT = Path(__file__).parents[3]
@@ -182,7 +182,7 @@ def test_two_processes_compile_at_once(compiler: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "dtype"),
     [
-        *((cell, torch.float32) for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru")),
+        *((cell, torch.float32) for cell in NAMES),
         ("gru", torch.float64),
     ],
     ids=str,
@@ -202,7 +202,7 @@ def test_nothing_to_warn_of(cell: str, dtype: torch.dtype, tmp_path: Path) -> No
 
 @needs_compiler
 @pytest.mark.parametrize("window", [1, 2**18])
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_NAMES)
 @pytest.mark.parametrize("H", [1, 31, 32, 65])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -239,7 +239,7 @@ def test_memory(
 @pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("I", [16, 32, 33])
 @pytest.mark.parametrize("H", [16, 32])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("cell", OF_EACH_SIZE)
 def test_rows_of_a_panel(
     cell: str, H: int, I: int, form: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

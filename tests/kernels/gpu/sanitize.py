@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from tests.cases import check_recurrence, thrice
+from tests.cases import NAMES, check_recurrence, thrice
 from tests.conftest import GPU
 from tests.kernels.gpu.test_gpu import DEVICE, FORMS, SCOPES, plan_for
-from tests.small import NAMES
 
 MODULE = "tests.kernels.gpu.sanitize"
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]

@@ -12,6 +12,7 @@ import pytest
 
 from rnn.kernels import cells
 from rnn.kernels.planner import BLOCK_UNITS
+from tests.cases import NAMES
 
 Row = tuple[str, str, int, int, int, int, list[str]]
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
@@ -42,7 +43,7 @@ def all_rows() -> list[Row]:
     launch for few sequences and many; the plain kernels, and those with everything that a layer can
     be given."""
     rows: list[Row] = []
-    for name in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
+    for name in NAMES:
         gates = getattr(cells, name).gates
         for dtype, tf32 in (
             ("bfloat16", []),

@@ -20,7 +20,7 @@ from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.gpu.cuda import occupancy
 from rnn.kernels.plan import Gpu, Plan, plan_text, shared_bytes, slices, stored_fragments
 from rnn.kernels.planner import cuda_plans
-from tests.cases import check_recurrence, evaluate, operands
+from tests.cases import NAMES, OF_EACH_SIZE, check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
 from tests.kernels.gpu.emulator import COMPILER, library, loader
 
@@ -194,7 +194,7 @@ def test_slices_that_are_forgotten_are_found(
 @pytest.mark.parametrize(
     ("form", "resets"), [("padded", False), ("padded", True), ("lengths", True), ("packed", True)]
 )
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+@pytest.mark.parametrize("cell", NAMES)
 def test_every_scope(cell: str, form: str, resets: bool, scope: str) -> None:
     for dtype, H, steps in ((SINGLE, 33, 1), (BRAIN, 34, 4), (HALF, 50, 2)):
         plan = plan_for(scope, H, dtype, 1 if scope == "block" else 2, 2)
@@ -581,7 +581,7 @@ def test_compiles_all(capability: int) -> None:
     shapes = [
         (B, H) for B in (1, 64, 4096) for H in (20, 64, 128, 192, 256, 360, 512, 768, 1024, 2048)
     ]
-    check_kernels(capability, kernels(capability, shapes, ["rnn_tanh", "lstm", "gru"]))
+    check_kernels(capability, kernels(capability, shapes, OF_EACH_SIZE))
 
 
 def test_resident_layers() -> None:

@@ -15,9 +15,20 @@ from torch import Tensor
 from rnn.kernels import cells
 from rnn.kernels.plan import Gpu, Plan, power_of_2
 from rnn.kernels.planner import cuda_plans, make_plan
-from tests.cases import CASES, Case, check, check_recurrence, close, evaluate, operands, thrice
+from tests.cases import (
+    CASES,
+    NAMES,
+    OF_EACH_SIZE,
+    Case,
+    cell_of,
+    check,
+    check_recurrence,
+    close,
+    evaluate,
+    operands,
+    thrice,
+)
 from tests.conftest import GPU, INHERITS_PRECISION, RNN_SWITCH
-from tests.small import NAMES
 
 DEVICE = "cuda" if GPU else "cpu"
 # One for each kind of plan that `plan_for` can force: a scope of Triton's, or of CUDA C++. (Without
@@ -77,9 +88,7 @@ def plan_for(scope: str, H: int, dtype: torch.dtype = torch.float32) -> Plan:
 
 def chosen(case: Case, mode: str) -> Plan | None:
     """On a GPU the layer chooses; the interpreter gets what it would choose there."""
-    cell = (
-        cells.lstm if case.mode == "LSTM" else cells.gru if case.mode == "GRU" else cells.rnn_tanh
-    )
+    cell = cell_of(case.mode)
     sizes = case.B, case.I, case.H, 1 + case.bidirectional
     return (
         None
@@ -153,7 +162,7 @@ def test_float64(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("cell", "form", "resets", "scope"),
-    by_turns([(cell, *form) for cell in ("rnn_tanh", "lstm", "gru") for form in FORMS]),
+    by_turns([(cell, *form) for cell in OF_EACH_SIZE for form in FORMS]),
 )
 def test_cells(cell: str, form: str, resets: bool, scope: str) -> None:
     check_recurrence(
@@ -179,7 +188,7 @@ def test_slices_of_the_batch(cell: str, form: str, resets: bool, scope: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("cell", "dtype", "scope"), by_turns([*itertools.product(["rnn_tanh", "lstm", "gru"], HALF)])
+    ("cell", "dtype", "scope"), by_turns([*itertools.product(OF_EACH_SIZE, HALF)])
 )
 def test_half(cell: str, dtype: torch.dtype, scope: str) -> None:
     check_recurrence(
@@ -193,7 +202,7 @@ def test_half(cell: str, dtype: torch.dtype, scope: str) -> None:
 @pytest.mark.parametrize(
     "sizes", [(70, 3, 16, 100), (70, 130, 40, 250), (70, 16, 8, 500), (9, 70, 99, 1030)], ids=str
 )
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("cell", OF_EACH_SIZE)
 def test_chosen_plans(
     cell: str, sizes: tuple[int, int, int, int], form: str, dtype: torch.dtype
 ) -> None:

@@ -18,6 +18,7 @@ from rnn.kernels import gpu as device
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
 from rnn.layer_call import LayerCall
+from tests.cases import OF_EACH_SIZE
 
 T = 6
 B = 5
@@ -106,7 +107,7 @@ def counted(cell: cells.Cell, dtype: torch.dtype, form: str, hx: bool) -> tuple[
 @pytest.mark.parametrize("hx", [False, True], ids=["", "hx"])
 @pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("name", OF_EACH_SIZE)
 def test_launches(name: str, dtype: torch.dtype, form: str, hx: bool) -> None:
     """Forward three with the product of the input, backward six beside its products. With lengths
     each has one more, which sets the rows past an end to 0, and backward three that leave those of
