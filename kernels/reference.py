@@ -111,8 +111,6 @@ def backward(
     zeros = xp.zeros((layout.sequences, H), x.dtype)
     s0_arrays = _arrays(xp, *(s0 or (None,) * S))
     ds_last = _arrays(xp, *(grads.last or (None,) * S))
-    # Accumulated in float64 at least: sums over many rows lose digits.
-    sums = xp.result_type(x, "f8")
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)
@@ -143,9 +141,10 @@ def backward(
             dx[...] = dx_all @ w_ih
         elif dx is not None:
             dx += dx_all @ w_ih[gates]
-        _write_weight_grads(
-            [None if d is None else d[gates] for d in dweights], x, h_all, dx_all, dr_all, sums
-        )
+        # Accumulated in float64 at least: sums over many rows lose digits.
+        sums = xp.result_type(x, "f8")
+        own = [None if d is None else d[gates] for d in dweights]
+        _write_weight_grads(own, x, h_all, dx_all, dr_all, sums)
 
 
 def _write_weight_grads(

@@ -119,10 +119,10 @@ def run_layer(  # noqa: PLR0913  as recurrence
     seen = x, *weights, *(states or ()), *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
         given = cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first
-        whole: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
+        overridden: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
             run_layer, seen, *given
         )
-        return whole
+        return overridden
     options = reverse, keep, plan, recompute, batch_first
     # Asked first whether there is any: the type of a device takes as long as a check.
     autocast = autocast_dtype(x.device.type) if any_autocast() else None
@@ -237,8 +237,8 @@ def _record(
     recompute: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What a graph has of a layer: a node of ONNX, an operator of ours, or where there is none, the
-    composite."""
+    """How a layer is recorded in a traced graph: as a node of ONNX, an operator of ours, or where
+    there is none, the composite."""
     exporting = torch.onnx.is_in_onnx_export()
     if exporting and onnx_export.has_node(cell.name, masks, reverse, keep):
         return onnx_export.recurrence(cell.name, given, masks[0], reverse)
@@ -255,6 +255,7 @@ def _record(
         *given,
         *masks,
     )
+    # Operators cannot return None: an empty tensor of one dimension stands for it.
     return y, others if others.dim() > 1 else None, ends
 
 
@@ -269,9 +270,10 @@ def _vmap(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Recurrences side by side, each with tensors of its own."""
     operator: Any = recurrence
+    BATCH_SIZES = 7  # its place among them: of all examples alike
     found: Any = vmap_rule(
         (*given, *masks),
-        7,
+        BATCH_SIZES,
         lambda rows: composite(cell, rows[:6], rows[6:], reverse, keep),
         lambda row: operator(cell, *row, reverse, keep, plan, recompute),
     )
@@ -283,5 +285,5 @@ def _kept(train: bool, keep: int, recompute: bool) -> int:
     """What a forward pass has to keep: `keep`, or for backward the states, or its activations
     too."""
     if not train:
-        return keep
+        return Save.STATES if keep else Save.NOTHING
     return Save.STATES if recompute else Save.ACTIVATIONS

@@ -1,5 +1,5 @@
-"""One call of a layer, there and back: its plan, the rows that the kernels see, and what is around
-them."""
+"""Forward and backward of one layer call: its plan, the rows that the kernels see, and the context
+that they run in."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,10 +19,10 @@ from .kernels.plan import Plan
 from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .resets import requested_steps
 
-# What is around a backend, if not host
-_AROUND = {"triton": "device", "cuda": "device"}
-# A NaN goes its way quietly, as in torch
+# The module of a backend's `forward` and `backward`: of those not here, "host".
+_WRAPPERS = {"triton": "device", "cuda": "device"}
 _HERE = nullcontext()
+# NaNs propagate without warnings, as in torch.
 _QUIET = partial(np.errstate, all="ignore")
 
 
@@ -74,8 +74,8 @@ def _ends(batch_sizes: Tensor) -> Tensor:
 
 
 class LayerCall:
-    """One call, there and back: its plan, and the rows that the kernels see. Array operations do
-    not see those past an end. With `batch_first` the caller's x and y are [B, T, ...]."""
+    """The plan of a call, and the rows that its kernels see: array operations do not see those past
+    an end. With `batch_first` the caller's x and y are [B, T, ...]."""
 
     def __init__(
         self,
@@ -115,7 +115,9 @@ class LayerCall:
             self.layout = Layout(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
             self.layout = self._packed_rows(batch_sizes, resets, B, x.device)
-        self.as_it_is = self.plan.backend == "native" and self.index is None and not batch_first
+        self.rows_are_given = (
+            self.plan.backend == "native" and self.index is None and not batch_first
+        )
 
     def _leave_out_padding(
         self, lengths: Tensor, resets: Tensor | None, size: tuple[int, int], device: torch.device
@@ -152,55 +154,55 @@ class LayerCall:
 
     def backend(self) -> Any:
         """The module whose `forward` and `backward` take tensors that are `ready`."""
-        return module(_AROUND.get(self.plan.backend, "host"))
+        return module(_WRAPPERS.get(self.plan.backend, "host"))
 
     def context(self, x: Tensor) -> AbstractContextManager[Any]:
         return device_context(self.plan.backend, x)
 
-    def first(self, states: Sequence[Tensor] | None) -> Any:
+    def initial_states(self, states: Sequence[Tensor] | None) -> Any:
         """The states before the first step, which are `ready`, as the backend takes them; None for
         zeros."""
-        return [self.sort(s) for s in states] if states else None
+        return [self.reorder(s) for s in states] if states else None
 
     def last_grads(self, grads: Sequence[Tensor | None]) -> Any:
         """The gradients of the last states, likewise; None if there are none."""
         if all(grad is None for grad in grads):
             return None
-        return [None if grad is None else self.sort(grad) for grad in grads]
+        return [None if grad is None else self.reorder(grad) for grad in grads]
 
-    def last(self, states: Any) -> Any:
+    def in_callers_order(self, states: Any) -> Any:
         """The last states, or the gradients of the first ones, as the caller takes them."""
-        return states if self.order is None else [self.sort(s, back=True) for s in states]
+        return states if self.order is None else [self.reorder(s, back=True) for s in states]
 
-    def pick(self, t: Any) -> Any:
+    def gather_rows(self, t: Any) -> Any:
         """[..., total, K] to the rows that the kernels see."""
         return t if t is None or self.index is None else ready((t,))[0].index_select(-2, self.index)
 
-    def flat(self, t: Tensor) -> Tensor:
+    def to_rows(self, t: Tensor) -> Tensor:
         """Of the caller's layout to [R, K], the rows that the kernels see."""
-        if self.as_it_is:
+        if self.rows_are_given:
             return t
         if self.batch_first:
             t = t.transpose(0, 1)
         t = t.reshape(self.total, t.shape[-1])
         return t if self.index is None else ready((t,))[0].index_select(0, self.index)
 
-    def unflat(self, t: Tensor) -> Tensor:
+    def from_rows(self, t: Tensor) -> Tensor:
         """The inverse, in place, so that the result is no view; with 0 in the rows left out."""
-        if self.as_it_is:
+        if self.rows_are_given:
             return t
         if self.index is not None:
-            t = self.spread(t)
+            t = self.scatter_rows(t)
         t.resize_(*self.leading, t.shape[-1])
         return t.transpose_(0, 1) if self.batch_first else t
 
-    def spread(self, t: Any) -> Any:
-        """The inverse of `pick`."""
+    def scatter_rows(self, t: Any) -> Any:
+        """The inverse of `gather_rows`."""
         if t is None or self.index is None:
             return t
         return t.new_zeros(*t.shape[:-2], self.total, t.shape[-1]).index_copy_(-2, self.index, t)
 
-    def sort(self, t: Tensor, back: bool = False) -> Tensor:
+    def reorder(self, t: Tensor, back: bool = False) -> Tensor:
         """[K, B, H] in the kernels' order of sequences, or back from it."""
         if self.order is None:
             return t
@@ -212,13 +214,20 @@ def forward(
 ) -> Outputs:
     """What the call gives for x in the caller's layout, and S states [N, B, H] before the first
     step, zeros if None."""
-    rows, w_ih, w_hh, b_ih, b_hh, *first = ready((call.flat(x), *weights, *(states or ())))
-    s0 = call.first(first)
-    whole = Weights(w_ih, w_hh, b_ih, b_hh)
+    rows, w_ih, w_hh, b_ih, b_hh, *initial = ready((call.to_rows(x), *weights, *(states or ())))
+    s0 = call.initial_states(initial)
+    ready_weights = Weights(w_ih, w_hh, b_ih, b_hh)
+    backend = call.backend()
     with call.context(x):
-        found = call.backend().forward(call.cell, call.plan, call.layout, rows, whole, s0, save)
-    y, others, last, saved = found
-    return Outputs(call.unflat(y), call.spread(others), call.last(last), call.spread(saved))
+        y, others, last, saved = backend.forward(
+            call.cell, call.plan, call.layout, rows, ready_weights, s0, save
+        )
+    return Outputs(
+        call.from_rows(y),
+        call.scatter_rows(others),
+        call.in_callers_order(last),
+        call.scatter_rows(saved),
+    )
 
 
 def backward(
@@ -238,19 +247,19 @@ def backward(
     S = call.cell.states
     given_last = [None] * S if grads.last is None else grads.last
     given = (
-        call.flat(x),
+        call.to_rows(x),
         weights.w_ih,
         weights.w_hh,
-        call.flat(outputs.y),
-        call.pick(outputs.states),
-        call.pick(saved),
-        grads.y if grads.y is None else call.flat(grads.y),
-        call.pick(grads.states),
+        call.to_rows(outputs.y),
+        call.gather_rows(outputs.states),
+        call.gather_rows(saved),
+        grads.y if grads.y is None else call.to_rows(grads.y),
+        call.gather_rows(grads.states),
         *given_last,
         *(states or ()),
     )
     rows, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(given, like=x)
-    s0 = call.first(ends[S:])
+    s0 = call.initial_states(ends[S:])
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)
     if call.layout.resets is not None:
@@ -261,5 +270,5 @@ def backward(
             call.cell, call.plan, call.layout, rows, whole, s0, kept, coming, needs
         )
     if found.x is not None:
-        found = found._replace(x=call.unflat(found.x))
-    return found if found.s0 is None else found._replace(s0=call.last(found.s0))
+        found = found._replace(x=call.from_rows(found.x))
+    return found if found.s0 is None else found._replace(s0=call.in_callers_order(found.s0))

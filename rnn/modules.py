@@ -15,13 +15,13 @@ from . import interop
 from .autograd import own_gradient
 from .batch import Batch, batch_of
 from .boundary import alive
-from .checks import check_masks, check_plan, expect, refuse_nested
+from .checks import check_masks, check_plan
 from .device_copies import on_device
 from .docstrings import cell_doc, layer_doc
 from .functional import run_layer
 from .kernels import cells
 from .kernels.plan import Plan
-from .projection import first_steps
+from .projection import check_projected, first_steps
 from .single_step import single_step
 from .transforms import tracing_state
 
@@ -129,7 +129,7 @@ class _Stack(nn.RNNBase):
         if not self.bias:
             weights = [[*some[:2], None, None, *some[2:]] for some in weights]
         if self.proj_size:
-            self._check_projected(weights)
+            check_projected(self, weights)
         if not self.bidirectional:
             return weights
         pairs = zip(weights[::2], weights[1::2])
@@ -144,23 +144,6 @@ class _Stack(nn.RNNBase):
             ]
             for both in pairs
         ]
-
-    def _check_projected(self, weights: Sequence[Sequence[Any]]) -> None:
-        """Raises RuntimeError for weights that cannot be put together as their products are
-        computed."""
-        D = 2 if self.bidirectional else 1
-        P = self.proj_size
-        GH = 4 * self.hidden_size
-        first = weights[0][0]
-        for k, some in enumerate(weights):
-            inputs = D * P if k >= D else self.input_size
-            shapes = (GH, inputs), (GH, P), (GH,), (GH,), (P, self.hidden_size)
-            for name, t, shape in zip(
-                ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"), some, shapes
-            ):
-                if t is not None:
-                    refuse_nested([(name, t)])
-                    expect(name, t, shape, (first.dtype,), first.device)
 
     # No keyword-only arguments, and no default but None: the ONNX exporter that traces gives all by
     # their positions.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import expect, refuse_nested
 from .device_copies import on_device
 
 
@@ -36,3 +37,21 @@ def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[i
             )
         )
     return torch.cat(columns, -1).view(*x.shape[:-1], N * P)
+
+
+def check_projected(layer: Any, weights: Sequence[Sequence[Any]]) -> None:
+    """Raises RuntimeError for weights that cannot be put together as their products are
+    computed."""
+    D = 2 if layer.bidirectional else 1
+    P = layer.proj_size
+    H = layer.hidden_size
+    GH = 4 * H
+    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
+    w_ih = weights[0][0]
+    for k, some in enumerate(weights):
+        inputs = D * P if k >= D else layer.input_size
+        shapes = (GH, inputs), (GH, P), (GH,), (GH,), (P, H)
+        for name, t, shape in zip(names, some, shapes):
+            if t is not None:
+                refuse_nested([(name, t)])
+                expect(name, t, shape, (w_ih.dtype,), w_ih.device)

@@ -150,10 +150,8 @@ def launch_steps(
     tensors: ForwardTensors | BackwardTensors,
     s0: Tensor,
 ) -> None:
-    """Run a kernel over its first `steps` steps.
-
-    That takes one launch for each slice of the batch, or one for each step where the host or a
-    graph is the barrier."""
+    """Run a kernel over its first `steps` steps: one launch for each slice of the batch, or for
+    each step where the host or a graph is the barrier."""
     _, B, H = s0.shape
     R = len(tensors.y)
     if not B:
