@@ -575,6 +575,29 @@ def test_compiles() -> None:
     check_kernels(90, chosen)
 
 
+# Kernels that only just have enough registers: capability, cell, B, H, dtype, precision, adjoint,
+# masks, even.
+FULL = [
+    (80, "gru", 16, 64, SINGLE, "tf32x3", False, True, True),
+    (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, True, True),
+    (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
+    (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
+    (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),
+    (100, "rnn_tanh", 16, 1024, SINGLE, "tf32", True, True, True),
+    (100, "rnn_tanh", 16, 2048, BRAIN, "ieee", False, True, False),
+]
+
+
+@pytest.mark.parametrize("full", FULL, ids=name_of)
+def test_compiles_with_few_registers_left(full: tuple[Any, ...]) -> None:
+    capability, name, B, H, dtype, precision, *form = full
+    cell = getattr(cells, name)
+    gpu = GPUS[capability]
+    plan = cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, gpu)[0]
+    adjoint, masks, even = form
+    check_kernels(capability, [(cell, plan, dtype, adjoint, masks, even)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", GPUS)
 def test_compiles_all(capability: int) -> None:
