@@ -1,5 +1,5 @@
-// The sizes of a kernel, and its shared memory. Between ptx.cuh and products.cuh. Defined before this
-// text:
+// The sizes of a kernel, and its shared memory. Between ptx.cuh and products.cuh. Defined before
+// this text:
 //   TYPE, SCOPE, ADJOINT
 //   PRECISE                   float32 products in three parts
 //   GATES, STATES, SAVED
@@ -45,8 +45,7 @@ constexpr int CHUNKS = VECTORS * P * 4 * (16 / CHUNK);
 constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
 constexpr int PEERS = 32 / CHUNK_LANES;
 // k-steps whose weights a thread loads at a time: 32 words, or, in halves or of many threads, 16
-constexpr int K_LOADED =
-    (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD == 1 ? 1 : 2);
+constexpr int K_LOADED = (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD == 1 ? 1 : 2);
 // independent sums, so that products overlap; four where there are registers, which numbers that
 // are not in pairs take too
 constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;

@@ -261,8 +261,8 @@ struct Worker {
   }
 
 #if SCOPE == GRID
-  // Words of POLLED k-steps of a tile with their flags; for sequences that are none, of the last one
-  // that is, which costs no traffic.
+  // Words of POLLED k-steps of a tile with their flags; for sequences that are none, of the last
+  // one that is, which costs no traffic.
   DEVICE void poll(int c, int group, u64 (&seen)[POLLED][2]) const {
     const int b = min((u32)(group / GROUPS * 8 + lane / 4), (u32)(B - b0 - 1));
     const int k0 = wk * KS + group % GROUPS * POLLED;
