@@ -96,6 +96,9 @@ def cuda_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) ->
     clusters = [blocks for blocks in CLUSTERS if gpu.active_clusters(blocks)]
     scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
+        # in three parts there are no registers to ask which products of a warp there are
+        if scope == "grid" and precision == "tf32x3":
+            blocks = -(-blocks // splits) * splits
         units = -(-H // (16 * blocks)) * 16
         warps = units // 16 * splits
         if warps > 16 or sequences > 8 * splits:

@@ -65,6 +65,8 @@ RUNS: list[tuple[Any, ...]] = [
     ("rnn_tanh", "grid", 61, BRAIN, 4, 4, 8, "padded", False),
     ("gru", "grid", 40, HALF, 3, 8, 8, "packed", False),
     ("lstm", "grid", 30, SINGLE, 2, 1, 16, "lengths", True),
+    # blocks without a unit
+    ("gru", "grid", 20, SINGLE, 4, 4, 8, "lengths", True),
 ]
 
 
@@ -583,6 +585,8 @@ FULL = [
     (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),
+    (90, "lstm", 1, 360, SINGLE, "tf32x3", False, False, True),
+    (90, "gru", 1, 360, SINGLE, "tf32x3", True, True, False),
     (100, "rnn_tanh", 16, 1024, SINGLE, "tf32", True, True, True),
     (100, "rnn_tanh", 16, 2048, BRAIN, "ieee", False, True, False),
 ]
