@@ -29,8 +29,8 @@ FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it doe
 GRID_ROW_BYTES = 768
 MOST_TILES = 2**16 - 1  # of a launch
 # Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling. Fewer of several
-# gates in float32 from capability 10.0 on, where all of them, in a grid, may have no more than
-# GRID_REGISTERS.
+# gates in float32 from capability 10.0 on. In a grid all of W_hh may have no more than
+# GRID_REGISTERS from there on, or for 32 sequences.
 WEIGHT_REGISTERS = 64
 FEWER_REGISTERS = 32
 GRID_REGISTERS = 96
@@ -49,7 +49,8 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     if plan.warps > 8:
         most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
         return words <= (most if one_tile else 0 if wide and gated else 24)
-    if plan.scope == "grid" and gpu.capability >= 100 and words > GRID_REGISTERS:
+    few = gpu.capability >= 100 or plan.sequences > 16
+    if plan.scope == "grid" and few and words > GRID_REGISTERS:
         return False
     if plan.scope == "grid" and wide:
         return one_tile and words <= (72 if gated else 128)
@@ -57,7 +58,7 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     most = 96 if gated and (wide or not one_tile) else 128
     # products in three parts take registers, and so does x of the next step
     if gated and plan.scope == "block" and plan.precision == "tf32x3":
-        most = 64
+        most = 64 if one_tile else 48
     return words <= most and not too_many
 
 
