@@ -29,9 +29,11 @@ FUSED_INPUT = 32  # the largest I whose W_ih fits beside that W_hh, where it doe
 GRID_ROW_BYTES = 768
 MOST_TILES = 2**16 - 1  # of a launch
 # Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling. Fewer of several
-# gates in float32 from capability 10.0 on.
+# gates in float32 from capability 10.0 on. In a grid all of W_hh may have no more than
+# GRID_REGISTERS from there on, or for 32 sequences.
 WEIGHT_REGISTERS = 64
 FEWER_REGISTERS = 32
+GRID_REGISTERS = 96
 
 
 def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
@@ -47,10 +49,17 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     if plan.warps > 8:
         most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
         return words <= (most if one_tile else 0 if wide and gated else 24)
+    few = gpu.capability >= 100 or plan.sequences > 16
+    if plan.scope == "grid" and few and words > GRID_REGISTERS:
+        return False
     if plan.scope == "grid" and wide:
         return one_tile and words <= (72 if gated else 128)
     too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
-    return words <= (96 if gated and (wide or not one_tile) else 128) and not too_many
+    most = 96 if gated and (wide or not one_tile) else 128
+    # products in three parts take registers, and so does x of the next step
+    if gated and plan.scope == "block" and plan.precision == "tf32x3":
+        most = 64 if one_tile else 48
+    return words <= most and not too_many
 
 
 def _with_room(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> Plan | None:
@@ -88,6 +97,9 @@ def cuda_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) ->
     clusters = [blocks for blocks in CLUSTERS if gpu.active_clusters(blocks)]
     scopes = [("block", 1), *(("cluster", blocks) for blocks in clusters), ("grid", -(-H // 16))]
     for (scope, blocks), splits, sequences in product(scopes, (1, 2, 4, 8), (8, 16, 32)):
+        # in three parts there are no registers to ask which products of a warp there are
+        if scope == "grid" and precision == "tf32x3":
+            blocks = -(-blocks // splits) * splits
         units = -(-H // (16 * blocks)) * 16
         warps = units // 16 * splits
         if warps > 16 or sequences > 8 * splits:

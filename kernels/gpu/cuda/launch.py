@@ -64,7 +64,8 @@ def program(
     values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
     defines = "".join(f"#define {k} {v}\n" for k, v in values.items())
     body = text("backward.cu" if adjoint else "forward.cu")
-    return defines + helpers + text("products.cuh") + text("worker.cuh") + body
+    headers = "".join(map(text, ("sizes.cuh", "products.cuh", "worker.cuh")))
+    return defines + helpers + headers + body
 
 
 def text(name: str) -> str:

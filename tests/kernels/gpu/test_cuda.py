@@ -65,6 +65,8 @@ RUNS: list[tuple[Any, ...]] = [
     ("rnn_tanh", "grid", 61, BRAIN, 4, 4, 8, "padded", False),
     ("gru", "grid", 40, HALF, 3, 8, 8, "packed", False),
     ("lstm", "grid", 30, SINGLE, 2, 1, 16, "lengths", True),
+    # blocks without a unit
+    ("gru", "grid", 20, SINGLE, 4, 4, 8, "lengths", True),
 ]
 
 
@@ -573,6 +575,31 @@ def test_compiles() -> None:
     chosen.append((cell, plan, HALF, adjoint, masks, even))
     assert {kernel[1].scope for kernel in chosen} == {"block", "cluster", "grid"}
     check_kernels(90, chosen)
+
+
+# Kernels that only just have enough registers: capability, cell, B, H, dtype, precision, adjoint,
+# masks, even.
+FULL = [
+    (80, "gru", 16, 64, SINGLE, "tf32x3", False, True, True),
+    (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, True, True),
+    (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
+    (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
+    (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),
+    (90, "lstm", 1, 360, SINGLE, "tf32x3", False, False, True),
+    (90, "gru", 1, 360, SINGLE, "tf32x3", True, True, False),
+    (100, "rnn_tanh", 16, 1024, SINGLE, "tf32", True, True, True),
+    (100, "rnn_tanh", 16, 2048, BRAIN, "ieee", False, True, False),
+]
+
+
+@pytest.mark.parametrize("full", FULL, ids=name_of)
+def test_compiles_with_few_registers_left(full: tuple[Any, ...]) -> None:
+    capability, name, B, H, dtype, precision, *form = full
+    cell = getattr(cells, name)
+    gpu = GPUS[capability]
+    plan = cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, gpu)[0]
+    adjoint, masks, even = form
+    check_kernels(capability, [(cell, plan, dtype, adjoint, masks, even)])
 
 
 @pytest.mark.slow

@@ -1,0 +1,75 @@
+// The sizes of a kernel, and its shared memory. Between ptx.cuh and products.cuh. Defined before
+// this text:
+//   TYPE, SCOPE, ADJOINT
+//   PRECISE                   float32 products in three parts
+//   GATES, STATES, SAVED
+//   SEPARATE_RECURRENT_GRAD   dx is not dr
+//   UNITS                     of every gate, in a block
+//   BLOCKS                    that share one sequence's units
+//   SEQUENCES                 in a block
+//   SPLITS                    warps that share a sum
+//   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
+//   MASKS                     there are lengths, offsets or resets
+//   EVEN                      H is even, and pairs of numbers are aligned
+//   PLAN                      its text
+//   WAIT_LIMIT                in units of 2^32 ns, after which a wait for other blocks is an error
+//   CELL                      the statements of cell_forward or cell_backward
+
+// numbers in 4 and in 16 bytes
+constexpr int WORD = 4 / sizeof(T);
+constexpr int CHUNK = 4 * WORD;
+constexpr int U = UNITS;
+constexpr int C = BLOCKS;
+constexpr int NB = SEQUENCES;
+constexpr int NT = NB / 8;
+// a warp has 16 units of all gates, and 1 / WK of the sum
+constexpr int WM = U / 16;
+constexpr int WK = SPLITS;
+constexpr int THREADS = 32 * WM * WK;
+// tiles of a warp; vectors of length H that are exchanged
+constexpr int ROWS = ADJOINT ? 1 : GATES;
+constexpr int VECTORS = ADJOINT ? GATES : 1;
+// words of those vectors, and k-steps of 8 words for each warp
+constexpr int WORDS = VECTORS * C * U / WORD;
+constexpr int KS = ((WORDS / 8 + WK - 1) / WK + 1) / 2 * 2;
+// k-steps whose weights stay in registers
+constexpr int IN_REGISTERS = WEIGHT_REGISTERS / (8 * ROWS) * 2;
+constexpr int HELD = WEIGHT_REGISTERS && IN_REGISTERS < KS ? IN_REGISTERS : KS;
+// an odd number of 16 bytes: successive rows start in different banks
+constexpr int PITCH = 8 * KS * WK + 4;
+// pairs of each gate that a thread owns
+constexpr int P = 2 * NT > WK ? 2 * NT / WK : 1;
+// chunks that a warp publishes
+constexpr int CHUNKS = VECTORS * P * 4 * (16 / CHUNK);
+// lanes that send different chunks at a time, and blocks that they send them to
+constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
+constexpr int PEERS = 32 / CHUNK_LANES;
+// k-steps whose weights a thread loads at a time: 32 words, or, in halves or of many threads, 16
+constexpr int K_LOADED = (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD == 1 ? 1 : 2);
+// independent sums, so that products overlap; four where there are registers, which numbers that
+// are not in pairs take too
+constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
+constexpr int CHAINS = ONE_TILE && (EVEN || !PRECISE) ? 4 : ROWS * NT < 4 ? 2 : 1;
+// k-steps that a warp of a grid polls at a time, and how often
+constexpr int POLLED = KS < 8 ? KS : 8;
+constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
+// steps by which memory is read ahead into the L2 cache
+constexpr int AHEAD = 8;
+// whether there are registers to look ahead with masks too
+constexpr bool MASKS_AHEAD = MASKS && !PRECISE && (SCOPE == CLUSTER || !ADJOINT);
+// whether there are registers to read ahead into the L2 cache: in three parts the gates' products
+// take those of a block
+constexpr bool READS_AHEAD = MASKS ? MASKS_AHEAD : !(PRECISE && SCOPE == BLOCK && ROWS > 1);
+
+// a thread's part of a 16 x 8 tile of W
+typedef u32 Words[4];
+
+struct __align__(128) Shared {
+  u32 inbox[SCOPE == GRID ? 1 : 2][NB][SCOPE == GRID ? 4 : PITCH];
+  T outbox[SCOPE == CLUSTER ? WM : 1][VECTORS][NB][16];
+  // two in GRID, where warps may be a step ahead
+  float sums[SCOPE == GRID ? 2 : 1][WK > 1 ? WM : 1][WK][ROWS][4 * NT][32];
+  u64 barrier[2];
+  // of the other k-steps, each thread's own
+  uint4 weights[KS > HELD ? (KS - HELD) * ROWS : 1][KS > HELD ? THREADS : 1];
+};
