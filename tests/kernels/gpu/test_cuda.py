@@ -93,7 +93,7 @@ SLICED: list[tuple[Any, ...]] = [
 
 
 @needs_compiler
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("tiles", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", SLICED, ids=name_of)
 def test_slices_of_the_batch(run: tuple[Any, ...], tiles: int) -> None:
     """Values and gradients; and not a bit differs from those of the batch at once."""
