@@ -157,10 +157,8 @@ def _plan(
     device: torch.device,
     tf32: bool,
 ) -> Plan:
-    described = None
-    serves = served(device, dtype)[0]
-    if device.type == "cuda":
-        described = gpu(device)
+    serves = served(device, dtype).kernels
+    described = gpu(device) if device.type == "cuda" else None
     native = device.type == "cpu" and native_available(cell, dtype)
     plan = make_plan(cell, sizes, str(dtype).removeprefix("torch."), described, tf32, native)
     return (

@@ -11,6 +11,7 @@ from .checks import check_layer
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.prediction import predict
+from .layer_call import batch_size
 from .modules import _Stack
 
 _WORDS = {
@@ -114,9 +115,9 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     ) -> Any:
         check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
         plain = all(mask is None for mask in masks) and not keep and not recompute
-        B = x.shape[0 if batch_first else 1] if masks[1] is None else int(masks[1][0])
+        B = batch_size(x, masks[1], batch_first)
         H = weights[1].shape[1]
-        width = len(reverse) * weights[1].shape[1]
+        width = len(reverse) * H
         lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
         y = x.new_zeros(()).expand(*x.shape[:-1], width)
         others = y.reshape(1, -1, width) if keep and cell.states > 1 else None

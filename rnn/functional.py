@@ -186,20 +186,17 @@ def _seen_by_pytorch(  # noqa: PLR0913  as run_layer
     return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first, operator)
 
 
-def _run_in(  # noqa: PLR0913  as run_layer
+def _run_in(
     dtype: torch.dtype,
     cell: Cell,
     x: Tensor,
     weights: Sequence[Any],
     states: Sequence[Tensor] | None,
     masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    plan: Plan | None,
-    recompute: bool,
-    batch_first: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """As `run_layer`, in another dtype: the results have it under autocast, else that of x."""
+    """As `run_layer`, whose other arguments are `options`, in another dtype: the results have it
+    under autocast, else that of x."""
     if not traced(x, weights[1]) and not active_transform():
         alive((x, *weights, *(states or ())))
     autocast = autocast_dtype(x.device.type) is not None
@@ -216,11 +213,7 @@ def _run_in(  # noqa: PLR0913  as run_layer
             [cast(w) for w in weights],
             states and [cast(s) for s in states],
             masks,
-            reverse,
-            keep,
-            plan,
-            recompute,
-            batch_first,
+            *options,
         )
     y, others, last = found
     back = y.dtype if autocast else x.dtype

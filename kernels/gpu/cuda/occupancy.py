@@ -6,13 +6,12 @@ from functools import cache
 from typing import Any
 
 from ...plan import CLUSTERS
-from .launch import build
+from .launch import NON_PORTABLE_CLUSTER_SIZE, build
 
 PROBE = 'extern "C" __global__ void probe() {}'
 THREADS = 256
-# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES and ..._NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 DYNAMIC_SHARED_BYTES = 8
-NON_PORTABLE_CLUSTER_SIZE = 14
 CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_...
 INVALID_CLUSTER_SIZE = 912  # CUDA_ERROR_...
 
