@@ -1,7 +1,7 @@
 """Recurrent layers in fused kernels: RNN, LSTM, GRU and their cells take the place of
 torch.nn's."""
 
-from . import functional
+from . import functional, init
 from .convert import patch, replace, restore, unpatch
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -15,6 +15,7 @@ __all__ = [
     "RNNCell",
     "explain",
     "functional",
+    "init",
     "patch",
     "replace",
     "restore",

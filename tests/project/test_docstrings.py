@@ -21,6 +21,7 @@ FUNCTIONS: list[Any] = [
     getattr(rnn, name) for name in rnn.__all__ if inspect.isfunction(getattr(rnn, name))
 ]
 FUNCTIONS += [getattr(rnn.functional, name) for name in rnn.functional.__all__]
+FUNCTIONS += [getattr(rnn.init, name) for name in rnn.init.__all__]
 
 
 def is_ours(value: Any) -> TypeGuard[FunctionType]:

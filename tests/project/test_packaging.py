@@ -46,7 +46,7 @@ FLOORS = [
     ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
     ["kernels.gpu", "kernels.gpu.cuda.occupancy"],
     ["kernels.gpu.device"],
-    ["boundary", "docstrings", "transforms"],
+    ["boundary", "docstrings", "gates", "transforms"],
     ["device_copies"],
     ["resets"],
     ["checks", "composite", "dispatch"],
@@ -57,7 +57,7 @@ FLOORS = [
     ["batch", "functional"],
     ["interop", "single_step"],
     ["modules"],
-    ["layers", "convert", "explain"],
+    ["layers", "convert", "explain", "init"],
 ]
 
 
@@ -138,6 +138,8 @@ def test_import_is_light() -> None:
         "rnn.explain",
         "rnn.flops",
         "rnn.functional",
+        "rnn.gates",
+        "rnn.init",
         "rnn.interop",
         "rnn.layer_call",
         "rnn.modules",
