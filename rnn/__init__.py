@@ -4,6 +4,7 @@ torch.nn's."""
 from . import functional, init
 from .convert import patch, replace, restore, unpatch
 from .explain import explain
+from .gradient_flow import GradientFlow, gradient_flow
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "GradientFlow",
     "LSTMCell",
     "RNNCell",
     "explain",
     "functional",
+    "gradient_flow",
     "init",
     "patch",
     "replace",

@@ -58,6 +58,7 @@ FLOORS = [
     ["interop", "single_step"],
     ["modules"],
     ["layers", "convert", "explain", "init"],
+    ["gradient_flow"],
 ]
 
 
@@ -140,6 +141,7 @@ def test_import_is_light() -> None:
         "rnn.functional",
         "rnn.gates",
         "rnn.init",
+        "rnn.gradient_flow",
         "rnn.interop",
         "rnn.layer_call",
         "rnn.modules",
