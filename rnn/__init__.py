@@ -6,6 +6,7 @@ from .convert import patch, replace, restore, unpatch
 from .explain import explain
 from .gradient_flow import GradientFlow, gradient_flow
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .tbptt import tbptt
 
 __all__ = [
     "GRU",
@@ -22,5 +23,6 @@ __all__ = [
     "patch",
     "replace",
     "restore",
+    "tbptt",
     "unpatch",
 ]
