@@ -6,6 +6,7 @@ from .convert import patch, replace, restore, unpatch
 from .explain import explain
 from .gradient_flow import GradientFlow, gradient_flow
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .streaming import Streaming
 from .tbptt import tbptt
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GradientFlow",
     "LSTMCell",
     "RNNCell",
+    "Streaming",
     "explain",
     "functional",
     "gradient_flow",

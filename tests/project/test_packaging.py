@@ -57,7 +57,7 @@ FLOORS = [
     ["batch", "functional", "tbptt"],
     ["interop", "single_step"],
     ["modules"],
-    ["layers", "convert", "explain", "init"],
+    ["layers", "convert", "explain", "init", "streaming"],
     ["gradient_flow"],
 ]
 
@@ -149,6 +149,7 @@ def test_import_is_light() -> None:
         "rnn.projection",
         "rnn.resets",
         "rnn.single_step",
+        "rnn.streaming",
         "rnn.tbptt",
         "rnn.torch_operators",
         "rnn.transforms",
