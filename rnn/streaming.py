@@ -49,7 +49,9 @@ class Streaming(nn.Module):
     and pickles have them. Outside of torch.no_grad the output has the graph of its own call.
 
     A call is a call of the layer: numbers, dtypes and errors are the layer's, and so is the speed.
-    On the CPU a single step, a chunk and a whole sequence differ by rounding: docs/numerics.md.
+    On the CPU a single step, a chunk and a whole sequence differ by rounding; they have the same
+    bits if the layer's plan is Plan("native", precision="fixed"), which takes two to three times as
+    long for a single step: docs/numerics.md.
 
     Raises TypeError for what is none of our layers and a detach that is no bool, ValueError for a
     bidirectional layer, whose other direction begins at the end."""

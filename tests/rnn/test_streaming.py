@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import rnn
-from tests.cases import close
+from rnn.kernels.cpu import native
+from rnn.kernels.plan import Plan
+from tests.cases import check_recurrence, close
 from tests.small import LAYERS, B, H, I, pair
 
 T = 7
 SIZES = [1, 2, 1, 3]  # of chunks, T steps in all
+needs_compiler = pytest.mark.skipif(not native.compiler(), reason="there is no C++ compiler")
 OPTIONS = pytest.mark.parametrize(
     "options",
     [{}, dict(num_layers=2, batch_first=True, bias=False)],
@@ -80,6 +83,42 @@ def test_layer_by_hand(name: str, options: dict[str, Any]) -> None:
         got = fed(streaming, rows, [len(rows)], time)
         assert torch.equal(got, want.transpose(0, time))
         assert all(map(torch.equal, flat(streaming.state), flat(state)))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "name", ["LSTM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("RNN", "GRU"))]
+)
+def test_fixed_order(name: str) -> None:
+    """The same bits for a sequence by itself and in a batch, by steps, in chunks and whole, on one
+    thread and on two."""
+    steps = 25
+    plan = Plan("native", precision="fixed")
+    threads = torch.get_num_threads()
+    for batch, inputs, units in [(1, 5, 3), (2, 24, 48), (5, 24, 48), (13, 100, 130)]:
+        layer = getattr(rnn, name)(inputs, units, num_layers=2, plan=plan).eval()
+        x = torch.randn(steps, batch, inputs)
+        lengths = torch.randint(0, steps + 1, (batch,))
+        running = (torch.arange(steps)[:, None] < lengths)[..., None]
+        with torch.no_grad():
+            try:
+                torch.set_num_threads(1)
+                whole = layer(x)[0]
+                torch.set_num_threads(2)
+                assert torch.equal(layer(x)[0], whole)
+            finally:
+                torch.set_num_threads(threads)
+            for size in (1, 2, 3, 23):
+                sizes = [size] * (steps // size) + [steps % size] * bool(steps % size)
+                assert torch.equal(fed(rnn.Streaming(layer), x, sizes, 0), whole)
+            assert torch.equal(layer(x[:, :1])[0], whole[:, :1])
+            assert torch.equal(layer(x, lengths=lengths)[0], torch.where(running, whole, 0))
+
+
+@needs_compiler
+def test_fixed_order_is_right() -> None:
+    plan = Plan("native", precision="fixed")
+    check_recurrence("lstm", plan, (7, 5, 24, 40), (False, True), "lengths", True)
 
 
 def test_projection() -> None:
