@@ -76,7 +76,7 @@ def composite(
         for t in reversed(range(T)) if backwards else range(T):
             if resets is not None and t + backwards < T:
                 cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
-                s = [torch.where(cut, 0, v) for v in s]
+                s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
             r = _linear(s[0], weights[n], biases[n])
             out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
             if lengths is None:

@@ -170,6 +170,7 @@ def definitions(cell: Cell, dtype: torch.dtype) -> str:
         NUMBER=NUMBERS[dtype],
         GATES=cell.gates,
         STATES=cell.states,
+        CARRIED=cell.carried,
         SAVED=cell.saved,
         SEPARATE_RECURRENT_GRAD=int(cell.split),
         FORWARD=statements(cell, False),
