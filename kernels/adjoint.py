@@ -201,9 +201,7 @@ def _sweep(
     return {value: _sum(tape, found) for value, found in terms.items()}
 
 
-def _rule(
-    tape: Tape, line: Line, d: Term, primal: Callable[[Any], Any]
-) -> list[tuple[Any, Term]]:
+def _rule(tape: Tape, line: Line, d: Term, primal: Callable[[Any], Any]) -> list[tuple[Any, Term]]:
     """The gradients of an operation's arguments from that of its result."""
     operation, arguments, y = line
     a = arguments[0]
@@ -261,7 +259,7 @@ def _sum(tape: Tape, terms: Sequence[Term]) -> Term:
         sign, factor = _signed_sum(tape, factors)
         return Term(sign, root, factor)
     products = []
-    for root, group in of_root.items():
+    for group in of_root.values():
         term = _sum(tape, group)
         products.append((term.sign, _product(tape, term)))
     sign, total = _signed_sum(tape, products)
@@ -322,9 +320,7 @@ def _tuple(parts: Iterable[Any]) -> str:
     return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
 
-def _function(
-    signature: str, body: Sequence[str], names: Mapping[str, Any]
-) -> Callable[..., Any]:
+def _function(signature: str, body: Sequence[str], names: Mapping[str, Any]) -> Callable[..., Any]:
     """A function of that text, which `inspect.getsource` finds, as Triton's compiler does."""
     source = "".join(f"{line}\n" for line in (f"def {signature}:", *(f"    {b}" for b in body)))
     file = f"<cell {sha256(source.encode()).hexdigest()[:16]}>"

@@ -210,9 +210,7 @@ class Cell:
         """Names for values in groups, such as x[0]: of x, r, a (which is `saved`), and others,
         which are states."""
         sizes = dict(x=self.gates, r=self.gates, a=self.saved)
-        return [
-            [f"{group}[{k}]" for k in range(sizes.get(group, self.states))] for group in groups
-        ]
+        return [[f"{group}[{k}]" for k in range(sizes.get(group, self.states))] for group in groups]
 
     def _count_results(self) -> None:
         names = dict.fromkeys(_NAMES, lambda *values: values[0])
