@@ -81,7 +81,8 @@ def elementwise_jacobian(step: Step) -> list[Any]:
         if term is None:
             diagonal.append(0)
         elif term.root is one:
-            diagonal.append(term.sign * (1 if term.factor is None else term.factor))
+            factor = 1 if term.factor is None else term.factor
+            diagonal.append(factor if term.sign > 0 else -factor)
         else:
             raise TypeError("a step with relu or clip_grad has no gate to be read off")
     return diagonal

@@ -49,6 +49,11 @@ def _relu_grad(d, y):
 
 
 @triton.jit
+def _exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
 def _clamp(x, limit):
     # NaN stays NaN
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
@@ -68,7 +73,7 @@ def jit_cell(cell: Cell) -> tuple[Any, Any]:
         sigmoid=tl.sigmoid,
         tanh=_tanh,
         relu=_relu,
-        exp=tl.exp,
+        exp=_exp,
         relu_grad=_relu_grad,
         clamp=_clamp,
         clip_grad=_clip_grad,
