@@ -27,8 +27,8 @@ from .cell_checks import (
     recorded_step,
     results_of,
 )
+from .tracing import Value, trace
 from .tracing import bind as bind
-from .tracing import trace
 
 
 # The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives
@@ -80,9 +80,12 @@ class _ClipGrad(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
+_clip_grad: Any = _ClipGrad.apply
+
+
 def clip_grad(x: Any, limit: float) -> Any:
     """x, whose gradient is cut to [-limit, limit] on its way back."""
-    return _ClipGrad.apply(x, limit)
+    return x.do("clip_grad", x, limit) if isinstance(x, Value) else _clip_grad(x, limit)
 
 
 def zeros_like(x: Any) -> Any:
@@ -162,6 +165,8 @@ class Cell:
     split: bool = field(init=False)
 
     def __post_init__(self, check: bool) -> None:
+        # Cells made of this one, by what was changed
+        self.variants: dict[Any, Cell] = {}
         check_sizes(self.name, self.gates, self.states, self.constants)
         self._given = (self.name, self.forward, self.backward, *self._sizes)
         _interned.setdefault(self._given, self)

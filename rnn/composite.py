@@ -91,8 +91,8 @@ def composite(
                 cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
                 s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
             if step is None:
-                r = _linear(s[0], weights[n], biases[n]).chunk(cell.gates, -1)
-                out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r, s)[0]
+                r = _linear(s[0], weights[n], biases[n])
+                out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
             else:
                 r = _linear(s[0], weights[n], None)
                 out[t] = step(n, steps[t], r, s, (input_biases[n], biases[n]))

@@ -8,7 +8,7 @@ step, layer norm and clipping by a norm, runs step by step in torch's operations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -110,11 +110,17 @@ def _check_clip(value: Any) -> None:
         raise ValueError(f"Expected clip_recurrent_grad to be positive and finite, got {limit}")
 
 
-def has_extension(layer: Any) -> bool:
+def prepare(layer: Any) -> bool:
+    """Makes the cells of the layer's options. Returns whether any option is on."""
+    clip = layer.clip_recurrent_grad
+    limit = float(clip) if isinstance(clip, (int, float)) else None
+    zoned = _zoned_states(layer)
+    for dropped in {False, bool(layer.recurrent_dropout)}:
+        extended_cell(layer.layer_cell(), limit, zoned, dropped)
     return bool(
         layer.num_heads > 1
         or layer.recurrent_dropout
-        or any(_zoneout_rates(layer))
+        or zoned
         or layer.weight_drop
         or layer.layer_norm
         or layer.learned_state
@@ -128,7 +134,8 @@ def _zoneout_rates(layer: Any) -> tuple[float, ...]:
     rates = layer.zoneout
     if isinstance(rates, (tuple, list)):
         return tuple(map(float, rates))
-    return (float(rates),) * layer.layer_cell().carried
+    states: int = layer.layer_cell().carried
+    return (float(rates),) * states
 
 
 def described(layer: Any) -> str:
@@ -136,6 +143,10 @@ def described(layer: Any) -> str:
     off = type(layer)
     parts = [(name, getattr(layer, name)) for name in OPTIONS]
     return "".join(f", {name}={value}" for name, value in parts if value != getattr(off, name))
+
+
+def _zoned_states(layer: Any) -> tuple[int, ...]:
+    return tuple(k for k, rate in enumerate(_zoneout_rates(layer)) if rate)
 
 
 def make_parameters(layer: Any) -> None:
@@ -190,13 +201,14 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     B = batch_size(x, masks[1], batch_first)
     given = _states(layer, index, x, B, states, len(reverse))
     given = [_split_heads(s, heads) for s in given]
-    call = Arguments(cell, x, *_joined(weights), given)
+    w_ih, w_hh, b_ih, b_hh = _joined(weights)
+    call = Arguments(cell, x, w_ih, w_hh, b_ih, b_hh, given)
     clip = layer.clip_recurrent_grad
     by_norm = isinstance(clip, (tuple, list))
     if layer.training and layer.weight_drop:
         call = call._replace(w_hh=F.dropout(own_gradient(call.w_hh), layer.weight_drop))
     rates = _zoneout_rates(layer)
-    zoned = tuple(k for k, rate in enumerate(rates) if rate)
+    zoned = _zoned_states(layer)
     if zoned:
         masks_of_steps = _zoneout_masks(call, [rates[k] for k in zoned], layer.training)
         call = _with_step_masks(call, masks_of_steps, len(zoned))
@@ -218,7 +230,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
             directions,
             1,
             batch_first,
-            lambda *arguments: composite(*arguments, step=step),
+            partial(composite, step=step),
         )
     else:
         keep_states = 1 if dropped else keep
@@ -389,16 +401,19 @@ def _extended_step(
     return _dropped(step) if dropped else step
 
 
-@torch.compiler.assume_constant_result
 def extended_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
     """The cell with these options; registered if it is."""
-    return _extended_cell(cell, limit, zoned, dropped)
-
-
-@lru_cache(None)
-def _extended_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
     if limit is None and not zoned and not dropped:
         return cell
+    # torch.compile finds it there, and never has to make it.
+    found = cell.variants.get((limit, zoned, dropped))
+    if found is None:
+        found = _make_cell(cell, limit, zoned, dropped)
+        cell.variants[limit, zoned, dropped] = found
+    return found
+
+
+def _make_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
     step = _extended_step(cell.step, cell, limit, zoned, dropped)
     words = [cell.name]
     words += [] if limit is None else [f"clip{limit!r}"]
@@ -454,7 +469,7 @@ def _stepwise(
             if norm_limit is None:
                 return new
             h, *others = new
-            return (_ClipNorm.apply(h, float(norm_limit)), *others)
+            return (_clip_norm(h, float(norm_limit)), *others)
 
         if layer.layer_norm:
             x = normalized(x, "norm_ih", n)
@@ -491,6 +506,7 @@ class _ClipNorm(torch.autograd.Function):
         return d * (ctx.limit / norm.clamp(min=ctx.limit)), None
 
 
+_clip_norm: Any = _ClipNorm.apply
 _said: set[type] = set()
 
 

@@ -23,8 +23,8 @@ from .extensions import (
     check_option,
     described,
     extended_layer,
-    has_extension,
     make_parameters,
+    prepare,
 )
 from .functional import run_layer
 from .kernels import cells
@@ -95,7 +95,7 @@ class Stack(nn.RNNBase):
             self.__dict__["under_construction"] = True
             for name, value in options.items():
                 setattr(self, name, value)
-            self.__dict__["extended"] = has_extension(self)
+            self.__dict__["extended"] = prepare(self)
             self._make_parameters()
             del self.__dict__["under_construction"]
         self.plan = plan
@@ -141,7 +141,7 @@ class Stack(nn.RNNBase):
             check_option(self, name, value)
         super().__setattr__(name, value)
         if name in OPTIONS:
-            self.__dict__["extended"] = has_extension(self)
+            self.__dict__["extended"] = prepare(self)
 
     @property
     def _flat_weights(self) -> Any:
@@ -157,6 +157,11 @@ class Stack(nn.RNNBase):
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
         self.__dict__.pop("_given_weights", None)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.extended:
+            prepare(self)
 
     def flatten_parameters(self) -> None:
         """Does nothing, and raises nothing: the weights are used where they are."""
