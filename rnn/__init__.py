@@ -6,6 +6,7 @@ from .convert import patch, replace, restore, unpatch
 from .explain import explain
 from .kernels.cells import Cell, register
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
+from .time_parallel import TimeParallel
 
 __all__ = [
     "GRU",
@@ -16,6 +17,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Recurrent",
+    "TimeParallel",
     "cells",
     "explain",
     "functional",
