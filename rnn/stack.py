@@ -262,12 +262,10 @@ class Stack(nn.RNNBase):
     def _single_step(self, x: Any, hx: Any) -> Any:
         """One step, where all that `_run` does would take longer than the step; None where `_run`
         has to look at it."""
-        if (
-            not isinstance(x, Tensor)
-            or x.dim() != 3
-            or x.is_nested
-            or x.shape[1 if self.batch_first else 0] != 1
-        ):
+        if not isinstance(x, Tensor) or x.is_nested:
+            return None
+        size = x.shape
+        if len(size) != 3 or size[1 if self.batch_first else 0] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
         if (
@@ -281,7 +279,7 @@ class Stack(nn.RNNBase):
         if self._given_weights is not None or self.extended:
             return None
         own = self._parameters  # what is parametrized is not in it
-        weights = [own.get(name) for names in self._all_weights for name in names]
+        weights = [*map(own.get, self._flat_weights_names)]
         return single_step(
             self.layer_cell(), x, hx, weights, self.num_layers, self.hidden_size, self.batch_first
         )
