@@ -117,8 +117,8 @@ def module(name: str) -> Any:
 
 @lru_cache
 def native_available(cell: Cell, dtype: torch.dtype) -> bool:
-    """Whether there is C++ for the dtype, and the cell's is prebuilt or can be compiled. A compiler that fails, or
-    that $CXX names and is not there, is reported once."""
+    """Whether there is C++ for the dtype, and the cell's is prebuilt or can be compiled. A compiler
+    that fails, or that $CXX names and is not there, is reported once."""
     native = module("native")
     if dtype not in native.NUMBERS:
         return False

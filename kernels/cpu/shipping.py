@@ -27,11 +27,15 @@ class Found(NamedTuple):
     refused: list[str]
 
 
+def in_cache() -> Path | None:
+    """The folder of a user who may not write to the package; None for one without a home."""
+    cache = build.cache_folder()
+    return None if cache is None else cache / "prebuilt"
+
+
 def folders() -> list[Path]:
     """Where they are looked for, if they are there."""
-    cache = build.cache_folder()
-    places = [IN_PACKAGE, *([] if cache is None else [cache / "prebuilt"])]
-    return [place for place in places if place.is_dir()]
+    return [place for place in (IN_PACKAGE, in_cache()) if place and place.is_dir()]
 
 
 def libraries(folder: Path) -> list[Path]:

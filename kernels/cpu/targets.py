@@ -1,5 +1,5 @@
-"""The CPU that a library is compiled for, and whether this machine has one: asked before the library
-is loaded, since an instruction that a CPU does not have ends the process."""
+"""The CPU that a library is compiled for, and whether this machine has one: asked before the
+library is loaded, since an instruction that a CPU does not have ends the process."""
 
 import platform
 import re

@@ -1,0 +1,65 @@
+"""Compiles the CPU's libraries ahead, into a folder, for machines without a compiler."""
+
+import argparse
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ..kernels import cells
+from ..kernels.cpu import build as compilers
+from ..kernels.cpu import native, shipping, targets
+from . import arguments, machine
+
+# The variables of kernels/cells.py
+NAMES = dict(rnn="rnn_tanh", rnn_relu="rnn_relu", lstm="lstm", gru="gru")
+CPU_DTYPES = ("float32", "float64")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--march",
+        default="native",
+        help="the CPUs to compile for, as the compiler's -march=: x86-64-v3, x86-64-v4 ...",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=shipping.IN_PACKAGE,
+        help="folder; the default is inside the installed package",
+    )
+    parser.add_argument(
+        "--cell", nargs="+", choices=arguments.CELLS, default=arguments.CELLS, help="which cells"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=CPU_DTYPES, default=CPU_DTYPES, help="which dtypes"
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    """Fails before it compiles anything if the compiler does not know `--march`."""
+    command = compilers.required_compiler()
+    target = targets.target_of_macros(compilers.macros(command, given.march))
+    print(f"{machine.compiler_version()}, -march={given.march}: {target.machine} with", end=" ")
+    print(", ".join(target.features) or "nothing beyond the least", flush=True)
+    begin = time.monotonic()
+
+    def compile_one(pair: tuple[str, str]) -> str:
+        name, dtype = pair
+        cell = getattr(cells, NAMES[name])
+        path = native.prebuild(cell, getattr(torch, dtype), given.march, given.output)
+        return f"{name:9}{dtype:9}{path.name}, {machine.size(path.stat().st_size)}"
+
+    pairs = [(name, dtype) for name in given.cell for dtype in given.dtype]
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        for line in workers.map(compile_one, pairs):
+            print(line, flush=True)
+    print(f"{len(pairs)} libraries in {time.monotonic() - begin:.0f} s: {given.output.resolve()}")
+    places = [shipping.IN_PACKAGE, *filter(None, [shipping.in_cache()])]
+    if given.output.resolve() not in [place.resolve() for place in places]:
+        print("A machine without a compiler finds them where this folder is copied to, as either")
+        for place in places:
+            print(f"  {place}")
+    return 0
