@@ -25,6 +25,7 @@ FLOORS = [
         "kernels.gpu.tensors",
         "kernels.types",
         "kernels.costs",
+        "kernels.cpu.targets",
     ],
     [
         "kernels.plan",
@@ -43,6 +44,7 @@ FLOORS = [
         "kernels.prediction",
     ],
     ["kernels.cpu", "kernels.planner"],
+    ["kernels.cpu.shipping"],
     ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
     ["kernels.gpu", "kernels.gpu.cuda.occupancy"],
     ["kernels.gpu.device"],
@@ -58,6 +60,17 @@ FLOORS = [
     ["interop", "single_step"],
     ["modules"],
     ["layers", "convert", "explain"],
+    ["command_line.arguments", "command_line.machine", "command_line.timing"],
+    ["command_line.backends", "command_line.cache"],
+    [
+        "command_line.bench",
+        "command_line.build",
+        "command_line.doctor",
+        "command_line.explain",
+        "command_line.info",
+    ],
+    ["command_line.main"],
+    ["__main__"],
 ]
 
 
@@ -71,8 +84,14 @@ def python(code: str, *options: str, path: Path = ROOT) -> str:
 
 def source(module: str) -> Path:
     """The file of a module of rnn."""
-    path = ROOT / (module.replace(".", "/") if module.startswith("kernels") else f"rnn/{module}")
+    name = module.replace(".", "/")
+    path = ROOT / (name if module.startswith("kernels") else f"rnn/{name}")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules() -> list[Path]:
+    """Those beside the kernels."""
+    return [*(ROOT / "rnn").glob("*.py"), *(ROOT / "rnn" / "command_line").glob("*.py")]
 
 
 def imported(module: str) -> set[str]:
@@ -96,7 +115,7 @@ def test_floors() -> None:
             uses = imported(module) & every - {module}
             assert uses <= below, f"{module} imports {uses - below}"
         below |= {*floor}
-    paths = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "rnn").glob("*.py")]
+    paths = [*(ROOT / "kernels").rglob("*.py"), *modules()]
     empty = {
         ROOT / "kernels/__init__.py",
         ROOT / "rnn/__init__.py",
@@ -156,6 +175,8 @@ def test_import_is_light() -> None:
         "rnn.kernels.cpu",
         "rnn.kernels.cpu.build",
         "rnn.kernels.cpu.native",
+        "rnn.kernels.cpu.shipping",
+        "rnn.kernels.cpu.targets",
         "rnn.kernels.cpu.workspace",
         "rnn.kernels.forks",
         "rnn.kernels.plan",
@@ -266,7 +287,7 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = (
-        {f"rnn/{p.name}" for p in (ROOT / "rnn").glob("*.py")}
+        {str(p.relative_to(ROOT)) for p in modules()}
         | {
             f"rnn/{p.relative_to(ROOT)}"
             for p in (ROOT / "kernels").rglob("*.*")
