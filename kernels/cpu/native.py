@@ -202,6 +202,11 @@ def load(cell: Cell, dtype: torch.dtype) -> Any:
     return _typed(library, cell, prebuilt)
 
 
+def prebuilt_files(cell: Cell, dtype: torch.dtype) -> list[Path]:
+    """The libraries of a cell that were compiled ahead, for whatever CPU."""
+    return shipping.files(program(cell, dtype), _FLAGS_OF_ANY_CPU)
+
+
 def prebuild(cell: Cell, dtype: torch.dtype, march: str, folder: Path) -> Path:
     """Compile a cell's library for CPUs of `-march=`, for machines without a compiler: its file in
     `folder`. Raises RuntimeError if it cannot be compiled, OSError if not written."""

@@ -48,6 +48,12 @@ def library_key(code: str, flags: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([*kind, *flags, code]).encode()).hexdigest()[:32]
 
 
+def files(code: str, flags: Sequence[str]) -> list[Path]:
+    """The libraries of that text, for whatever CPU."""
+    key = library_key(code, flags)
+    return [path for folder in folders() for path in folder.glob(f"{key}.*.so")]
+
+
 def refusal(path: Path) -> str:
     """Why a file may not be loaded; "" if it may."""
     owners = set()
@@ -68,16 +74,14 @@ def refusal(path: Path) -> str:
 def find(code: str, flags: Sequence[str], names: Sequence[str]) -> Found:
     """The library of that text, with functions of these names. Of several that can be used, that
     for the CPU which has most. Where none of them can, one warning says why."""
-    key = library_key(code, flags)
     usable: list[tuple[int, Path]] = []
     refused: list[str] = []
-    for folder in folders():
-        for path in folder.glob(f"{key}.*.so"):
-            if trouble := refusal(path):
-                refused.append(f"{path} {trouble}")
-                continue
-            target = targets.target_of_library(path.read_bytes())
-            usable.append((len(target.features) if target else 0, path))
+    for path in files(code, flags):
+        if trouble := refusal(path):
+            refused.append(f"{path} {trouble}")
+            continue
+        target = targets.target_of_library(path.read_bytes())
+        usable.append((len(target.features) if target else 0, path))
     for _, path in sorted(usable, reverse=True):
         try:
             return Found(build.open_library(path, names), refused)

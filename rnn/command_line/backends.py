@@ -39,20 +39,14 @@ def _gpu_trouble() -> str:
 
 
 def _native() -> Backend:
-    libraries = machine.prebuilt()
-    usable = [path for path, trouble in libraries.items() if not trouble]
+    usable = [path for path, trouble in machine.prebuilt().items() if not trouble]
     if usable:
         folders = ", ".join(dict.fromkeys(str(path.parent) for path in usable))
-        return Backend("native", "ready", f"{len(usable)} prebuilt libraries in {folders}")
+        return Backend("native", "ready", f"{machine.count(usable, 'prebuilt library')}: {folders}")
     missing = machine.missing_compiler()
     if not missing:
         return Backend("native", "ready", f"compiled by {machine.compiler_version()}")
-    state = "broken" if "$CXX is" in missing else "absent"
-    return Backend("native", state, "; ".join([missing, *_refusals(libraries)]))
-
-
-def _refusals(libraries: dict[machine.Path, str]) -> list[str]:
-    return [f"{path} {trouble}" for path, trouble in libraries.items() if trouble]
+    return Backend("native", "broken" if "$CXX is" in missing else "absent", missing)
 
 
 def _library(name: str, library: str, use: str) -> Backend:

@@ -46,17 +46,21 @@ def run(given: argparse.Namespace) -> int:
     print(", ".join(target.features) or "nothing beyond the least", flush=True)
     begin = time.monotonic()
 
-    def compile_one(pair: tuple[str, str]) -> str:
+    def compile_one(pair: tuple[str, str]) -> tuple[str, str, Path]:
         name, dtype = pair
         cell = getattr(cells, NAMES[name])
         path = native.prebuild(cell, getattr(torch, dtype), given.march, given.output)
-        return f"{name:9}{dtype:9}{path.name}, {machine.size(path.stat().st_size)}"
+        return name, dtype, path
 
     pairs = [(name, dtype) for name in given.cell for dtype in given.dtype]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for line in workers.map(compile_one, pairs):
-            print(line, flush=True)
-    print(f"{len(pairs)} libraries in {time.monotonic() - begin:.0f} s: {given.output.resolve()}")
+        made = []
+        for name, dtype, path in workers.map(compile_one, pairs):
+            made.append(path)
+            size = machine.size(path.stat().st_size)
+            print(f"{name:9}{dtype:9}{path.name}, {size}", flush=True)
+    seconds = time.monotonic() - begin
+    print(f"{machine.count(made, 'library')} in {seconds:.0f} s: {given.output.resolve()}")
     places = [shipping.IN_PACKAGE, *filter(None, [shipping.in_cache()])]
     if given.output.resolve() not in [place.resolve() for place in places]:
         print("A machine without a compiler finds them where this folder is copied to, as either")

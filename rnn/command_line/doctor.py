@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import dispatch, modules
 from ..kernels import build_cache, cells, planner
 from ..kernels.cells import Cell
+from ..kernels.cpu import native
 from ..kernels.plan import Plan
 from ..kernels.prediction import predict
 from . import machine
@@ -174,9 +175,15 @@ def check_prebuilt() -> Iterator[Finding]:
 
 def check_backend(backend: Backend, dtype: torch.dtype) -> Iterator[Finding]:
     """A line for each cell; only the first where it raises an error."""
-    device = torch.device("cuda" if backend.name in ("triton", "cuda", "cupy") else "cpu")
+    device = torch.device("cpu")
+    if backend.name in ("triton", "cuda", "cupy"):
+        device = torch.device("cuda", torch.cuda.current_device())
+    compiler = not machine.missing_compiler()
     for cell in LAYERS:
         what = f"{backend.name:8}{cell.name}"
+        if backend.name == "native" and not compiler and not native.prebuilt_files(cell, dtype):
+            yield Finding("absent", what, f"no compiler, no prebuilt library for {dtype}")
+            continue
         try:
             plan = plan_of(backend.name, cell, dtype, device)
             if backend.name in ("triton", "cuda") and plan is None:

@@ -156,5 +156,6 @@ def size(bytes_: int) -> str:
     return f"{bytes_} bytes"
 
 
-def count(programs: Sequence[Path]) -> str:
-    return f"{len(programs)} program{'s' * (len(programs) != 1)}"
+def count(things: Sequence[Path], what: str = "program") -> str:
+    plural = f"{what.removesuffix('y')}ies" if what.endswith("y") else f"{what}s"
+    return f"{len(things)} {what if len(things) == 1 else plural}"
