@@ -50,14 +50,18 @@ def device(text: str) -> torch.device:
 
 def add_layer(parser: argparse.ArgumentParser) -> None:
     """All but the cell."""
-    parser.add_argument("--batch", type=positive, default=16, help="sequences")
-    parser.add_argument("--time", type=positive, default=128, help="steps of a sequence")
-    parser.add_argument("--input", type=positive, help="input size; that of --hidden if not given")
-    parser.add_argument("--hidden", type=positive, default=256, help="hidden units")
-    parser.add_argument("--layers", type=positive, default=1, help="layers")
+    parser.add_argument("--batch", type=positive, default=16, help="sequences (%(default)s)")
+    parser.add_argument(
+        "--time", type=positive, default=128, help="steps of a sequence (%(default)s)"
+    )
+    parser.add_argument("--input", type=positive, help="input size (that of --hidden)")
+    parser.add_argument("--hidden", type=positive, default=256, help="hidden units (%(default)s)")
+    parser.add_argument("--layers", type=positive, default=1, help="layers (%(default)s)")
     parser.add_argument("--bidirectional", action="store_true", help="both directions")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of input and weights")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)"
+    )
 
 
 def input_size(arguments: argparse.Namespace) -> int:

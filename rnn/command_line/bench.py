@@ -12,10 +12,13 @@ from .timing import compare, forward, train
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cell", choices=arguments.CELLS, default="lstm", help="kind of layer")
+    parser.add_argument("--cell", choices=arguments.CELLS, default="lstm", help="(%(default)s)")
     arguments.add_layer(parser)
     parser.add_argument(
-        "--seconds", type=arguments.seconds, default=3.0, help="for each of forward and training"
+        "--seconds",
+        type=arguments.seconds,
+        default=3.0,
+        help="for each of forward and training (%(default)s)",
     )
 
 

@@ -22,20 +22,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--march",
         default="native",
-        help="the CPUs to compile for, as the compiler's -march=: x86-64-v3, x86-64-v4 ...",
+        help="CPUs to compile for, as the compiler has them: x86-64-v3 ... (%(default)s)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=shipping.IN_PACKAGE,
-        help="folder; the default is inside the installed package",
+        help="folder (inside the installed package: %(default)s)",
     )
     parser.add_argument(
-        "--cell", nargs="+", choices=arguments.CELLS, default=arguments.CELLS, help="which cells"
+        "--cell", nargs="+", choices=arguments.CELLS, default=arguments.CELLS, help="(all)"
     )
-    parser.add_argument(
-        "--dtype", nargs="+", choices=CPU_DTYPES, default=CPU_DTYPES, help="which dtypes"
-    )
+    parser.add_argument("--dtype", nargs="+", choices=CPU_DTYPES, default=CPU_DTYPES, help="(both)")
 
 
 def run(given: argparse.Namespace) -> int:

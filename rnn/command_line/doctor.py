@@ -63,7 +63,9 @@ class Case(NamedTuple):
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of all")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="(%(default)s)"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -247,8 +249,8 @@ def check_case(what: str, case: Case, plan: Plan | None) -> Finding:
     # A NaN is not within anything
     right = error <= allowed
     words = (
-        f"error {error:.1e} (torch.nn {torch_error:.1e}), {machine.duration(times.ours)} "
-        f"(torch.nn {machine.duration(times.theirs)}), first {machine.duration(first)}"
+        f"error {error:.1e} (torch.nn {torch_error:.1e}) {machine.duration(times.ours):>7} "
+        f"(torch.nn {machine.duration(times.theirs):>7}) first {machine.duration(first):>7}"
     )
     if not right:
         return Finding("broken", what, f"wrong results: {words}")

@@ -1,7 +1,6 @@
 """The command line, `python -m rnn` or `fused-rnn`: a module for each command, with `add`, which
 declares its arguments, and `run`, which returns the exit status."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fused-rnn") -> int
             name,
             help=words.partition(". ")[0].strip().rstrip("."),
             description=words,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.add(one)
         one.set_defaults(run=command.run)
