@@ -24,7 +24,7 @@ from rnn import dispatch
 from rnn.command_line import backends, doctor, main, timing
 from rnn.kernels import build_cache, cells, reference
 from rnn.kernels.cpu import build, native, shipping, targets
-from rnn.kernels.plan import Plan
+from rnn.kernels.plan import Gpu, Plan
 
 ROOT = Path(__file__).parents[2]
 MARCH = "x86-64-v2" if platform.machine() == "x86_64" else "native"
@@ -424,6 +424,20 @@ class TestPrebuilt:
         assert said.count("\n") == 1 and "needs a C++ compiler" in said
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cupy", "numpy", "native"])
+def test_plans_of_the_doctor(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each backend is asked for by its own plan, to float32's precision; float64 of a GPU's has
+    none."""
+    gpu = Gpu(90, 132, 227 * 1024, cuda=True)
+    monkeypatch.setattr(dispatch, "gpu", lambda device: gpu)
+    for cell in doctor.LAYERS:
+        plan = doctor.plan_of(backend, cell, torch.float32, torch.device("cuda"))
+        assert plan is not None and plan.backend == backend
+        assert plan.precision == ("tf32x3" if backend in ("triton", "cuda") else "ieee")
+    plan = doctor.plan_of(backend, cells.gru, torch.float64, torch.device("cuda"))
+    assert (plan is None) == (backend in ("triton", "cuda"))
+
+
 @needs_compiler
 class TestDoctor:
     """Faults are planted, one at a time."""
@@ -441,6 +455,13 @@ class TestDoctor:
             found = re.search(r"error (\S+) \(torch.nn (\S+)\)", line)
             assert found and 0 < float(found[1]) < 1e-6 and 0 < float(found[2]) < 1e-6
         assert lines(said, "ok ", "cache", str(machine.cache))
+
+    def test_float64(self, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+        machine.monkeypatch.setenv("CXX", "/nonexistent")
+        assert main.main(["doctor", "--dtype", "float64"]) == 1
+        (line,) = lines(capsys.readouterr().out, "ok ", " numpy ")
+        found = re.search(r"error (\S+) \(torch.nn (\S+)\)", line)
+        assert found and 0 < float(found[1]) < 1e-14 and 0 < float(found[2]) < 1e-14
 
     def test_spoilt_library(self, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
         self.run(machine, capsys)
