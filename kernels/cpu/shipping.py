@@ -5,14 +5,14 @@ They lie in the installed package or in the user's cache, and go before what thi
 A file's name has two hashes: of what it was made from, which takes no compiler to know, and of its
 content. What others can write to, what is spoilt, and what is for another CPU is not loaded."""
 
-import ctypes
 import hashlib
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import build_cache
 from . import build, targets
@@ -21,9 +21,9 @@ IN_PACKAGE = Path(__file__).parent / "prebuilt"
 
 
 class Found(NamedTuple):
-    """A library, if one of those for its code can be used, and why others cannot."""
+    """A library of ctypes, or None if none of those for its code can be used, and why not."""
 
-    library: ctypes.CDLL | None
+    library: Any
     refused: list[str]
 
 
@@ -35,7 +35,8 @@ def in_cache() -> Path | None:
 
 def folders() -> list[Path]:
     """Where they are looked for, if they are there."""
-    return [place for place in (IN_PACKAGE, in_cache()) if place and place.is_dir()]
+    # That of os.path raises no error for what may not be looked into
+    return [place for place in (IN_PACKAGE, in_cache()) if place and os.path.isdir(place)]
 
 
 def libraries(folder: Path) -> list[Path]:
@@ -80,8 +81,9 @@ def find(code: str, flags: Sequence[str], names: Sequence[str]) -> Found:
         if trouble := refusal(path):
             refused.append(f"{path} {trouble}")
             continue
-        target = targets.target_of_library(path.read_bytes())
-        usable.append((len(target.features) if target else 0, path))
+        with suppress(OSError):  # it has been deleted since
+            target = targets.target_of_library(path.read_bytes())
+            usable.append((len(target.features) if target else 0, path))
     for _, path in sorted(usable, reverse=True):
         try:
             return Found(build.open_library(path, names), refused)

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import cells
 from ..kernels.cpu import build as compilers
 from ..kernels.cpu import native, shipping, targets
 from . import arguments, machine
 
-# The variables of kernels/cells.py
-NAMES = dict(rnn="rnn_tanh", rnn_relu="rnn_relu", lstm="lstm", gru="gru")
 CPU_DTYPES = ("float32", "float64")
 
 
@@ -46,8 +43,8 @@ def run(given: argparse.Namespace) -> int:
 
     def compile_one(pair: tuple[str, str]) -> tuple[str, str, Path]:
         name, dtype = pair
-        cell = getattr(cells, NAMES[name])
-        path = native.prebuild(cell, getattr(torch, dtype), given.march, given.output)
+        number = getattr(torch, dtype)
+        path = native.prebuild(machine.BUILT_IN[name], number, given.march, given.output)
         return name, dtype, path
 
     pairs = [(name, dtype) for name in given.cell for dtype in given.dtype]

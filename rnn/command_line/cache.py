@@ -22,12 +22,13 @@ def run(given: argparse.Namespace) -> int:
         print(f"{cache.name}: {cache.folder}, {machine.count(programs)}, {machine.size(size)}")
         if not given.clear:
             continue
+        deleted = []
         for path in programs:
             try:
                 path.unlink(missing_ok=True)
+                deleted.append(path)
             except OSError as error:
                 failed = True
                 print(f"cannot delete {path}: {error.strerror}", file=sys.stderr)
-        left = cache.programs()
-        print(f"{cache.name}: deleted {machine.count(programs[len(left) :])}")
+        print(f"{cache.name}: deleted {machine.count(deleted)}")
     return int(failed)

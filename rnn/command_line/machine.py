@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.cpu import build, shipping, targets
+from ..kernels import cells
+from ..kernels.cpu import build, native, shipping, targets
 from ..kernels.gpu.cuda import launch as cuda
 
 # The distributions that may have a module, the first that is installed.
@@ -21,6 +22,8 @@ DISTRIBUTIONS = dict(
     triton=("triton", "pytorch-triton"),
     cupy=("cupy-cuda13x", "cupy-cuda12x", "cupy"),
 )
+# By the names of the command line.
+BUILT_IN = dict(rnn=cells.rnn_tanh, rnn_relu=cells.rnn_relu, lstm=cells.lstm, gru=cells.gru)
 COMPILER_SECONDS = 30
 
 
@@ -126,7 +129,16 @@ def missing_compiler() -> str:
 def prebuilt() -> dict[Path, str]:
     """Libraries that were compiled ahead, and why they are not used; "" where they can be."""
     found = [path for folder in shipping.folders() for path in shipping.libraries(folder)]
-    return {path: shipping.refusal(path) for path in found}
+    ours = {
+        path
+        for cell in BUILT_IN.values()
+        for dtype in native.NUMBERS
+        for path in native.prebuilt_files(cell, dtype)
+    }
+    return {
+        path: shipping.refusal(path) if path in ours else "is of another version of rnn"
+        for path in found
+    }
 
 
 def conditions(device: torch.device) -> str:

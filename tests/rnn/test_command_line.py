@@ -22,6 +22,7 @@ from torch import nn
 import rnn
 from rnn import dispatch
 from rnn.command_line import backends, doctor, main, timing
+from rnn.command_line import machine as this_machine
 from rnn.kernels import build_cache, cells, reference
 from rnn.kernels.cpu import build, native, shipping, targets
 from rnn.kernels.plan import Gpu, Plan
@@ -405,6 +406,8 @@ class TestPrebuilt:
         machine.monkeypatch.setattr(native, "_fingerprint", lambda: "other")
         with pytest.warns(UserWarning, match="has no library of this cell, dtype and version"):
             check("torch's own operator")
+        assert [*this_machine.prebuilt().values()] == ["is of another version of rnn"]
+        assert backends.backends()[0].state == "broken"
 
     @needs_compiler
     def test_march_that_there_is_not(
