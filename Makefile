@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(BIN)/python examples/language_model.py
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not examples" --numprocesses 2 --dist worksteal
 
 check: .venv/test
 	$(BIN)/python -m pytest -q --cases 2000
