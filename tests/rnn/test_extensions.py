@@ -409,7 +409,7 @@ def test_tools_that_know_only_torch_nn() -> None:
 
 
 def test_says_that_layer_norm_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rnn.extensions, "_said", set())
+    monkeypatch.setattr(rnn.stepwise, "_said", set())
     layer = rnn.GRU(4, 6, layer_norm=True)
     with pytest.warns(UserWarning, match="step by step"):
         layer(torch.randn(5, 3, 4))

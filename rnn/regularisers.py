@@ -1,0 +1,169 @@
+"""Regularisers of the recurrence as changes of a cell's step, so that every backend has them.
+
+Zoneout takes its masks as further gates, whose part of W_ih is the identity. Recurrent dropout
+takes its mask as a constant of the cell, and its state 0 is the h that W_hh multiplies, after the
+mask: h itself is state 1."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import own_gradient
+from .kernels import cells
+from .kernels.cells import Cell
+
+# x, r, s and constants to the new states
+StepFunction = Callable[[Any, Any, Any, Any], Any]
+
+
+class Arguments(NamedTuple):
+    """Of the operator, for the N recurrences of all directions and heads: joined weights, S states
+    [N, B, H] and the constants after them."""
+
+    cell: Cell
+    x: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    states: list[Tensor]
+
+
+def zoneout_rates(layer: Any) -> tuple[float, ...]:
+    """Of each state."""
+    rates = layer.zoneout
+    if isinstance(rates, (tuple, list)):
+        return tuple(map(float, rates))
+    states: int = layer.layer_cell().carried
+    return (float(rates),) * states
+
+
+def zoned_states(layer: Any) -> tuple[int, ...]:
+    return tuple(k for k, rate in enumerate(zoneout_rates(layer)) if rate)
+
+
+def clip_limit(layer: Any) -> float | None:
+    """To which numbers of h's gradient are cut; None where they are not, or by a norm."""
+    clip = layer.clip_recurrent_grad
+    return float(clip) if isinstance(clip, (int, float)) else None
+
+
+def zoneout_masks(call: Arguments, rates: Sequence[float], training: bool) -> Tensor:
+    """Like x, of width N * K * H: 1 where one of K states stays what it was; in evaluation, how
+    often it does."""
+    N, _, H = call.states[0].shape
+    row = torch.tensor(rates, dtype=call.x.dtype, device=call.x.device)
+    row = row[None, :, None].expand(N, -1, H).reshape(-1)
+    every = row.expand(*call.x.shape[:-1], -1)
+    return torch.bernoulli(every) if training else every
+
+
+def with_step_masks(call: Arguments, masks: Tensor, K: int) -> Arguments:
+    """With K more gates, whose pre-activations are the masks."""
+    N, _, H = call.states[0].shape
+    G = call.cell.gates
+    identity = torch.cat((call.x.new_zeros(G * H, K * H), torch.eye(K * H).to(call.x)))
+
+    def taller(w: Tensor | None) -> Tensor | None:
+        """[N*G*H, ...] to [N*(G+K)*H, ...], with 0 for the further gates."""
+        if w is None:
+            return None
+        parts = own_gradient(w).reshape(N, G * H, *w.shape[1:])
+        zeros = w.new_zeros(N, K * H, *w.shape[1:])
+        return torch.cat((parts, zeros), 1).flatten(0, 1)
+
+    w_ih: Any = taller(call.w_ih)
+    w_hh: Any = taller(call.w_hh)
+    return call._replace(
+        x=torch.cat((own_gradient(call.x), masks), -1),
+        w_ih=torch.cat((w_ih, torch.block_diag(*[identity] * N)), 1),
+        w_hh=w_hh,
+        b_ih=taller(call.b_ih),
+        b_hh=taller(call.b_hh),
+    )
+
+
+def with_sequence_mask(call: Arguments, rate: float) -> Arguments:
+    """With the h that is multiplied as the first state, and its mask as the last constant."""
+    h = call.states[0]
+    mask = torch.bernoulli(torch.full_like(h, 1 - rate)) / (1 - rate)
+    return call._replace(states=[mask * h, *call.states, mask])
+
+
+def _clipped(step: StepFunction, limit: float) -> StepFunction:
+    """The gradient of h is cut to [-limit, limit]."""
+
+    def clipped(x: Any, r: Any, s: Any, k: Any) -> Any:
+        h, *others = step(x, r, s, k)
+        return (cells.clip_grad(h, limit), *others)
+
+    return clipped
+
+
+def _zoned(step: StepFunction, gates: int, zoned: Sequence[int]) -> StepFunction:
+    """Zoneout (Krueger et al., 2016, https://arxiv.org/abs/1606.01305): where the mask, a further
+    gate, is 1, a state stays what it was."""
+
+    def stays(x: Any, r: Any, s: Any, k: Any) -> Any:
+        new = [*step(x[:gates], r[:gates], s, k)]
+        for place, mask in zip(zoned, x[gates:]):
+            new[place] = new[place] + mask * (s[place] - new[place])
+        return tuple(new)
+
+    return stays
+
+
+def _dropped(step: StepFunction) -> StepFunction:
+    """Recurrent dropout (Gal and Ghahramani, 2016, https://arxiv.org/abs/1512.05287): W_hh
+    multiplies h after a mask, the last constant, which is the same at all steps."""
+
+    def masked(x: Any, r: Any, s: Any, k: Any) -> Any:
+        new = step(x, r, s[1:], k[:-1])
+        return (k[-1] * new[0], *new)
+
+    return masked
+
+
+def extended_step(
+    step: StepFunction, cell: Cell, limit: float | None, zoned: Sequence[int], dropped: bool
+) -> StepFunction:
+    """The options of a cell, from the innermost to the outermost."""
+    if zoned:
+        step = _zoned(step, cell.gates, zoned)
+    if limit is not None:
+        step = _clipped(step, limit)
+    return _dropped(step) if dropped else step
+
+
+def extended_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
+    """The cell with these options; registered if it is."""
+    if limit is None and not zoned and not dropped:
+        return cell
+    # torch.compile finds it there, and never has to make it.
+    found = cell.variants.get((limit, zoned, dropped))
+    if found is None:
+        found = _make_cell(cell, limit, zoned, dropped)
+        cell.variants[limit, zoned, dropped] = found
+    return found
+
+
+def _make_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
+    step = extended_step(cell.step, cell, limit, zoned, dropped)
+    words = [cell.name]
+    words += [] if limit is None else [f"clip{limit!r}"]
+    words += [f"zoneout{''.join(map(str, zoned))}"] if zoned else []
+    words += ["dropout"] if dropped else []
+
+    def with_constants(x: Any, r: Any, s: Any, k: Any = ()) -> Any:
+        return step(x, r, s, k)
+
+    found = Cell(
+        "-".join(words),
+        with_constants,
+        gates=cell.gates + len(zoned),
+        states=cell.states + 2 * dropped,
+        constants=cell.constants + dropped,
+    )
+    return cells.register(found) if cells.is_registered(cell) else found

@@ -1,0 +1,102 @@
+"""What is no change of a cell's step, as it takes a whole row of h: layer norm, and clipping the
+gradient of h by its norm. A step for `composite`, in torch's operations."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import cells
+from .regularisers import clip_limit, extended_step, zoned_states
+
+
+def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
+    """The step of recurrence n, for `composite`: with layer norm (Ba, Kiros and Hinton, 2016,
+    https://arxiv.org/abs/1607.06450) of W_ih x, W_hh h and of an LSTM's c, and with the gradient of
+    h cut to a norm."""
+    cell = layer.layer_cell()
+    heads = layer.num_heads
+    H = layer.hidden_size // heads
+    G = cell.gates
+    zoned = zoned_states(layer)
+    limit = clip_limit(layer)
+    clip = layer.clip_recurrent_grad
+    norm_limit = clip[1] if isinstance(clip, (tuple, list)) else None
+
+    def part(name: str, n: int, width: int) -> Tensor:
+        """That recurrence's slice of a layer's parameter."""
+        direction, head = divmod(n, heads)
+        suffix = "_reverse" if direction else ""
+        whole: Tensor = getattr(layer, f"{name}_l{index}{suffix}")
+        return whole[head * width : (head + 1) * width]
+
+    def normalized(v: Tensor, name: str, n: int) -> Tensor:
+        width = G * H
+        gain = part(name, n, width)
+        normal = F.layer_norm(v[..., :width], (width,), gain)
+        return torch.cat((normal, v[..., width:]), -1)
+
+    def run(n: int, x: Tensor, r: Tensor, s: Any, biases: Sequence[Any]) -> Any:
+        def base(x: Any, r: Any, s: Any, k: Any) -> Any:
+            new = cell.step(x, r, s, k)
+            if layer.layer_norm and cell is cells.lstm:
+                o = cells.sigmoid(x[3] + r[3])
+                c = new[1]
+                new = (o * cells.tanh(F.layer_norm(c, (H,), part("norm_c", n, H))), c)
+            if norm_limit is None:
+                return new
+            h, *others = new
+            return (_clip_norm(h, float(norm_limit)), *others)
+
+        if layer.layer_norm:
+            x = normalized(x, "norm_ih", n)
+            r = normalized(r, "norm_hh", n)
+        b_ih, b_hh = biases
+        x = x if b_ih is None else x + b_ih
+        r = r if b_hh is None else r + b_hh
+        step = extended_step(base, cell, limit, zoned, dropped)
+        gates = G + len(zoned)
+        constants = cell.constants + dropped
+        carried = len(s) - constants
+        new = step(x.chunk(gates, -1), r.chunk(gates, -1), s[:carried], s[carried:])
+        return (*new, *s[carried:])
+
+    return run
+
+
+class _ClipNorm(torch.autograd.Function):
+    """h, the norm of whose gradient is cut, for each sequence."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Any, limit: Any) -> Any:
+        return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, d: Any) -> Any:
+        norm = d.norm(dim=-1, keepdim=True)
+        return d * (ctx.limit / norm.clamp(min=ctx.limit)), None
+
+
+_clip_norm: Any = _ClipNorm.apply
+_said: set[type] = set()
+
+
+def say_stepwise(layer: Any) -> None:
+    """Once for a class of layers."""
+    if type(layer) in _said or torch.compiler.is_compiling():
+        return
+    _said.add(type(layer))
+    warnings.warn(
+        f"rnn.{type(layer).__name__}: layer_norm and clip_recurrent_grad by a norm run step by "
+        "step in torch's operations, slower than the kernels",
+        stacklevel=5,
+    )
