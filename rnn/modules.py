@@ -15,7 +15,7 @@ from . import interop
 from .autograd import own_gradient
 from .batch import Batch, batch_of
 from .boundary import alive
-from .checks import check_masks, check_plan
+from .checks import check_checkpoint, check_masks, check_plan
 from .device_copies import on_device
 from .docstrings import cell_doc, layer_doc
 from .functional import run_layer
@@ -47,6 +47,7 @@ class _Stack(nn.RNNBase):
 
     # Of the class, so that torch.nn's modules have them when they become ours.
     recompute = False
+    checkpoint: bool | int = False
     # How to compute the layer, if not as `rnn.kernels.planner.make_plan` would
     plan: Plan | None = None
     # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read
@@ -59,6 +60,7 @@ class _Stack(nn.RNNBase):
         *args: Any,
         plan: Plan | None = None,
         recompute: bool = False,
+        checkpoint: bool | int = False,
         **kwargs: Any,
     ) -> None:
         if mode != "LSTM" and "proj_size" in kwargs:
@@ -66,6 +68,7 @@ class _Stack(nn.RNNBase):
         check_plan(plan)
         if not isinstance(recompute, int):
             raise TypeError(f"Expected recompute to be a bool, got {type(recompute).__name__}")
+        check_checkpoint(checkpoint)
         if mode in _TORCH_CELLS:
             super().__init__(mode, *args, **kwargs)
         else:
@@ -73,6 +76,7 @@ class _Stack(nn.RNNBase):
             self._take_mode(mode)
         self.plan = plan
         self.recompute = recompute
+        self.checkpoint = checkpoint
 
     def _take_mode(self, mode: str) -> None:
         """From one gate to the gates of a cell that nn.RNNBase does not know."""
@@ -313,7 +317,17 @@ class _Stack(nn.RNNBase):
                 states = [torch.zeros_like(first[1]), *first[1:]]
             weights = w_ih, w_hh, b_ih, b_hh
         y, others, last = operator(
-            cell, x, weights, states, masks, reverse, keep, self.plan, self.recompute, batch_first
+            cell,
+            x,
+            weights,
+            states,
+            masks,
+            reverse,
+            keep,
+            self.plan,
+            self.recompute,
+            batch_first,
+            self.checkpoint,
         )
         steps = [y]
         if keep and others is not None:

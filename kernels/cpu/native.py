@@ -49,7 +49,8 @@ Pair = Annotated[tuple[int, int], "int64_t", "2"]
 class Sizes(NamedTuple):
     """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a forward
     and a backward pass: windows of time have about as many rows as so many steps of B
-    sequences."""
+    sequences. Of a backward pass in several calls, `continues` says that one came before, to whose
+    gradients of W this one adds, and `continued` that another follows."""
 
     steps: Size
     B: Size
@@ -59,13 +60,16 @@ class Sizes(NamedTuple):
     N: Size
     reverses: Size
     threads: Size
+    continues: Size
+    continued: Size
     window: Pair
 
 
 class Arguments(NamedTuple):
     """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S tensors
     each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last` is written
-    by forward, s0_grad by backward."""
+    by forward, s0_grad by backward. `group_grads` keeps the gradients of W of all groups but the first
+    between the calls of a backward pass in several."""
 
     x: Required
     w_ih: Required
@@ -82,13 +86,14 @@ class Arguments(NamedTuple):
     w_hh_grad: Output = None
     b_ih_grad: Output = None
     b_hh_grad: Output = None
+    group_grads: Output = None
     offsets: Integers = None
     resets: Flags = None
     s0: InputStates = None
     dlast: InputStates = None
     last: OutputStates = None
     s0_grad: OutputStates = None
-    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, (1, 1))
+    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 0, 0, (1, 1))
 
 
 class StepSizes(NamedTuple):
@@ -188,7 +193,15 @@ def program(cell: Cell, dtype: torch.dtype) -> str:
 def load(cell: Cell, dtype: torch.dtype) -> Any:
     """A cell's library for float32 or float64, compiled if it is not on disk. Raises RuntimeError
     if that cannot be."""
-    functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
+    functions = (
+        "needed",
+        "adjoint_windows",
+        "forward",
+        "backward",
+        "step",
+        "step_backward",
+        "struct_size",
+    )
     library: Any = load_library(program(cell, dtype), _FLAGS, SOURCES, functions)
     library.struct_size.restype = ctypes.c_int64
     compiled = [library.struct_size(i) for i in range(len(STRUCTS))]
@@ -197,6 +210,8 @@ def load(cell: Cell, dtype: torch.dtype) -> Any:
         raise RuntimeError(f"The C++ compiler's structs have {compiled} bytes, expected {expected}")
     library.needed.restype = ctypes.c_int64
     library.needed.argtypes = [ctypes.c_char_p]
+    library.adjoint_windows.restype = ctypes.c_int64
+    library.adjoint_windows.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
     library.step.restype = ctypes.c_int64
     library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -213,14 +228,8 @@ def threads() -> int:
 _FIRST_STATES_FIELD = Arguments._fields.index("s0")
 
 
-def _call(name: str, cell: Cell, arguments: Arguments) -> None:
-    """Calls one of the library's functions, and gives it the memory that it needs."""
-    w_hh = arguments.w_hh
-    dtype = w_hh.dtype
-    if dtype not in NUMBERS or not w_hh.is_cpu:
-        got = f"{dtype} on {w_hh.device}"
-        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
-    library = load(cell, dtype)
+def _packed(cell: Cell, arguments: Arguments) -> bytes:
+    """The struct, as the library reads it."""
     tensors: list[Any] = [*arguments[:_FIRST_STATES_FIELD]]
     for states in arguments[_FIRST_STATES_FIELD:-1]:
         tensors += states or [None] * cell.states
@@ -239,7 +248,19 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
     sizes = arguments.sizes
     # All numbers of 8 bytes. Sizes ends with `window`, a pair.
     count = len(addresses) + len(sizes) - 1 + 2
-    packed = _pack(count)(*addresses, *sizes[:-1], *sizes.window)
+    return _pack(count)(*addresses, *sizes[:-1], *sizes.window)
+
+
+def _call(name: str, cell: Cell, arguments: Arguments) -> None:
+    """Calls one of the library's functions, and gives it the memory that it needs."""
+    w_hh = arguments.w_hh
+    dtype = w_hh.dtype
+    if dtype not in NUMBERS or not w_hh.is_cpu:
+        got = f"{dtype} on {w_hh.device}"
+        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
+    library = load(cell, dtype)
+    sizes = arguments.sizes
+    packed = _packed(cell, arguments)
     needed = _needed(cell, dtype, sizes) if arguments.offsets is None else library.needed(packed)
     memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
@@ -267,7 +288,7 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
     # Of numbers of 4 bytes.
     width = N * cell.gates * H * w_hh.itemsize // 4
     windows = _windows(layout.sizes[0], width, cell.split)
-    return Sizes(layout.steps, B, R, x.shape[-1], H, N, layout.reverses, threads(), windows)
+    return Sizes(layout.steps, B, R, x.shape[-1], H, N, layout.reverses, threads(), 0, 0, windows)
 
 
 @lru_cache(4096)
@@ -312,6 +333,32 @@ def forward(
     _call("forward", cell, arguments)
 
 
+class Part(NamedTuple):
+    """One call of a backward pass in several: fields of Sizes and Arguments."""
+
+    threads: int
+    continues: bool
+    continued: bool
+    group_grads: Tensor
+
+
+def recurrence_threads(N: int) -> int:
+    """Threads of each of N recurrences: with as many, one by itself has the same groups."""
+    return -(-threads() // N)
+
+
+def adjoint_windows(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> list[int]:
+    """The steps between which the windows of a backward pass stand, from 0 to all; of packed
+    sequences, those of the first group."""
+    sizes = _sizes(cell, layout, x, w_hh)
+    arguments = Arguments(x, w_hh, w_hh, offsets=layout.offsets, sizes=sizes)
+    library = load(cell, w_hh.dtype)
+    packed = _packed(cell, arguments)
+    begins = (ctypes.c_int64 * (layout.steps + 1))()
+    count = library.adjoint_windows(packed, begins, layout.steps + 1)
+    return [*begins[:count], layout.steps]
+
+
 def backward(
     cell: Cell,
     plan: Plan,
@@ -322,9 +369,21 @@ def backward(
     outputs: Outputs,
     grads: OutputGrads,
     gradients: Gradients[Tensor | None],
+    part: Part | None = None,
 ) -> None:
     """Writes those of `gradients` that are not None; with more than one recurrence it adds to that
-    of x."""
+    of x. A part of the sequence is one window, whose gradients of W are added to those there."""
+    sizes = _sizes(cell, layout, x, weights.w_hh)
+    group_grads = None
+    if part is not None:
+        group_grads = part.group_grads
+        sizes = sizes._replace(
+            threads=part.threads,
+            continues=part.continues,
+            continued=part.continued,
+            # One window, whatever the sizes of groups
+            window=(sizes.window[0], 2 * max(1, layout.steps)),
+        )
     arguments = Arguments(
         x=x,
         w_ih=weights.w_ih,
@@ -339,11 +398,12 @@ def backward(
         w_hh_grad=gradients.w_hh,
         b_ih_grad=gradients.b_ih,
         b_hh_grad=gradients.b_hh,
+        group_grads=group_grads,
         offsets=layout.offsets,
         resets=layout.resets,
         s0=s0,
         dlast=grads.last,
         s0_grad=gradients.s0,
-        sizes=_sizes(cell, layout, x, weights.w_hh),
+        sizes=sizes,
     )
     _call("backward", cell, arguments)
