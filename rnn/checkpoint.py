@@ -3,8 +3,9 @@
 The sequence is cut into the windows that the backward pass of the whole would have, and some of
 them make a segment. Forward keeps the states that enter a segment; backward computes a segment once
 more, and runs the adjoints of its windows, which add to the same gradients in the same order as in
-one call: gradients have the same bits. Each recurrence takes its segments in its own order, beside
-the others."""
+one call: gradients of one recurrence have the same bits, but where packed sequences are divided into
+groups. Those of several differ by rounding, as their products have other tiles. Each recurrence
+takes its segments in its own order, beside the others."""
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
@@ -55,9 +56,7 @@ class Segments(NamedTuple):
     def all(self) -> list[range]:
         """The windows of each segment."""
         count = len(self.begins) - 1
-        return [
-            range(w, min(w + self.length, count)) for w in range(0, count, self.length)
-        ]
+        return [range(w, min(w + self.length, count)) for w in range(0, count, self.length)]
 
     def steps(self, w: int, reverse: int) -> tuple[int, int]:
         """The first of a window, and the last + 1."""
@@ -133,7 +132,7 @@ class _Segments(torch.autograd.Function):
         last = [x.new_empty(N, B, H) for _ in range(S)]
         for n, back in enumerate(call.reverse):
             own = slice(n * H, (n + 1) * H)
-            now = None if states is None else [s[n : n + 1] for s in states]
+            now: Any = None if states is None else [s[n : n + 1] for s in states]
             for i in reversed(range(len(every))):
                 if now is not None:
                     for k, state in enumerate(now):
@@ -248,7 +247,8 @@ class _Adjoint:
         part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads[n])
         ds = [torch.empty_like(s) for s in states]
         dx = None if self.x is None else self.x[self.rows.rows(steps)]
-        gradients = Gradients(dx, *self.weights[n], ds)
+        w_ih, w_hh, b_ih, b_hh = self.weights[n]
+        gradients = Gradients(dx, w_ih, w_hh, b_ih, b_hh, ds)
         self._backward(n, steps, states, outputs, gradients, part)
         self.states[n] = ds
 
@@ -295,8 +295,11 @@ class _Adjoint:
         if self.count == 4 and len(every) > 1:
             every = [[None if t[0] is None else torch.cat(t) for t in zip(*every)]]
         for i, grad in enumerate(grad for own in every for grad in own):
-            shared = grad is not None and i % 4 == 2 and not call.cell.split
-            yield (grad.clone() if shared else grad) if self.needs[1 + i] else None
+            if grad is None or not self.needs[1 + i]:
+                yield None
+            else:
+                # One gradient is that of both biases
+                yield grad if call.cell.split or i % 4 != 2 else grad.clone()
         found: Any = [torch.cat(s) for s in zip(*self.states)]
         found = call.in_callers_order(found)
         for k in range(states):

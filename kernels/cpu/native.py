@@ -68,8 +68,8 @@ class Sizes(NamedTuple):
 class Arguments(NamedTuple):
     """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S tensors
     each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last` is written
-    by forward, s0_grad by backward. `group_grads` keeps the gradients of W of all groups but the first
-    between the calls of a backward pass in several."""
+    by forward, s0_grad by backward. `group_grads` keeps the gradients
+    of W of all groups but the first between the calls of a backward pass in several."""
 
     x: Required
     w_ih: Required
@@ -359,7 +359,7 @@ def adjoint_windows(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> list
     return [*begins[:count], layout.steps]
 
 
-def backward(
+def backward(  # noqa: PLR0913  the part, beside what every backend has
     cell: Cell,
     plan: Plan,
     layout: Layout,

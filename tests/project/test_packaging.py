@@ -53,7 +53,7 @@ FLOORS = [
     ["layer_call", "projection"],
     ["onnx_export", "flops"],
     ["autograd", "custom_ops"],
-    ["torch_operators"],
+    ["checkpoint", "torch_operators"],
     ["batch", "functional"],
     ["interop", "single_step"],
     ["modules"],
