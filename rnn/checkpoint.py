@@ -3,9 +3,9 @@
 The sequence is cut into the windows that the backward pass of the whole would have, and some of
 them make a segment. Forward keeps the states that enter a segment; backward computes a segment once
 more, and runs the adjoints of its windows, which add to the same gradients in the same order as in
-one call: gradients of one recurrence have the same bits, but where packed sequences are divided into
-groups. Those of several differ by rounding, as their products have other tiles. Each recurrence
-takes its segments in its own order, beside the others."""
+one call: gradients of one recurrence have the same bits, but where packed sequences are divided
+into groups. Those of several differ by rounding, as their products have other tiles. Each
+recurrence takes its segments in its own order, beside the others."""
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
