@@ -101,7 +101,7 @@ class _Layer(torch.autograd.Function):
             if needs_graph:
                 inputs = x, *_interleaved(matrices, ctx.biases), *states
                 masks = lengths, batch_sizes, resets
-                grads = _by_composite(call, inputs, masks, count, incoming_grads, needs)
+                grads = by_composite(call, inputs, masks, count, incoming_grads, needs)
                 return *_NO_GRADS, *grads
             weights = _joined_weights(joined_matrices, ctx.biases if recompute else None)
             wanted = _wanted(needs, count)
@@ -179,7 +179,7 @@ def _state_grads(
     return [grad if need else None for grad, need in zip(grads, needs)]
 
 
-def _by_composite(
+def by_composite(
     call: LayerCall,
     inputs: Sequence[Any],
     masks: Sequence[Any],

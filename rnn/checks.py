@@ -75,6 +75,15 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1)
 
 
+def check_checkpoint(checkpoint: Any) -> None:
+    """Raises TypeError if it is no bool and no int, ValueError if it is an int below 1."""
+    if not isinstance(checkpoint, int):
+        kind = type(checkpoint).__name__
+        raise TypeError(f"Expected checkpoint to be a bool or an int, got {kind}")
+    if checkpoint is not False and checkpoint < 1:
+        raise ValueError(f"Expected checkpoint to be at least 1, got {checkpoint}")
+
+
 def check_plan(plan: Any) -> None:
     if plan is None:
         return

@@ -6,6 +6,10 @@ _LAYER = """
         plan: a `rnn.kernels.plan.Plan`, how to compute the layer; chosen for each call if None.
         recompute: keep no activations for the backward pass but the states, and compute the others
             once more there.
+        checkpoint: keep for the backward pass only the states of about every so many steps (True:
+            sqrt(T)), and compute the others once more there; by the C++ of the CPU, where at least
+            one of its windows lies between. Without effect elsewhere, with resets, while compiling
+            or exporting, and under transforms.
 
     Parameters, their names, shapes and initial values are torch.nn's, and so are the formulas
     above. Tensors are float16, bfloat16, float32 or float64, all of one dtype unless autocast is
@@ -13,8 +17,8 @@ _LAYER = """
 
     Source: {source}.
 
-    Raises TypeError for a plan or recompute of another kind, ValueError for a plan that there is
-    not, and both for the other arguments as torch.nn's layer does.
+    Raises TypeError for a plan, recompute or checkpoint of another kind, ValueError for a plan that
+    there is not or a checkpoint below 1, and both for the other arguments as torch.nn's layer does.
     """
 _CELL = """
 

@@ -119,6 +119,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         plan: Plan | None,
         recompute: bool,
         batch_first: bool,
+        checkpoint: int,
     ) -> Any:
         check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
         plain = all(mask is None for mask in masks) and not keep and not recompute

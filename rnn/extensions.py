@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .autograd import own_gradient
 from .boundary import alive
 from .composite import composite, composite_layer
+from .functional import BATCH_FIRST
 from .kernels import cells
 from .kernels.cells import Cell
 from .layer_call import batch_size
@@ -167,15 +168,14 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     masks: Sequence[Any],
     reverse: Sequence[int],
     keep: int,
-    plan: Any,
-    recompute: bool,
-    batch_first: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `operator`, which is like `functional.run_layer`, for the layer of that index with all its
     options. Its states are those of all heads together, [D, B, heads * H]."""
     if not torch.compiler.is_compiling():
         alive((x, *weights, *(states or ()), *layer.parameters()))
     heads = layer.num_heads
+    batch_first = options[BATCH_FIRST]
     B = batch_size(x, masks[1], batch_first)
     given = _states(layer, index, x, B, states, len(reverse))
     w_ih, w_hh, b_ih, b_hh = _joined(weights)
@@ -196,9 +196,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
         masks,
         tuple(back for back in reverse for _ in range(heads)),
         1 if dropped else keep,
-        plan,
-        recompute,
-        batch_first,
+        *options,
     )
     first = 0
     if dropped and others is not None:
@@ -239,7 +237,7 @@ def _composite(
     *options: Any,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `functional.run_layer`, by a step of its own in torch's operations."""
-    batch_first = options[-1]
+    batch_first = options[BATCH_FIRST]
     return composite_layer(
         cell, x, weights, states, masks, reverse, keep, batch_first, partial(composite, step=step)
     )

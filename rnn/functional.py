@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from . import checkpoint as segments
 from . import dispatch, flops, layer_call, onnx_export
 from .autograd import apply, trains
 from .boundary import alive
-from .checks import NAMES, as_tensor, check_layer, check_operator, refuse_nested
+from .checks import NAMES, as_tensor, check_checkpoint, check_layer, check_operator, refuse_nested
 from .composite import composite, composite_layer
 from .custom_ops import forward_op
 from .kernels import cells
@@ -38,6 +39,8 @@ from .transforms import (
 )
 
 __all__ = ["recurrence"]
+# Of the options of `run_layer` that come after `keep`: plan, recompute, batch_first, checkpoint
+BATCH_FIRST = 2
 
 
 def recurrence(  # noqa: PLR0913  the public operator
@@ -55,6 +58,7 @@ def recurrence(  # noqa: PLR0913  the public operator
     keep: int = 0,
     plan: Plan | None = None,
     recompute: bool = False,
+    checkpoint: bool | int = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """N recurrences over the same sequences, each in its own direction: one layer.
 
@@ -79,6 +83,10 @@ def recurrence(  # noqa: PLR0913  the public operator
         plan: how to compute it, if not as `make_plan` would.
         recompute: keep no activations for backward but the states, and compute the others once more
             there.
+        checkpoint: keep for backward only the states of about every so many steps (True: sqrt(T)),
+            and compute the others once more there; at least a window of the C++ of the CPU lies
+            between. Gradients have the same bits but where docs/numerics.md says. Without effect
+            for other kernels, with resets, while compiling or exporting and under transforms.
 
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the
     last [N*S, B, H].
@@ -88,15 +96,16 @@ def recurrence(  # noqa: PLR0913  the public operator
     seen = x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
         whole: tuple[Tensor, Tensor | None, Tensor] = handle_torch_function(
-            recurrence, seen, cell, *seen, reverse, keep, plan, recompute
+            recurrence, seen, cell, *seen, reverse, keep, plan, recompute, checkpoint
         )
         return whole
+    check_checkpoint(checkpoint)
     tensors = dict(x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, s0=s0, batch_sizes=batch_sizes)
     reverse = check_operator(cell, tensors, reverse, keep, plan)
     N = len(reverse)
     masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
     weights = w_ih, w_hh, b_ih, b_hh
-    options = reverse, int(keep), plan, bool(recompute)
+    options = reverse, int(keep), plan, bool(recompute), False, checkpoint
     y, others, last = run_layer(cell, x, weights, part_views(s0, cell.states), masks, *options)
     return y, others, join_states(last, N)
 
@@ -112,18 +121,20 @@ def run_layer(  # noqa: PLR0913  as recurrence
     plan: Plan | None = None,
     recompute: bool = False,
     batch_first: bool = False,
+    checkpoint: bool | int = False,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """`recurrence` with `weights` w_ih to b_hh, of all recurrences or of one after the other,
     `masks` lengths to resets, S states [N, B, H], each a tensor of its own coming in and going out,
     zeros if None; with `batch_first` x is [B, T, I] and so is y."""
     seen = x, *weights, *(states or ()), *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        given = cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first
+        options = reverse, keep, plan, recompute, batch_first, checkpoint
+        given = cell, x, weights, states, masks, *options
         overridden: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
             run_layer, seen, *given
         )
         return overridden
-    options = reverse, keep, plan, recompute, batch_first
+    options = reverse, keep, plan, recompute, batch_first, checkpoint
     # Asked first whether there is any: the type of a device takes as long as a check.
     autocast = autocast_dtype(x.device.type) if any_autocast() else None
     if autocast is not None:
@@ -135,7 +146,7 @@ def run_layer(  # noqa: PLR0913  as recurrence
         raise
     transform = active_transform()
     if transform or traced(x, weights[1]):
-        return _seen_by_pytorch(transform, cell, x, weights, states, masks, *options)
+        return _seen_by_pytorch(transform, cell, x, weights, states, masks, *options[:-1])
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
     B = batch_size(x, masks[1], batch_first)
     H = weights[1].shape[1]
@@ -150,6 +161,12 @@ def run_layer(  # noqa: PLR0913  as recurrence
         )
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
+        if checkpoint:
+            found = segments.segment_windows(call, x, weights[1], checkpoint)
+            if found is not None:
+                given = call, found, keep, len(weights), *masks, x, *weights, *(states or ())
+                y, others, *last = segments.apply(*given)
+                return y, others, last
         save = _kept(True, keep, recompute)
         y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))
         return y, others if keep else None, last

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .composite import composite_layer
 from .convert import replace
+from .functional import BATCH_FIRST
 from .kernels.cells import Cell
 from .stack import Stack
 
@@ -97,7 +98,7 @@ class _Operator:
         *options: Any,
     ) -> Any:
         record: list[Tensor] = []
-        batch_first = options[-1]
+        batch_first = options[BATCH_FIRST]
         recording: Any = _Recording(cell, record)
         found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
         steps = len(record) // len(reverse)

@@ -16,7 +16,7 @@ from . import interop
 from .autograd import own_gradient
 from .batch import Batch, batch_of
 from .boundary import alive
-from .checks import check_masks, check_plan
+from .checks import check_checkpoint, check_masks, check_plan
 from .device_copies import on_device
 from .extensions import (
     OPTIONS,
@@ -56,6 +56,8 @@ class Stack(nn.RNNBase):
 
     # Of the class, so that torch.nn's modules have them when they become ours.
     recompute = False
+    # Of how many steps the states are kept for backward, if not of all
+    checkpoint: bool | int = False
     # How to compute the layer, if not as `rnn.kernels.planner.make_plan` would
     plan: Plan | None = None
     # Independent parts of the hidden state, each with a recurrence of its own
@@ -82,6 +84,7 @@ class Stack(nn.RNNBase):
         *args: Any,
         plan: Plan | None = None,
         recompute: bool = False,
+        checkpoint: bool | int = False,
         time_parallel: Any = False,
         cell: Cell | None = None,
         **kwargs: Any,
@@ -105,6 +108,7 @@ class Stack(nn.RNNBase):
             del self.__dict__["under_construction"]
         self.plan = plan
         self.recompute = recompute
+        self.checkpoint = checkpoint
         if time_parallel:
             self.time_parallel = time_parallel
 
@@ -144,6 +148,8 @@ class Stack(nn.RNNBase):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "plan":
             check_plan(value)
+        elif name == "checkpoint":
+            check_checkpoint(value)
         elif name == "time_parallel":
             check_time_parallel(value)
         elif name in OPTIONS:
@@ -382,9 +388,8 @@ class Stack(nn.RNNBase):
                 w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
                 states = [torch.zeros_like(first[1]), *first[1:]]
             weights = w_ih, w_hh, b_ih, b_hh
-        y, others, last = operator(
-            cell, x, weights, states, masks, reverse, keep, self.plan, self.recompute, batch_first
-        )
+        options = self.plan, self.recompute, batch_first, self.checkpoint
+        y, others, last = operator(cell, x, weights, states, masks, reverse, keep, *options)
         steps = [y]
         if keep and others is not None:
             shape = (

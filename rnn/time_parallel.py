@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .functional import BATCH_FIRST
 from .kernels import cells
 from .kernels.adjoint import elementwise_jacobian
 from .kernels.cells import Cell
@@ -98,8 +99,7 @@ class _Group(NamedTuple):
     L: int
     B: int
     keep: int
-    plan: Any
-    recompute: bool
+    options: tuple[Any, ...]
     limits: TimeParallel
 
     def run(
@@ -109,9 +109,7 @@ class _Group(NamedTuple):
         reverse = (False,) * self.N
         flat = [s.flatten(1, 2) for s in states]
         masks = (None, None, None)
-        y, others, last = self.operator(
-            cell, x, weights, flat, masks, reverse, keep, self.plan, self.recompute, False
-        )
+        y, others, last = self.operator(cell, x, weights, flat, masks, reverse, keep, *self.options)
         return y, others, [s.unflatten(1, (self.C, self.B)) for s in last]
 
     def to_chunks(self, t: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ class _Solution(NamedTuple):
     residual: float
 
 
-def parallel_layer(  # noqa: PLR0913  as run_layer
+def parallel_layer(
     layer: Any,
     operator: Callable[..., Any],
     cell: Cell,
@@ -150,14 +148,13 @@ def parallel_layer(  # noqa: PLR0913  as run_layer
     masks: Sequence[Any],
     reverse: Sequence[int],
     keep: int,
-    plan: Any,
-    recompute: bool,
-    batch_first: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `operator`, in chunks where that is possible: for whole sequences of two chunks or more,
     outside of transforms and compilers."""
     limits = check_time_parallel(layer.time_parallel) or TimeParallel()
-    arguments = (cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first)
+    arguments = (cell, x, weights, states, masks, reverse, keep, *options)
+    batch_first = options[BATCH_FIRST]
     T = x.shape[1 if batch_first else 0]
     whole = all(mask is None for mask in masks)
     if not whole or traced(x, weights[1]) or active_transform() or 2 * limits.chunk > T:
@@ -224,12 +221,14 @@ def _one_way(
     """y, the other states and the last ones of recurrences that run forward over x; None where the
     states do not settle. What is less than a chunk comes last, one step after the other."""
     cell = arguments[0]
-    keep, plan, recompute = arguments[6:9]
+    keep, *rest_of_options = arguments[6:]
+    rest_of_options[BATCH_FIRST] = False  # x is [T, B, I]
+    options = tuple(rest_of_options)
     T, B, _ = x.shape
     N = len(states[0])
     C = T // limits.chunk
     L = limits.chunk
-    group = _Group(operator, cell, N, C, L, B, keep, plan, recompute, limits)
+    group = _Group(operator, cell, N, C, L, B, keep, options, limits)
     body = x[: C * L]
     with torch.no_grad():
         solution = _solve(group, group.to_chunks(body), weights, states)
@@ -241,7 +240,7 @@ def _one_way(
         masks = (None, None, None)
         reverse = (False,) * N
         rest, rest_others, last = operator(
-            cell, x[C * L :], weights, last, masks, reverse, keep, plan, recompute, False
+            cell, x[C * L :], weights, last, masks, reverse, keep, *options
         )
         y = torch.cat((y, rest))
         if others is not None:

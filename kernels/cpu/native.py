@@ -31,7 +31,15 @@ _FLAGS_OF_ANY_CPU = [
     "-fPIC",
 ]
 _FLAGS = [*_FLAGS_OF_ANY_CPU, "-march=native"]
-_FUNCTIONS = "needed", "forward", "backward", "step", "step_backward", "struct_size"
+_FUNCTIONS = (
+    "needed",
+    "adjoint_windows",
+    "forward",
+    "backward",
+    "step",
+    "step_backward",
+    "struct_size",
+)
 SOURCES = Path(__file__).parent
 # The dtypes that are computed in, and the type of number in C++.
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
@@ -51,7 +59,8 @@ Pair = Annotated[tuple[int, int], "int64_t", "2"]
 class Sizes(NamedTuple):
     """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a forward
     and a backward pass: windows of time have about as many rows as so many steps of B
-    sequences."""
+    sequences. Of a backward pass in several calls, `continues` says that one came before, to whose
+    gradients of W this one adds, and `continued` that another follows."""
 
     steps: Size
     B: Size
@@ -61,13 +70,16 @@ class Sizes(NamedTuple):
     N: Size
     reverses: Size
     threads: Size
+    continues: Size
+    continued: Size
     window: Pair
 
 
 class Arguments(NamedTuple):
     """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S tensors
     each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last` is written
-    by forward, s0_grad by backward."""
+    by forward, s0_grad by backward. `group_grads` keeps the gradients
+    of W of all groups but the first between the calls of a backward pass in several."""
 
     x: Required
     w_ih: Required
@@ -84,13 +96,14 @@ class Arguments(NamedTuple):
     w_hh_grad: Output = None
     b_ih_grad: Output = None
     b_hh_grad: Output = None
+    group_grads: Output = None
     offsets: Integers = None
     resets: Flags = None
     s0: InputStates = None
     dlast: InputStates = None
     last: OutputStates = None
     s0_grad: OutputStates = None
-    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, (1, 1))
+    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 0, 0, (1, 1))
 
 
 class StepSizes(NamedTuple):
@@ -236,6 +249,8 @@ def _typed(library: Any, cell: Cell, prebuilt: bool) -> Any:
         raise RuntimeError(f"The C++ compiler's structs have {compiled} bytes, expected {expected}")
     library.needed.restype = ctypes.c_int64
     library.needed.argtypes = [ctypes.c_char_p]
+    library.adjoint_windows.restype = ctypes.c_int64
+    library.adjoint_windows.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
     library.step.restype = ctypes.c_int64
     library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -252,15 +267,8 @@ def threads() -> int:
 _FIRST_STATES_FIELD = Arguments._fields.index("s0")
 
 
-def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
-    """Calls one of the library's functions, and gives it the memory that it needs."""
-    w_hh = arguments.w_hh
-    dtype = w_hh.dtype
-    if dtype not in NUMBERS or not w_hh.is_cpu:
-        got = f"{dtype} on {w_hh.device}"
-        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
-    fixed_order = plan.precision == "fixed"
-    library = load_fixed_order(cell, dtype) if fixed_order else load(cell, dtype)
+def _packed(cell: Cell, arguments: Arguments) -> bytes:
+    """The struct, as the library reads it."""
     tensors: list[Any] = [*arguments[:_FIRST_STATES_FIELD]]
     for states in arguments[_FIRST_STATES_FIELD:-1]:
         tensors += states or [None] * cell.states
@@ -279,7 +287,20 @@ def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
     sizes = arguments.sizes
     # All numbers of 8 bytes. Sizes ends with `window`, a pair.
     count = len(addresses) + len(sizes) - 1 + 2
-    packed = _pack(count)(*addresses, *sizes[:-1], *sizes.window)
+    return _pack(count)(*addresses, *sizes[:-1], *sizes.window)
+
+
+def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
+    """Calls one of the library's functions, and gives it the memory that it needs."""
+    w_hh = arguments.w_hh
+    dtype = w_hh.dtype
+    if dtype not in NUMBERS or not w_hh.is_cpu:
+        got = f"{dtype} on {w_hh.device}"
+        raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
+    fixed_order = plan.precision == "fixed"
+    library = load_fixed_order(cell, dtype) if fixed_order else load(cell, dtype)
+    sizes = arguments.sizes
+    packed = _packed(cell, arguments)
     if arguments.offsets is None and not fixed_order:
         needed = _needed(cell, dtype, sizes)
     else:
@@ -309,7 +330,8 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
     R = steps * B if offsets is None else shape[0]
     # Of numbers of 4 bytes.
     windows = _windows(sizes[0], rows * w_hh.itemsize // 4, cell.split)
-    return Sizes(steps, B, R, shape[-1], H, len(reverse), layout.reverses, threads(), windows)
+    N = len(reverse)
+    return Sizes(steps, B, R, shape[-1], H, N, layout.reverses, threads(), 0, 0, windows)
 
 
 @lru_cache(4096)
@@ -354,6 +376,7 @@ def forward(
         None,  # w_hh_grad
         None,  # b_ih_grad
         None,  # b_hh_grad
+        None,  # group_grads
         layout.offsets,
         layout.resets,
         s0,
@@ -365,7 +388,33 @@ def forward(
     _call("forward", cell, plan, arguments)
 
 
-def backward(
+class Part(NamedTuple):
+    """One call of a backward pass in several: fields of Sizes and Arguments."""
+
+    threads: int
+    continues: bool
+    continued: bool
+    group_grads: Tensor
+
+
+def recurrence_threads(N: int) -> int:
+    """Threads of each of N recurrences: with as many, one by itself has the same groups."""
+    return -(-threads() // N)
+
+
+def adjoint_windows(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> list[int]:
+    """The steps between which the windows of a backward pass stand, from 0 to all; of packed
+    sequences, those of the first group."""
+    sizes = _sizes(cell, layout, x, w_hh)
+    arguments = Arguments(x, w_hh, w_hh, offsets=layout.offsets, sizes=sizes)
+    library = load(cell, w_hh.dtype)
+    packed = _packed(cell, arguments)
+    begins = (ctypes.c_int64 * (layout.steps + 1))()
+    count = library.adjoint_windows(packed, begins, layout.steps + 1)
+    return [*begins[:count], layout.steps]
+
+
+def backward(  # noqa: PLR0913  the part, beside what every backend has
     cell: Cell,
     plan: Plan,
     layout: Layout,
@@ -375,11 +424,22 @@ def backward(
     outputs: Outputs,
     grads: OutputGrads,
     gradients: Gradients[Tensor | None],
+    part: Part | None = None,
 ) -> None:
     """Writes those of `gradients` that are not None; with more than one recurrence it adds to that
-    of x."""
+    of x. A part of the sequence is one window, whose gradients of W are added to those there."""
     w_hh = weights.w_hh
     sizes = _sizes(cell, layout, x, w_hh)
+    group_grads = None
+    if part is not None:
+        group_grads = part.group_grads
+        sizes = sizes._replace(
+            threads=part.threads,
+            continues=part.continues,
+            continued=part.continued,
+            # One window, whatever the sizes of groups
+            window=(sizes.window[0], 2 * max(1, layout.steps)),
+        )
     arguments = Arguments(
         x,
         weights.w_ih,
@@ -396,6 +456,7 @@ def backward(
         gradients.w_hh,
         gradients.b_ih,
         gradients.b_hh,
+        group_grads,
         layout.offsets,
         layout.resets,
         s0,

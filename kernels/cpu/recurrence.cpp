@@ -47,6 +47,7 @@ static void input_gradients(const Schedule& schedule, const ThreadWork& work, bo
   const i64 N = schedule.N;
   const i64 R = schedule.R;
   const i64 panels_size = gate_rows * schedule.padded_inputs;
+  const bool add = N > 1 || schedule.continues || schedule.continued;
   for (i64 round = 0; round < N; ++round) {
     for (const WorkItem& item : work.items) {
       const i64 region = (item.n + round) % N;
@@ -54,7 +55,7 @@ static void input_gradients(const Schedule& schedule, const ThreadWork& work, bo
         const auto rows = item.input_grad_rows(schedule, R * region / N, R * (region + 1) / N);
         const Number* const panels = schedule.input_panels + item.n * panels_size;
         product<VECTORS_PER_TILE>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
-                                  nullptr, N > 1);
+                                  nullptr, add);
       }
       if (round == 0 && schedule.w_ih_grad && !schedule.input_is_packed())
         item.pack_input(schedule);
@@ -75,6 +76,14 @@ extern "C" i64 needed(const Arguments& arguments) {
   const i64 forward = Schedule(arguments, false, nullptr).used;
   const i64 backward = Schedule(arguments, true, nullptr).used;
   return std::max(forward, backward);
+}
+
+// The steps with which the windows of a backward pass begin, at most `size` of them: their number.
+extern "C" i64 adjoint_windows(const Arguments& arguments, i64* begins, i64 size) {
+  const Schedule schedule(arguments, true, nullptr);
+  const i64 windows = std::min(schedule.windows, size);
+  for (i64 j = 0; j < windows; ++j) begins[j] = schedule.window_begin(0, j);
+  return windows;
 }
 
 extern "C" void forward(const Arguments& arguments, Number* memory) {
@@ -106,7 +115,7 @@ extern "C" void forward(const Arguments& arguments, Number* memory) {
   }
 }
 
-// With more than one recurrence the gradient of x is added to what is there.
+// With more than one recurrence, or in several calls, the gradient of x is added to what is there.
 extern "C" void backward(const Arguments& arguments, Number* memory) {
   const Schedule schedule(arguments, true, memory);
   prefer_huge_pages(arguments.x_grad, arguments.R * arguments.I);
@@ -137,7 +146,7 @@ extern "C" void backward(const Arguments& arguments, Number* memory) {
       item.for_each_state(schedule, [&](i64 k, i64, i64 at, Number* row, i64 bytes) {
         if (schedule.s0_grad[k]) std::memcpy(schedule.s0_grad[k] + at, row, bytes);
       });
-    if (schedule.private_weight_grads) {
+    if (schedule.private_weight_grads && !schedule.continued) {
       barrier_if(true);
       add_private_gradients(schedule, work);
     }

@@ -141,7 +141,9 @@ struct Schedule : Arguments {
       dr = gates_or_dr;
       dx = SEPARATE_RECURRENT_GRAD ? take(slots * gates_width) : dr;
       h_rows = take(slots * padded_hidden);
-      weight_grads = take(private_weight_grads ? N * (groups - 1) * weight_grads_size() : 0);
+      const i64 private_size = N * (groups - 1) * weight_grads_size();
+      weight_grads = take(private_weight_grads && !continues && !continued ? private_size : 0);
+      if (group_grads) weight_grads = group_grads;
       x_rows = input_is_packed() ? nullptr : take(slots * padded_inputs);
       copies = take(threads * (OUTER_COPY + SHARING_PAD));
     } else {

@@ -38,7 +38,7 @@ struct WindowRows {
   i64 x_row;
 };
 
-// Adds a window's gradients of rows `begin` to `end` of W; in the first window it sets them.
+// Adds a window's gradients of rows `begin` to `end` of W; in the first window of all it sets them.
 static void weight_gradients(const Schedule& schedule, const WeightGrads& to, WindowRows window,
                              i64 begin, i64 end, bool add, Number* copy) {
   const i64 I = schedule.I;
@@ -68,12 +68,13 @@ static void window_weight_gradients(const Schedule& schedule, const ThreadWork& 
   const i64 gate_rows = GATES * schedule.H;
   const i64 shares = schedule.shares;
   Number* const copy = schedule.copy(work.thread);
+  const bool add = w > 0 || schedule.continues;
   if (schedule.private_weight_grads) {
     for (const WorkItem& item : work.items) {
       const WeightGrads to(schedule, item.n, item.group);
       const i64 begin = gate_rows * item.share / shares;
       const i64 end = gate_rows * (item.share + 1) / shares;
-      weight_gradients(schedule, to, {item.base, item.rows, 0}, begin, end, w > 0, copy);
+      weight_gradients(schedule, to, {item.base, item.rows, 0}, begin, end, add, copy);
     }
     return;
   }
@@ -86,7 +87,7 @@ static void window_weight_gradients(const Schedule& schedule, const ThreadWork& 
                                schedule.window_rows(0, schedule.groups, j), x_row};
     const i64 begin = gate_rows * work.thread / work.threads;
     const i64 end = gate_rows * (work.thread + 1) / work.threads;
-    weight_gradients(schedule, WeightGrads(schedule, n, 0), window, begin, end, w > 0, copy);
+    weight_gradients(schedule, WeightGrads(schedule, n, 0), window, begin, end, add, copy);
   }
 }
 
