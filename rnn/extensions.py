@@ -157,6 +157,18 @@ def make_parameters(layer: Any) -> None:
                 )
 
 
+def reset_parameters(layer: Any) -> None:
+    """Uniform within 1 / sqrt(H) of a head, gains of norms 1, learned states 0."""
+    bound = (layer.num_heads / layer.hidden_size) ** 0.5 if layer.hidden_size else 0.0
+    for name, weight in layer.named_parameters():
+        if name.startswith("norm"):
+            nn.init.ones_(weight)
+        elif name.startswith("initial"):
+            nn.init.zeros_(weight)
+        else:
+            nn.init.uniform_(weight, -bound, bound)
+
+
 def extended_layer(  # noqa: PLR0913  as run_layer
     layer: Any,
     index: int,

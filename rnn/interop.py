@@ -151,6 +151,12 @@ def scriptable(layer: nn.Module) -> nn.Module:
     return copied
 
 
+def prepare_scriptable(layer: Any) -> Any:
+    """For torch.jit.script. A subclass may do something of its own."""
+    own = type(layer).__module__ == f"{__package__}.modules"
+    return scriptable(layer) if own else layer
+
+
 class _Eager:
     """In place of `Module.__call__` of such a layer."""
 

@@ -7,7 +7,7 @@ from torch import nn
 from . import interop
 from .docstrings import cell_doc, layer_doc
 from .kernels.cells import Cell
-from .stack import Stack, prepare_scriptable
+from .stack import Stack
 
 
 class RNN(Stack):
@@ -86,7 +86,7 @@ class _Cell(nn.Module):
 
     qconfig = interop.qconfig
     __jit_unused_properties__: ClassVar = ["qconfig"]
-    _prepare_scriptable__ = prepare_scriptable
+    __prepare_scriptable__ = interop.prepare_scriptable
 
 
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.

@@ -25,6 +25,7 @@ from .extensions import (
     extended_layer,
     make_parameters,
     prepare,
+    reset_parameters,
 )
 from .functional import run_layer
 from .kernels import cells
@@ -42,12 +43,6 @@ CELLS = {
     "LSTM": cells.lstm,
     "GRU": cells.gru,
 }
-
-
-def prepare_scriptable(self: Any) -> Any:
-    """For torch.jit.script. A subclass may do something of its own."""
-    own = type(self).__module__ == f"{__package__}.modules"
-    return interop.scriptable(self) if own else self
 
 
 class Stack(nn.RNNBase):
@@ -121,14 +116,7 @@ class Stack(nn.RNNBase):
     def reset_parameters(self) -> None:
         """As torch.nn's, uniform within 1 / sqrt(H), where H is that of one head."""
         if self.extended:
-            for name, weight in self.named_parameters():
-                bound = (self.num_heads / self.hidden_size) ** 0.5 if self.hidden_size else 0.0
-                if name.startswith("norm"):
-                    nn.init.ones_(weight)
-                elif name.startswith("initial"):
-                    nn.init.zeros_(weight)
-                else:
-                    nn.init.uniform_(weight, -bound, bound)
+            reset_parameters(self)
         else:
             super().reset_parameters()
 
@@ -181,7 +169,7 @@ class Stack(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing, and raises nothing: the weights are used where they are."""
 
-    __prepare_scriptable__ = prepare_scriptable
+    __prepare_scriptable__ = interop.prepare_scriptable
 
     def _layers(self) -> list[list[Any]]:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other;

@@ -4,10 +4,10 @@ and this machine, and kept on disk. Threads are those of torch, where the compil
 import ctypes
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from ..types import Gradients, Layout, OutputGrads, Outputs, States, Weights
 from . import shipping
 from .build import compiler as compiler
 from .build import load_library
+from .structs import NUMBERS as NUMBERS
+from .structs import STRUCTS, Arguments, Sizes, declaration
+from .structs import Step as Step
+from .structs import StepAdjoint as StepAdjoint
+from .structs import StepSizes as StepSizes
+from .structs import words as words
 from .workspace import scratch
 
 _FLAGS_OF_ANY_CPU = [
@@ -41,134 +47,6 @@ _FUNCTIONS = (
     "struct_size",
 )
 SOURCES = Path(__file__).parent
-# The dtypes that are computed in, and the type of number in C++.
-NUMBERS = {torch.float32: "float", torch.float64: "double"}
-
-# The fields of the C++ structs: what Python gives, the C type, and the length of an array.
-Required = Annotated[Tensor, "const NUMBER*", ""]
-Input = Annotated[Tensor | None, "const NUMBER*", ""]
-Output = Annotated[Tensor | None, "NUMBER*", ""]
-Integers = Annotated[Tensor | None, "const int64_t*", ""]
-Flags = Annotated[Tensor | None, "const bool*", ""]
-InputStates = Annotated[Sequence[Tensor | None] | None, "const NUMBER*", "STATES"]
-OutputStates = Annotated[Sequence[Tensor | None] | None, "NUMBER*", "STATES"]
-Size = Annotated[int, "int64_t", ""]
-Pair = Annotated[tuple[int, int], "int64_t", "2"]
-
-
-class Sizes(NamedTuple):
-    """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a forward
-    and a backward pass: windows of time have about as many rows as so many steps of B
-    sequences. Of a backward pass in several calls, `continues` says that one came before, to whose
-    gradients of W this one adds, and `continued` that another follows."""
-
-    steps: Size
-    B: Size
-    R: Size
-    I: Size
-    H: Size
-    N: Size
-    reverses: Size
-    threads: Size
-    continues: Size
-    continued: Size
-    window: Pair
-
-
-class Arguments(NamedTuple):
-    """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S tensors
-    each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last` is written
-    by forward, s0_grad by backward. `group_grads` keeps the gradients
-    of W of all groups but the first between the calls of a backward pass in several."""
-
-    x: Required
-    w_ih: Required
-    w_hh: Required
-    b_ih: Input = None
-    b_hh: Input = None
-    dy: Input = None
-    dstates: Input = None
-    y: Output = None
-    states: Output = None
-    saved: Output = None
-    x_grad: Output = None
-    w_ih_grad: Output = None
-    w_hh_grad: Output = None
-    b_ih_grad: Output = None
-    b_hh_grad: Output = None
-    group_grads: Output = None
-    offsets: Integers = None
-    resets: Flags = None
-    s0: InputStates = None
-    dlast: InputStates = None
-    last: OutputStates = None
-    s0_grad: OutputStates = None
-    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 0, 0, (1, 1))
-
-
-class StepSizes(NamedTuple):
-    """`memory` has `size` numbers; `parameters` is the number per layer."""
-
-    memory: Output
-    size: Size
-    B: Size
-    I: Size
-    H: Size
-    layers: Size
-    parameters: Size
-    threads: Size
-
-
-class Step(NamedTuple):
-    """The argument of `step` in single_step.cpp. After it come the pointers of the parameters."""
-
-    x: Required
-    s: InputStates
-    y: Output
-    n: OutputStates
-    saved: Output
-    sizes: StepSizes
-
-
-class StepAdjoint(NamedTuple):
-    """Likewise for `step_backward`."""
-
-    x: Required
-    s: InputStates
-    saved: Input
-    dy: Input
-    dy_alike: Input
-    dn: InputStates
-    dx: Output
-    ds: OutputStates
-    sizes: StepSizes
-
-
-STRUCTS = Arguments, Step, StepAdjoint
-
-
-def _fields(struct_type: Any) -> Iterator[tuple[str, str, str]]:
-    """The name, C type and array length of each field, also of a NamedTuple inside it."""
-    for name, hint in get_type_hints(struct_type, include_extras=True).items():
-        if hasattr(hint, "_fields"):
-            yield from _fields(hint)
-        else:
-            yield name, *hint.__metadata__
-
-
-def _declaration(struct_type: Any) -> str:
-    """The struct in C++."""
-    lines = [f"struct {struct_type.__name__} {{"]
-    for name, kind, length in _fields(struct_type):
-        lines.append(f"  {kind} {name}[{length}];" if length else f"  {kind} {name};")
-    return "\n".join([*lines, "};\n"])
-
-
-@cache
-def words(struct_type: Any, states: int) -> int:
-    """The struct's size in 8 bytes for a cell of so many states."""
-    lengths = {"": 1, "2": 2, "STATES": states}
-    return sum(lengths[length] for _, _, length in _fields(struct_type))
 
 
 @cache
@@ -193,7 +71,7 @@ def definitions(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> st
         BACKWARD=statements(cell, True),
     )
     defines = "".join(f"#define {name} {value}\n" for name, value in choices.items())
-    return defines + "#include <cstdint>\n" + "".join(map(_declaration, STRUCTS))
+    return defines + "#include <cstdint>\n" + "".join(map(declaration, STRUCTS))
 
 
 def program(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
