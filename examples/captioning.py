@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-import training
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+
+import training
 
 SIZE = 32
 PLACES = 8  # a side
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL = ["", "<start>", "<end>", "<unknown>"]
+RARE = 3  # a word that is in fewer names of training is unknown
 
 
 class Glyphs(NamedTuple):
@@ -45,25 +47,28 @@ class Captioner(nn.Module):
         super().__init__()
         self.look = nn.Sequential(
             nn.Conv2d(1, 32, 5, stride=2, padding=2),
+            nn.BatchNorm2d(32),
             nn.ReLU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.BatchNorm2d(64),
             nn.ReLU(),
-            nn.Conv2d(64, hidden, 3, padding=1),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
             nn.ReLU(),
         )
-        self.place = nn.Parameter(0.02 * torch.randn(PLACES**2, hidden))
-        self.summary = nn.Linear(hidden * PLACES**2, hidden)
+        self.place = nn.Parameter(0.02 * torch.randn(PLACES**2, 64))
+        self.summary = nn.Sequential(nn.Linear(64 * PLACES**2, hidden), nn.LayerNorm(hidden))
         self.embedding = nn.Embedding(words, hidden)
         self.rnn = layer(2 * hidden, hidden)
-        self.query = nn.Linear(hidden, hidden)
-        self.mix = nn.Linear(2 * hidden, hidden)
+        self.query = nn.Linear(hidden, 64)
+        self.mix = nn.Linear(hidden + 64, hidden)
         self.dropout = nn.Dropout(0.3)
         self.output = nn.Linear(hidden, words)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 1, SIZE, SIZE] -> features [B, places, hidden], and a summary [B, hidden]."""
+        """images [B, 1, SIZE, SIZE] -> features [B, places, 64], and a summary [B, hidden]."""
         features = self.look(images).flatten(2).transpose(1, 2)
-        summary = self.summary(self.dropout(features.flatten(1))).tanh()
+        summary = self.summary(features.flatten(1))
         return features + self.place, summary
 
     def decode(
@@ -73,10 +78,10 @@ class Captioner(nn.Module):
         [T, B, places]."""
         seen = summary.expand(len(words), -1, -1)
         h, state = self.rnn(torch.cat([self.embedding(words), seen], 2), state)
-        match = torch.einsum("tbh,bph->tbp", self.query(h), features) / math.sqrt(h.shape[2])
+        match = torch.einsum("tbh,bph->tbp", self.query(h), features) / math.sqrt(features.shape[2])
         attention = match.softmax(2)
         found = torch.einsum("tbp,bph->tbh", attention, features)
-        mixed = self.mix(self.dropout(torch.cat([h, found], 2))).tanh()
+        mixed = self.mix(torch.cat([h, found], 2)).tanh()
         return self.output(self.dropout(mixed)), state, attention
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ class Captioner(nn.Module):
 def render(font: Any, character: str) -> Tensor:
     """A glyph in the middle, [1, SIZE, SIZE]."""
     image = Image.new("L", (SIZE, SIZE))
-    left, top, right, bottom = font.getbbox(character)
+    left, _top, right, _bottom = font.getbbox(character)
     corner = ((SIZE - left - right) / 2, (SIZE - font.size * 1.2) / 2)
     ImageDraw.Draw(image).text(corner, character, fill=255, font=font)
     return torch.from_numpy(np.array(image)).float()[None] / 255
@@ -116,15 +121,15 @@ def encode_names(names: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> T
 
 
 def shift(images: Tensor) -> Tensor:
-    """The whole batch moved by up to two pixels each way."""
-    down, right = torch.randint(-2, 3, (2,)).tolist()
+    """The whole batch moved by up to a pixel each way."""
+    down, right = torch.randint(-1, 2, (2,)).tolist()
     return images.roll((down, right), (2, 3))
 
 
 def batches_of(
     glyphs: Glyphs, names: Tensor, options: argparse.Namespace
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for rows in training.minibatches(len(names), 64, options.seed):
+    for rows in training.minibatches(len(names), 32, options.seed):
         chosen = names[rows]
         longest = int((chosen != PAD).sum(1).max())
         images = shift(glyphs.images[rows])
@@ -134,9 +139,7 @@ def batches_of(
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, words = batch
     scores = model(images, words[:-1])
-    return nn.functional.cross_entropy(
-        scores.flatten(0, 1), words[1:].flatten(), ignore_index=PAD
-    )
+    return nn.functional.cross_entropy(scores.flatten(0, 1), words[1:].flatten(), ignore_index=PAD)
 
 
 @torch.no_grad()
@@ -199,7 +202,9 @@ def commonest_name(names: Sequence[Sequence[str]]) -> list[str]:
     found: list[str] = []
     while True:
         following = collections.Counter(
-            tuple(name[len(found) : len(found) + 1]) for name in names if name[: len(found)] == found
+            tuple(name[len(found) : len(found) + 1])
+            for name in names
+            if name[: len(found)] == found
         )
         (word,) = following.most_common(1)[0][0] or (None,)
         if word is None:
@@ -246,7 +251,7 @@ def draw(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, cell="gru", steps=800, rate=2e-3)
+    parser = training.parser(__doc__, cell="gru", steps=2500, rate=2e-3)
     hidden = "hidden units (default: %(default)s)"
     parser.add_argument("--hidden", type=training.positive, default=128, help=hidden)
     return training.parse(parser, arguments, steps=20, hidden=32)
@@ -265,8 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = len(order) // 10
     train = glyphs.select(order[held_out:])
     test = glyphs.select(order[:held_out])
-    vocabulary = [*SPECIAL, *sorted({word for name in train.names for word in name})]
-    print(f"{len(train.names)} glyphs to learn, {held_out} to test; {len(vocabulary)} words")
+    counts = collections.Counter(word for name in train.names for word in name)
+    vocabulary = [*SPECIAL, *sorted(word for word in counts if counts[word] >= RARE)]
+    print(f"{len(train.names)} glyphs to learn, {held_out} to test; ", end="")
+    print(f"{len(counts)} words, {len(vocabulary)} of them in {RARE} names or more")
 
     model = Captioner(training.layer(options.cell), len(vocabulary), options.hidden)
     names = encode_names(train.names, vocabulary)

@@ -5,6 +5,7 @@ that is struck, a pitch held on, or a rest. Each window of training is moved to 
 random. The result is a MIDI file, which every music player plays, and a piano roll."""
 
 import argparse
+import itertools
 import math
 import struct
 import zipfile
@@ -16,9 +17,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-import training
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import training
 
 SOURCE = "music21==10.5.1"
 VOICES = 4
@@ -211,15 +213,13 @@ def bigram_bits(train: Sequence[Tensor], test: Sequence[Tensor]) -> float:
 def sounding(score: Tensor) -> Tensor:
     """The token of the note that sounds in each eighth and voice, [eighths, VOICES]."""
     found = score.clone()
-    for before, now in zip(found, found[1:]):
+    for before, now in itertools.pairwise(found):
         now.copy_(torch.where(now == HOLD, before, now))
     return found
 
 
 @torch.no_grad()
-def compose(
-    model: Composer, opening: Tensor, eighths: int, temperature: float
-) -> Tensor:
+def compose(model: Composer, opening: Tensor, eighths: int, temperature: float) -> Tensor:
     """`eighths` that follow the opening [eighths, VOICES], token by token: all of them."""
     tokens = opening.flatten().tolist()
     device = model.output.weight.device
@@ -271,9 +271,7 @@ def variable_length(number: int) -> bytes:
     return bytes(found[::-1])
 
 
-def draw(
-    path: Path, runs: list[training.Run], score: Tensor, given: int
-) -> None:
+def draw(path: Path, runs: list[training.Run], score: Tensor, given: int) -> None:
     pyplot = training.pyplot()
     figure, (above, below) = pyplot.subplots(2, figsize=(8, 7), layout="constrained")
     training.plot_losses(above, runs, "nats per token")
@@ -324,7 +322,10 @@ def main(arguments: list[str] | None = None) -> None:
     runs = training.train(model, loss, batches, options)
     training.print_comparison(runs)
     bits = model_bits(model, test, options.device)
-    rows = [("bigram of each voice", f"{bigram_bits(train, test):.3f}"), (runs[0].name, f"{bits:.3f}")]
+    rows = [
+        ("bigram of each voice", f"{bigram_bits(train, test):.3f}"),
+        (runs[0].name, f"{bits:.3f}"),
+    ]
     training.print_table("pieces of the test", ["bits per note"], rows)
     given = 16
     piece = compose(model, test[0][:given], 64 if options.quick else 112, options.temperature)

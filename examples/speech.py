@@ -8,7 +8,6 @@ finds which frame belongs to which letter (Graves et al., Connectionist Temporal
 2006). The voices of the test are not those of training."""
 
 import argparse
-import copy
 import ctypes
 import ctypes.util
 import math
@@ -20,17 +19,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import training
 from torch import Tensor, nn
+
+import training
 
 VOWELS = "sktime==1.2.0"
 ESPEAK = "espeakng-loader==0.2.4"
-WORDS = "zero one two three four five six seven eight nine yes no stop go left right".split()
-LETTERS = " " + "".join(sorted(set("".join(WORDS))))  # the class of CTC's blank is 0
-TRAINING_VOICES = [f"en-us+{v}" for v in ("m1", "m2", "m3", "f1", "f2", "f3")] + [
-    f"en-gb-scotland+{v}" for v in ("m4", "m6", "f4")
-]
-TEST_VOICES = ["en-us+m7", "en-us+f5", "en-gb-scotland+m5"]
+WORDS = "zero one two three four five six seven eight nine yes no stop go left right"
+LETTERS = "".join(sorted({*WORDS}))  # with the space; class 0 is CTC's blank
+# eSpeak NG's voices, and its variants of them
+TRAINING_VOICES = "en-us+m1 en-us+m2 en-us+m3 en-us+f1 en-us+f2 en-us+f3 "
+TRAINING_VOICES += "en-gb-scotland+m4 en-gb-scotland+m6 en-gb-scotland+f4"
+TEST_VOICES = "en-us+m7 en-us+f5 en-gb-scotland+m5"
 RATE = 16000
 WINDOW = 400
 HOP = 160
@@ -95,23 +95,18 @@ def move(data: Utterances, device: str) -> Utterances:
     return Utterances(*(t.to(device) for t in data))
 
 
-def noisy_batches(
-    data: Utterances, size: int, options: argparse.Namespace
-) -> Iterator[Utterances]:
+def noisy_batches(data: Utterances, options: argparse.Namespace) -> Iterator[Utterances]:
     """Forever: batches whose frames have noise, against learning them by heart."""
-    for rows in training.minibatches(len(data.lengths), size, options.seed):
+    for rows in training.minibatches(len(data.lengths), 32, options.seed):
         batch = data.select(rows)
         x = batch.x + 0.3 * torch.randn(batch.x.shape)
         yield move(batch._replace(x=x), options.device)
 
 
-# --- who speaks ---------------------------------------------------------------------------------
-
-
 def parse_ts(text: str, name: str) -> Utterances:
     """A file of the UCR and UEA archive: a line for each series, dimensions between colons, the
     class at its end."""
-    head, mark, body = text.partition("@data")
+    _head, mark, body = text.partition("@data")
     series = []
     labels = []
     try:
@@ -166,17 +161,17 @@ def recognize_speakers(options: argparse.Namespace) -> list[training.Run]:
             "CC BY 4.0 (UCI); sktime: BSD-3-Clause",
         )
     classes = 1 + int(torch.cat([train.targets, test.targets]).max())
-    print(f"{len(train.lengths)} utterances to learn, {len(test.lengths)} to test, of ", end="")
-    print(f"{int(train.lengths.min())} to {int(train.lengths.max())} frames, {classes} classes")
+    print(
+        f"{len(train.lengths)} utterances to learn, {len(test.lengths)} to test, {classes} classes"
+    )
     options = argparse.Namespace(**{**vars(options), "steps": options.vowel_steps})
-    layer = training.layer(options.cell)
-    model = Recognizer(layer, train.x.shape[2], 64, classes, pool=True)
+    model = Recognizer(training.layer(options.cell), train.x.shape[2], 64, classes, pool=True)
 
     def loss(model: nn.Module, batch: Utterances) -> Tensor:
         scores = model(batch.x, batch.lengths)
         return nn.functional.cross_entropy(scores, batch.targets[:, 0])
 
-    runs = training.train(model, loss, noisy_batches(train, 32, options), options)
+    runs = training.train(model, loss, noisy_batches(train, options), options)
     on_device = move(test, options.device)
     with torch.no_grad():
         guesses = model(on_device.x, on_device.lengths).argmax(1)
@@ -188,9 +183,6 @@ def recognize_speakers(options: argparse.Namespace) -> list[training.Run]:
     ]
     training.print_table("speakers", ["correct"], rows)
     return runs
-
-
-# --- which words --------------------------------------------------------------------------------
 
 
 class Espeak:
@@ -234,9 +226,7 @@ class Espeak:
         for parameter, value in ((1, speed), (3, pitch)):
             self.library.espeak_SetParameter(parameter, value, 0)
         spoken = text.encode() + b"\0"
-        self.library.espeak_Synth(
-            spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, 1, None, None
-        )
+        self.library.espeak_Synth(spoken, ctypes.c_size_t(len(spoken)), 0, 0, 0, 1, None, None)
         sound = torch.from_numpy(np.concatenate(self.sound)).float()[None, None] / 2**15
         size = sound.shape[2] * RATE // self.rate
         return nn.functional.interpolate(sound, size, mode="linear")[0, 0]
@@ -262,16 +252,14 @@ def features(sound: Tensor, filters: Tensor) -> Tensor:
     return bands[: len(bands) // 2 * 2].reshape(-1, 2 * BANDS)
 
 
-def synthesize(
-    espeak: Espeak, voices: Sequence[str], count: int, drawn: random.Random
-) -> Utterances:
+def synthesize(espeak: Espeak, voices: str, count: int, drawn: random.Random) -> Utterances:
     """Utterances of 1 to 4 words."""
     filters = mel_filters()
     series = []
     targets = []
     for _ in range(count):
-        phrase = " ".join(drawn.choices(WORDS, k=drawn.randint(1, 4)))
-        voice = drawn.choice(voices)
+        phrase = " ".join(drawn.choices(WORDS.split(), k=drawn.randint(1, 4)))
+        voice = drawn.choice(voices.split())
         sound = espeak.say(phrase, voice, drawn.randint(140, 200), drawn.randint(30, 70))
         series.append(features(sound, filters))
         targets.append(torch.tensor([1 + LETTERS.index(letter) for letter in phrase]))
@@ -350,7 +338,7 @@ def recognize_words(
             scores, batch.targets, batch.lengths, batch.target_lengths, zero_infinity=True
         )
 
-    runs = training.train(model, loss, noisy_batches(train, 32, options), options)
+    runs = training.train(model, loss, noisy_batches(train, options), options)
     with torch.no_grad():
         scores = model(test.x.to(options.device), test.lengths.to(options.device)).cpu()
     guesses = greedy(scores, test.lengths)
