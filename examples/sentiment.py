@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         "the more frequent side": torch.full(
             [held], sum(s.rating > 0 for s in known) - len(known) / 2
         ),
-        "bag of words": bag_of_words(known, test, ridge=2.0),
+        "bag of words": bag_of_words(known, test, ridge=1.0),
         **{run.name: predict(run.model, encoder, test) for run in runs},
     }
     rows = []

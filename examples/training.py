@@ -95,7 +95,7 @@ def fetch(requirement: str, source: bool = False) -> Path:
     archives = [*folder.glob("*")]
     if archives:
         return archives[0]
-    print(f"Downloading {requirement} from the package index to {folder}", file=sys.stderr)
+    print(f"Downloading {requirement} from the package index to {folder}", flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE.expanduser()) as made:

@@ -180,7 +180,7 @@ def translate(
     # At first all texts of a beam are the same: one of them may go on.
     total = torch.full([B, width], -torch.inf, device=device)
     total[:, 0] = 0
-    lengths = torch.ones_like(total)
+    lengths = torch.zeros_like(total)
     for _ in range(limit):
         scores, _, state = model.decode(memory, written[:, -1][None], state)
         step = scores[:, -1].log_softmax(-1).view(B, width, -1)
