@@ -146,7 +146,8 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def caption(
     model: Captioner, images: Tensor, vocabulary: Sequence[str], longest: int = 16
 ) -> tuple[list[list[str]], Tensor]:
-    """The best word, one after the other, until END: names, and the attention [T, B, places]."""
+    """The best known word, one after the other, until END: names, and the attention [T, B,
+    places]."""
     features, summary = model.encode(images)
     words = torch.full((1, len(images)), START, device=images.device)
     state = None
@@ -154,6 +155,7 @@ def caption(
     attention = []
     for _ in range(longest):
         scores, state, looked = model.decode(words, features, summary, state)
+        scores[..., UNKNOWN] = -math.inf
         words = scores.argmax(2)
         said.append(words[0])
         attention.append(looked[0])

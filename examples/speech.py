@@ -28,8 +28,9 @@ ESPEAK = "espeakng-loader==0.2.4"
 WORDS = "zero one two three four five six seven eight nine yes no stop go left right"
 LETTERS = "".join(sorted({*WORDS}))  # with the space; class 0 is CTC's blank
 # eSpeak NG's voices, and its variants of them
-TRAINING_VOICES = "en-us+m1 en-us+m2 en-us+m3 en-us+f1 en-us+f2 en-us+f3 "
-TRAINING_VOICES += "en-gb-scotland+m4 en-gb-scotland+m6 en-gb-scotland+f4"
+TRAINING_VOICES = """en-us+m1 en-us+m2 en-us+m3 en-us+m4 en-us+m6 en-us+m8 en-us+f1 en-us+f2
+    en-us+f3 en-us+f4 en-us+Andy en-us+Annie en-gb-scotland+m2 en-gb-scotland+m4 en-gb-scotland+m6
+    en-gb-scotland+f2 en-gb-scotland+f4 en-gb-x-rp+m3 en-gb-x-rp+f1"""
 TEST_VOICES = "en-us+m7 en-us+f5 en-gb-scotland+m5"
 RATE = 16000
 WINDOW = 400
@@ -115,8 +116,7 @@ def parse_ts(text: str, name: str) -> Utterances:
             rows = [[float(value) for value in d.split(",")] for d in dimensions]
             series.append(torch.tensor(rows).T)
             labels.append(torch.tensor([int(label) - 1]))
-        classes = sorted(int(label) for label in labels)
-        if not mark or not series or classes[0] < 0:
+        if not mark or not series or min(labels) < 0:
             raise ValueError
         return pad(series, labels)
     except (ValueError, RuntimeError):
@@ -161,9 +161,7 @@ def recognize_speakers(options: argparse.Namespace) -> list[training.Run]:
             "CC BY 4.0 (UCI); sktime: BSD-3-Clause",
         )
     classes = 1 + int(torch.cat([train.targets, test.targets]).max())
-    print(
-        f"{len(train.lengths)} utterances to learn, {len(test.lengths)} to test, {classes} classes"
-    )
+    print(f"{len(train.lengths)} utterances to learn, {len(test.lengths)} to test")
     options = argparse.Namespace(**{**vars(options), "steps": options.vowel_steps})
     model = Recognizer(training.layer(options.cell), train.x.shape[2], 64, classes, pool=True)
 
@@ -328,9 +326,8 @@ def recognize_words(
         "of the words none; eSpeak NG: GPL-3.0",
     )
     print(f"{len(train.lengths)} utterances to learn, {len(test.lengths)} to test, in other voices")
-    model = Recognizer(
-        training.layer(options.cell), 2 * BANDS, options.hidden, 1 + len(LETTERS), pool=False
-    )
+    classes = 1 + len(LETTERS)
+    model = Recognizer(training.layer(options.cell), 2 * BANDS, options.hidden, classes, pool=False)
 
     def loss(model: nn.Module, batch: Utterances) -> Tensor:
         scores = model(batch.x, batch.lengths).log_softmax(2)
@@ -383,7 +380,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     positive = training.positive
     option("--hidden", type=positive, default=96, help="hidden units (default: %(default)s)")
-    option("--utterances", type=positive, default=1200, help="to synthesise (default: %(default)s)")
+    option("--utterances", type=positive, default=1800, help="to synthesise (default: %(default)s)")
     option("--vowel-steps", type=positive, default=400, help="of the speakers' (default: 400)")
     quick = {"steps": 10, "vowel_steps": 20, "utterances": 60, "hidden": 32}
     return training.parse(parser, arguments, **quick)
