@@ -150,8 +150,9 @@ class Player:
             self.won.append(goals / max(ends, 1))
             seen, resets, actions, rewards, values = (torch.stack(column) for column in zip(*rows))
             returns = self.returns_of(rewards, resets)
-            window = Window(seen, resets, actions, returns - values, returns, None)
-            yield Window(*(t.to(device) for t in window[:-1]), state=before)
+            window = [seen, resets, actions, returns - values, returns]
+            seen, resets, actions, advantages, returns = (t.to(device) for t in window)
+            yield Window(seen, resets, actions, advantages, returns, before)
 
     def returns_of(self, rewards: Tensor, resets: Tensor) -> Tensor:
         """Discounted sums of the rewards until an episode's end, or until the window's, where the
