@@ -58,19 +58,22 @@ class _Sweep(NamedTuple):
     states: list[Tensor]
 
 
-def _recording(cell: Cell, record: list[Tensor]) -> Cell:
-    """The cell, which leaves every h that it returns in `record`."""
+class _Recording:
+    """A cell that leaves every h which it returns in `record`."""
 
-    def forward(x: Sequence[Any], r: Sequence[Any], s: Sequence[Any]) -> Any:
-        (h, *others), saved = cell.forward(x, r, s)
+    def __init__(self, cell: Cell, record: list[Tensor]) -> None:
+        self.cell = cell
+        self.record = record
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cell, name)
+
+    def forward(self, x: Sequence[Any], r: Sequence[Any], s: Sequence[Any]) -> Any:
+        (h, *others), saved = self.cell.forward(x, r, s)
         # An alias, so that a state that is h once more does not count
         h = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
-        record.append(h)
+        self.record.append(h)
         return (h, *others), saved
-
-    recording = copy.copy(cell)
-    recording.forward = forward
-    return recording
 
 
 class _Operator:
@@ -95,9 +98,8 @@ class _Operator:
     ) -> Any:
         record: list[Tensor] = []
         batch_first = options[-1]
-        found = composite_layer(
-            _recording(cell, record), x, weights, states, masks, reverse, keep, batch_first
-        )
+        recording: Any = _Recording(cell, record)
+        found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
         steps = len(record) // len(reverse)
         for n, backwards in enumerate(reverse):
             swept = record[n * steps : (n + 1) * steps]
