@@ -68,6 +68,19 @@ def test_greedy_letters() -> None:
     assert speech.greedy(scores, torch.tensor([9])) == ["three"]
 
 
+def test_no_espeak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and no words."""
+    speech = import_module("speech")
+
+    def missing() -> None:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(speech, "Espeak", missing)
+    assert speech.read_words(options(utterances=1)) is None
+    said = capsys.readouterr().out
+    assert said == "The words are left out, because eSpeak NG cannot be had: no such library\n"
+
+
 def test_utterances_do_not_see_the_padding() -> None:
     speech = import_module("speech")
     model = speech.Recognizer(rnn.LSTM, 3, 4, 2, pool=True).double().eval()
@@ -223,6 +236,19 @@ def test_chrono_keeps_more_of_the_gradient() -> None:
         parts.append((flow[0] / flow[-1]).item())
     assert parts[0] < parts[2]
     assert parts[1] < parts[2]
+
+
+@pytest.mark.parametrize("name", ["long_memory", "maze"])
+def test_what_makes_its_data_takes_none(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        import_module(name).main(["--data", "x", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert "--data: this example makes its" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not said.out
 
 
 # --- mazes --------------------------------------------------------------------------------------
