@@ -1,6 +1,6 @@
 // The recurrence on the CPU, all steps in one call, compiled for a machine, a cell and a type of
-// number. native.py defines these (NUMBER; GATES, STATES, SAVED, SEPARATE_RECURRENT_GRAD, and the
-// statements FORWARD and BACKWARD on vectors of hidden units) and the structs of the calls. Shapes
+// number. native.py defines these (NUMBER, FIXED_ORDER; GATES, STATES, SAVED,
+// SEPARATE_RECURRENT_GRAD, and the statements FORWARD and BACKWARD on vectors of hidden units) and the structs of the calls. Shapes
 // are as in forward.cu.
 #include "huge_pages.h"
 #include "panels.h"
@@ -17,7 +17,7 @@ static inline void copy_or_zero(Number* to, const Number* from, i64 at, i64 byte
 static void load_first_states(const Schedule& schedule, const WorkItem& item) {
   item.for_each_state(schedule, [&](i64 k, i64 b, i64 at, Number* row, i64 bytes) {
     copy_or_zero(schedule.last[k] + at, schedule.s0[k], at, bytes);
-    const bool reset = !item.reverse && schedule.is_reset(0, b);
+    const bool reset = k < CARRIED && !item.reverse && schedule.is_reset(0, b);
     for (i64 parity = 0; parity < schedule.parities; ++parity) {
       copy_or_zero(row, reset ? nullptr : schedule.s0[k], at, bytes);
       row += STATES * item.state_size;
