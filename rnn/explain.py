@@ -12,7 +12,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.prediction import predict
 from .layer_call import batch_size
-from .modules import _Stack
+from .stack import Stack
 
 _WORDS = {
     "numpy": "NumPy, step by step",
@@ -41,6 +41,14 @@ def _prediction(
     )
 
 
+def _compiler_words(cell: Cell, plan: Plan, dtype: torch.dtype) -> str:
+    if plan.backend != "native":
+        return "there is no C++ compiler"
+    if dispatch.module("native").load(cell, dtype).prebuilt:
+        return "there is a prebuilt library"
+    return "there is a C++ compiler"
+
+
 def _words(
     cell: Cell,
     x: Tensor,
@@ -57,8 +65,7 @@ def _words(
     if chosen is None:
         return f"{start}the formula in torch operations, slow ({why})"
     if x.is_cpu and not plan:
-        compiler = "a" if chosen.backend == "native" else "no"
-        whys.append(f"there is {compiler} C++ compiler")
+        whys.append(_compiler_words(cell, chosen, dtype))
     if operator is not None:
         words = "; ".join(filter(None, [why, *whys]))
         return f"{start}torch's own operator, {operator.__name__} ({words})"
@@ -95,7 +102,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     backend, scope, tiles and precision, as an ordinary call would decide now. Nothing is computed.
 
     Raises what the call raises for bad input, and TypeError for what is none of our layers."""
-    if not isinstance(layer, _Stack):
+    if not isinstance(layer, Stack):
         raise TypeError(
             f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}"
         )
@@ -120,7 +127,8 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         width = len(reverse) * H
         lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
         y = x.new_zeros(()).expand(*x.shape[:-1], width)
-        others = y.reshape(1, -1, width) if keep and cell.states > 1 else None
+        several = keep and cell.states > 1
+        others = y.reshape(1, -1, width).expand(cell.states - 1, -1, -1) if several else None
         return y, others, [x.new_zeros(()).expand(len(reverse), B, H) for _ in range(cell.states)]
 
     devices = [p.device for p in layer.parameters() if p.is_cuda][:1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .composite import composite_layer
 from .convert import replace
 from .kernels.cells import Cell
-from .modules import _Stack
+from .stack import Stack
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class _Operator:
 
 
 class _Watch:
-    """`_Stack._run` of one layer of the model."""
+    """`Stack._run` of one layer of the model."""
 
-    def __init__(self, layer: _Stack, name: str, sweeps: list[_Sweep]) -> None:
+    def __init__(self, layer: Stack, name: str, sweeps: list[_Sweep]) -> None:
         self.layer = layer
         self.name = f"{name}.{{}}" if name else "{}"
         self.sweeps = sweeps
@@ -125,14 +125,14 @@ class _Watch:
 
 
 @contextmanager
-def _assigned(module: nn.Module, **methods: Any) -> Iterator[None]:
-    """Methods of one module, for a while."""
-    before = {name: vars(module)[name] for name in methods if name in vars(module)}
-    vars(module).update(methods)
+def _assigned(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Methods and attributes of one module, for a while."""
+    before = {name: vars(module)[name] for name in values if name in vars(module)}
+    vars(module).update(values)
     try:
         yield
     finally:
-        for name in methods:
+        for name in values:
             del vars(module)[name]
         vars(module).update(before)
 
@@ -142,13 +142,28 @@ def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
     stack = ExitStack()
     for name, layer in layers.items():
         ours: Any = layer
-        if not isinstance(layer, _Stack):
+        if not isinstance(layer, Stack):
             # torch.nn's: one of ours with the same parameters
             ours = replace(copy.copy(layer), verbose=False)
             stack.enter_context(_assigned(layer, forward=ours.forward))
         watch = _Watch(ours, name, sweeps)
-        stack.enter_context(_assigned(ours, _run=watch, _single_step=lambda x, hx: None))
+        stack.enter_context(
+            _assigned(ours, _run=watch, _single_step=lambda x, hx: None, time_parallel=False)
+        )
     return stack
+
+
+def _unseen(layer: nn.RNNBase) -> str:
+    """The option of a layer, if any, whose hidden states do not come from the operator's cell."""
+    if layer.proj_size:
+        return "proj_size"
+    if not isinstance(layer, Stack):
+        return ""
+    if layer.layer_norm:
+        return "layer_norm"
+    if isinstance(layer.clip_recurrent_grad, (tuple, list)):
+        return "clip_recurrent_grad by a norm"
+    return "recurrent_dropout in training" if layer.training and layer.recurrent_dropout else ""
 
 
 def _layers(model: Any) -> dict[str, nn.RNNBase]:
@@ -158,13 +173,14 @@ def _layers(model: Any) -> dict[str, nn.RNNBase]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and isinstance(
-            replace(copy.copy(module), verbose=False), _Stack
+            replace(copy.copy(module), verbose=False), Stack
         ):
             found[name] = module
-            if module.proj_size:
+            option = _unseen(module)
+            if option:
                 raise ValueError(
-                    f"Expected layers without proj_size, got {name or 'the model'}: its hidden "
-                    "state is computed outside of the recurrence"
+                    f"Expected layers without {option}, got {name or 'the model'}: its hidden "
+                    "state is not that of the recurrence"
                 )
     if not found:
         raise ValueError("Expected a model with a layer of rnn or torch.nn, RNN, LSTM or GRU")
@@ -184,10 +200,11 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
     step t, through all later steps and layers, for each recurrent layer and direction of a model.
 
     Args:
-        model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU, whatever options but
-            proj_size; own classes derived from ours, but not those derived from torch.nn's). It
-            runs once, in the mode (train or eval) that it is in, without torch.compile. Its
-            parameters and their gradients stay as they are.
+        model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU; own classes derived
+            from ours, but not those derived from torch.nn's), whatever their options but
+            proj_size, layer_norm, clip_recurrent_grad by a norm, and recurrent_dropout in
+            training. It runs once, in the mode (train or eval) that it is in, without
+            torch.compile. Its parameters and their gradients stay as they are.
         x: what the model is called with: a tensor or PackedSequence, or a tuple of arguments.
         loss_fn: from the model's output to the loss, a tensor of one number.
 
@@ -197,8 +214,8 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
     Source of the diagnostic: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent
     neural networks, 2013, https://arxiv.org/abs/1211.5063.
     Raises TypeError for a model that is no module and a loss_fn that cannot be called, ValueError
-    for a model without such layers, layers with proj_size, a call that reaches none of the layers,
-    and a loss that is not one number or does not depend on them."""
+    for a model without such layers, layers with those options, a call that reaches none of the
+    layers, and a loss that is not one number or does not depend on them."""
     layers = _layers(model)
     if not callable(loss_fn):
         raise TypeError(f"Expected loss_fn to be callable, got {type(loss_fn).__name__}")
@@ -216,5 +233,9 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
         raise ValueError("Expected a loss that depends on the recurrent layers of the model")
     states = [h for sweep in sweeps for h in sweep.states]
     grads = iter(torch.autograd.grad(loss, states, torch.ones_like(loss), allow_unused=True))
-    norms = {s.name: torch.stack([_norm(next(grads)) for _ in s.states]) for s in sweeps}
+    norms: dict[str, Tensor] = {}
+    for sweep in sweeps:
+        found = torch.stack([_norm(next(grads)) for _ in sweep.states])
+        # Of several heads together
+        norms[sweep.name] = torch.hypot(norms.get(sweep.name, torch.zeros_like(found)), found)
     return GradientFlow(loss.item(), norms)

@@ -17,19 +17,21 @@ from ..codegen import statements
 from ..forks import forked
 from ..plan import Plan, window
 from ..types import Gradients, Layout, OutputGrads, Outputs, States, Weights
+from . import shipping
 from .build import compiler as compiler
 from .build import load_library
 from .workspace import scratch
 
-_FLAGS = [
+_FLAGS_OF_ANY_CPU = [
     "-O3",
-    "-march=native",
     "-std=gnu++17",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
     "-fPIC",
 ]
+_FLAGS = [*_FLAGS_OF_ANY_CPU, "-march=native"]
+_FUNCTIONS = "needed", "forward", "backward", "step", "step_backward", "struct_size"
 SOURCES = Path(__file__).parent
 # The dtypes that are computed in, and the type of number in C++.
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
@@ -171,6 +173,7 @@ def definitions(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> st
         FIXED_ORDER=int(fixed_order),
         GATES=cell.gates,
         STATES=cell.states,
+        CARRIED=cell.carried,
         SAVED=cell.saved,
         SEPARATE_RECURRENT_GRAD=int(cell.split),
         FORWARD=statements(cell, False),
@@ -188,8 +191,8 @@ def program(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
 
 @cache
 def load(cell: Cell, dtype: torch.dtype) -> Any:
-    """A cell's library for float32 or float64, compiled if it is not on disk. Raises RuntimeError
-    if that cannot be."""
+    """A cell's library for float32 or float64: one that was compiled ahead, or compiled here if it
+    is not on disk. `library.prebuilt` says which. Raises RuntimeError if that cannot be."""
     return _load(program(cell, dtype), cell)
 
 
@@ -199,9 +202,33 @@ def load_fixed_order(cell: Cell, dtype: torch.dtype) -> Any:
     return _load(program(cell, dtype, fixed_order=True), cell)
 
 
-def _load(text: str, cell: Cell) -> Any:
-    functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
-    library: Any = load_library(text, _FLAGS, SOURCES, functions)
+def _load(code: str, cell: Cell) -> Any:
+    library, refused = shipping.find(code, _FLAGS_OF_ANY_CPU, _FUNCTIONS)
+    prebuilt = library is not None
+    if library is None:
+        try:
+            library = load_library(code, _FLAGS, SOURCES, _FUNCTIONS)
+        except RuntimeError as error:
+            reasons = refused or shipping.missed()
+            raise RuntimeError("; ".join([str(error), *reasons])) from error
+    return _typed(library, cell, prebuilt)
+
+
+def prebuilt_files(cell: Cell, dtype: torch.dtype) -> list[Path]:
+    """The libraries of a cell that were compiled ahead, for whatever CPU."""
+    return shipping.files(program(cell, dtype), _FLAGS_OF_ANY_CPU)
+
+
+def prebuild(cell: Cell, dtype: torch.dtype, march: str, folder: Path) -> Path:
+    """Compile a cell's library for CPUs of `-march=`, for machines without a compiler: its file in
+    `folder`. Raises RuntimeError if it cannot be compiled, OSError if not written."""
+    return shipping.write(program(cell, dtype), _FLAGS_OF_ANY_CPU, march, SOURCES, folder)
+
+
+def _typed(library: Any, cell: Cell, prebuilt: bool) -> Any:
+    """The library, with the types of its functions. Raises RuntimeError if its structs are not
+    ours."""
+    library.prebuilt = prebuilt
     library.struct_size.restype = ctypes.c_int64
     compiled = [library.struct_size(i) for i in range(len(STRUCTS))]
     expected = [8 * words(struct_type, cell.states) for struct_type in STRUCTS]
@@ -276,14 +303,13 @@ def _pack(count: int) -> Callable[..., bytes]:
 
 
 def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
-    B = layout.sequences
-    H = w_hh.shape[1]
-    N = len(layout.reverse)
-    R = layout.steps * B if layout.offsets is None else x.shape[0]
+    steps, reverse, sizes, _, offsets, _, B = layout
+    rows, H = w_hh.shape
+    shape = x.shape
+    R = steps * B if offsets is None else shape[0]
     # Of numbers of 4 bytes.
-    width = N * cell.gates * H * w_hh.itemsize // 4
-    windows = _windows(layout.sizes[0], width, cell.split)
-    return Sizes(layout.steps, B, R, x.shape[-1], H, N, layout.reverses, threads(), windows)
+    windows = _windows(sizes[0], rows * w_hh.itemsize // 4, cell.split)
+    return Sizes(steps, B, R, shape[-1], H, len(reverse), layout.reverses, threads(), windows)
 
 
 @lru_cache(4096)
@@ -310,20 +336,31 @@ def forward(
     outputs: Outputs,
 ) -> None:
     """Writes `outputs`."""
+    sizes = _sizes(cell, layout, x, weights.w_hh)
+    # By position: with names this takes as long as asking each tensor for its address
     arguments = Arguments(
-        x=x,
-        w_ih=weights.w_ih,
-        w_hh=weights.w_hh,
-        b_ih=weights.b_ih,
-        b_hh=weights.b_hh,
-        y=outputs.y,
-        states=outputs.states,
-        saved=outputs.saved,
-        offsets=layout.offsets,
-        resets=layout.resets,
-        s0=s0,
-        last=outputs.last,
-        sizes=_sizes(cell, layout, x, weights.w_hh),
+        x,
+        weights.w_ih,
+        weights.w_hh,
+        weights.b_ih,
+        weights.b_hh,
+        None,  # dy
+        None,  # dstates
+        outputs.y,
+        outputs.states,
+        outputs.saved,
+        None,  # x_grad
+        None,  # w_ih_grad
+        None,  # w_hh_grad
+        None,  # b_ih_grad
+        None,  # b_hh_grad
+        layout.offsets,
+        layout.resets,
+        s0,
+        None,  # dlast
+        outputs.last,
+        None,  # s0_grad
+        sizes,
     )
     _call("forward", cell, plan, arguments)
 
@@ -341,25 +378,30 @@ def backward(
 ) -> None:
     """Writes those of `gradients` that are not None; with more than one recurrence it adds to that
     of x."""
+    w_hh = weights.w_hh
+    sizes = _sizes(cell, layout, x, w_hh)
     arguments = Arguments(
-        x=x,
-        w_ih=weights.w_ih,
-        w_hh=weights.w_hh,
-        dy=grads.y,
-        dstates=grads.states,
-        y=outputs.y,
-        states=outputs.states,
-        saved=outputs.saved,
-        x_grad=gradients.x,
-        w_ih_grad=gradients.w_ih,
-        w_hh_grad=gradients.w_hh,
-        b_ih_grad=gradients.b_ih,
-        b_hh_grad=gradients.b_hh,
-        offsets=layout.offsets,
-        resets=layout.resets,
-        s0=s0,
-        dlast=grads.last,
-        s0_grad=gradients.s0,
-        sizes=_sizes(cell, layout, x, weights.w_hh),
+        x,
+        weights.w_ih,
+        w_hh,
+        None,  # b_ih
+        None,  # b_hh
+        grads.y,
+        grads.states,
+        outputs.y,
+        outputs.states,
+        outputs.saved,
+        gradients.x,
+        gradients.w_ih,
+        gradients.w_hh,
+        gradients.b_ih,
+        gradients.b_hh,
+        layout.offsets,
+        layout.resets,
+        s0,
+        grads.last,
+        None,  # last
+        gradients.s0,
+        sizes,
     )
     _call("backward", cell, plan, arguments)
