@@ -48,7 +48,9 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     wide = size == 4
     if plan.warps > 8:
         most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
-        return words <= (most if one_tile else 0 if wide and gated else 24)
+        # of several gates four tiles have too many pairs
+        too_many = gated and (wide or plan.sequences > 16)
+        return words <= (most if one_tile else 0 if too_many else 24)
     few = gpu.capability >= 100 or plan.sequences > 16
     if plan.scope == "grid" and few and words > GRID_REGISTERS:
         return False

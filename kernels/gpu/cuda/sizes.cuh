@@ -10,10 +10,12 @@
 //   SPLITS                    warps that share a sum
 //   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
+//   GRAD_OF_Y                 the adjoint has one; else it is 0
 //   EVEN                      H is even, and pairs of numbers are aligned
 //   PLAN                      its text
 //   WAIT_LIMIT                in units of 2^32 ns, after which a wait for other blocks is an error
 //   CELL                      the statements of cell_forward or cell_backward
+//   STATE_PARAMETERS          of a kernel, for a tensor of each state, and STATE_POINTERS to them
 
 // numbers in 4 and in 16 bytes
 constexpr int WORD = 4 / sizeof(T);
@@ -61,6 +63,12 @@ constexpr bool MASKS_AHEAD = MASKS && !PRECISE && (SCOPE == CLUSTER || !ADJOINT)
 // take those of a block
 constexpr bool READS_AHEAD = MASKS ? MASKS_AHEAD : !(PRECISE && SCOPE == BLOCK && ROWS > 1);
 
+// an integer as large as a number
+#if TYPE == FLOAT32
+typedef u32 Bits;
+#else
+typedef u16 Bits;
+#endif
 // a thread's part of a 16 x 8 tile of W
 typedef u32 Words[4];
 

@@ -9,7 +9,7 @@ numbers on the GPU fails. Nothing that is captured here draws, or allocates a te
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from threading import Lock
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..tensors import each_of
 
 # Enough to hide the host's cost of a replay, few enough to run past the end of a sequence.
 STEPS_PER_GRAPH = 16
@@ -141,9 +143,11 @@ class StepGraph:
         sizes: tuple[int, int],
         device: torch.device,
         tensors: Any,
-        fixed: Sequence[str] = (),
+        fixed: Sequence[str],
+        fill: Callable[[Any, Any], None],
     ) -> None:
-        """`tensors` is a NamedTuple; those named in `fixed` are copied to addresses that stay."""
+        """`tensors` is a NamedTuple. In place of those named in `fixed` there are some at addresses
+        that stay, which `fill(tensors, the same with these)` fills."""
         stream = torch.cuda.current_stream()
         with self.lock:
             given = {name: getattr(tensors, name) for name in fixed}
@@ -151,10 +155,11 @@ class StepGraph:
                 self.fixed = self.lasting(
                     lambda: {name: torch.zeros_like(t) for name, t in given.items()}
                 )
-            for name, t in given.items():
-                self.fixed[name].copy_(t)
-            tensors = tensors._replace(**self.fixed)
-            entries = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)]
+            if given:
+                with_fixed = tensors._replace(**self.fixed)
+                fill(tensors, with_fixed)
+                tensors = with_fixed
+            entries = [*sizes, *(0 if t is None else t.data_ptr() for t in each_of(tensors))]
             if self.graph is None:
                 table = [PAST_ANY_END, PAST_ANY_END, *entries]
                 self.table = self.lasting(lambda: torch.tensor(table, device=device))
@@ -165,7 +170,7 @@ class StepGraph:
                 self.graph.replay(stream.cuda_stream)
 
 
-def can_replay(steps: int, tensors: Sequence[Tensor | None]) -> bool:
+def can_replay(steps: int, tensors: Iterable[Tensor | None]) -> bool:
     """Not for a few steps, nor for unaligned tensors, nor while the caller captures a graph."""
     if steps < STEPS_PER_GRAPH:
         return False

@@ -17,6 +17,7 @@ from rnn.kernels.plan import Plan
 COMPILER = shutil.which("g++")
 # Every argument is an address or a whole number of 64 bits, so one signature serves both kernels.
 ENTRY = """
+extern "C" long emulate_arguments() { return 21 + 2 * STATES; }
 extern "C" long emulate_shared() { return sizeof(Shared); }
 extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
   static const i64* a;
@@ -26,7 +27,7 @@ extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
       if (!emulate::run(BLOCKS, THREADS, sizeof(Shared), [] {
             []<std::size_t... k>(std::index_sequence<k...>) {
               ((void (*)(decltype((void)k, i64())...))recurrence)(a[k]...);
-            }(std::make_index_sequence<21>());
+            }(std::make_index_sequence<21 + 2 * STATES>());
           })) return false;
   return true;
 }
@@ -59,12 +60,14 @@ def loader(folder: Path, fault: tuple[str, str] = ("", "")) -> Callable[..., Cal
     def load(
         cell: Cell, plan: Plan, *choices: Any
     ) -> Callable[[tuple[int, int, int], Sequence[int]], None]:
-        run = library(folder, fault, cell, plan, *choices[:-1]).emulate_run
+        built = library(folder, fault, cell, plan, *choices[:-1])
+        run = built.emulate_run
         run.restype = ctypes.c_bool
+        array = ctypes.c_longlong * built.emulate_arguments()
 
         def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
             assert grid[0] == plan.blocks
-            if not run((ctypes.c_longlong * 21)(*arguments), grid[1], grid[2]):
+            if not run(array(*arguments), grid[1], grid[2]):
                 raise RuntimeError("deadlock")
 
         return launch

@@ -24,10 +24,12 @@ from tests.kernels.gpu.test_gpu import plan_for
 pytestmark = pytest.mark.interpreted
 
 
-def useless(t: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor of its kind, of NaN or of a number that is no index."""
+def useless(t: Any) -> Any:
+    """A tensor of its kind, of NaN or of a number that is no index, or a tuple of such."""
     if t is None:
         return None
+    if isinstance(t, tuple):
+        return tuple(map(useless, t))
     shape = t.shape if t.numel() < 2**20 else (1,)
     return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
@@ -376,7 +378,7 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
     cell = cells.lstm
     plan = plan_for("launch", 16, torch.float16)
     w = torch.randn(4 * H, H).half() / 4
-    s0 = torch.randn(2, B, H)
+    s0 = torch.randn(2, 1, B, H).half()
     data = torch.randn(9, 5 * B, 4 * H).half()
     found = []
     for T in (5, 2**31 // H // B + 5):
@@ -386,20 +388,19 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
         (y, dy) = rows_of(R, 2, H)
         states = rows_of(R, 1, H)
         saved = rows_of(R, 4, H)
-        (state, ds) = torch.stack((s0, s0))
         x[-5 * B :] = data[0]
         no_masks = None, None, None
+        given = tuple(s0), tuple(torch.empty_like(s0))
         # In reverse the first steps are the last rows; likewise in the adjoint of a forward pass.
-        results = state, None, y, states, saved
-        forward = ForwardTensors(x, None, w, None, None, *results, *no_masks)
-        gpu.launch_steps(cell, plan, Layout(T, [1]), 4, forward, s0.half())
-        found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
+        forward = ForwardTensors(x, None, w, None, None, y, states, saved, *no_masks, *given)
+        gpu.launch_steps(cell, plan, Layout(T, [1]), 4, forward, B)
+        found.append([t[..., -4 * B :, :].clone() for t in (y, states, saved)])
         for k, t in enumerate((y, dy, states[0], *saved)):
             t[-5 * B :] = data[1 + k, :, :H]
-        grads = dy, None, ds, None, dr, None
-        backward = BackwardTensors(w, s0.half(), y, states, saved, *grads, *no_masks)
-        gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, s0.half())
-        found[-1] += [ds, dr[-4 * B :].clone()]
+        grads = dy, None, None, dr, None, None
+        backward = BackwardTensors(w, s0, y, states, saved, *grads, *no_masks, *given)
+        gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, B)
+        found[-1].append(dr[-4 * B :].clone())
     assert machine.replays == 4 and R * H > 2**31
     for short, long in zip(*found):
         assert short.abs().sum() > 0 and torch.equal(short, long)
