@@ -145,6 +145,15 @@ def triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) 
     return found
 
 
+def ranked_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
+    """All plans that fit, the fastest by prediction first; `size` as for `triton_plans`."""
+    found = triton_plans(cell, sizes, size, precision, gpu)
+    size = min(size, 4)
+    if gpu.cuda:
+        found = cuda_plans(cell, sizes, size, precision, gpu) + found
+    return sorted(found, key=lambda plan: predict(cell, plan, size, sizes, gpu).both)
+
+
 def make_plan(
     cell: Cell,
     sizes: Sizes,
@@ -160,7 +169,4 @@ def make_plan(
         return Plan("native" if native and dtype in ("float32", "float64") else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
-    found = triton_plans(cell, sizes, size, precision, gpu)
-    if gpu.cuda:
-        found = cuda_plans(cell, sizes, min(size, 4), precision, gpu) + found
-    return min(found, key=lambda plan: predict(cell, plan, min(size, 4), sizes, gpu).both)
+    return ranked_plans(cell, sizes, size, precision, gpu)[0]

@@ -13,6 +13,7 @@ from ..cells import Cell
 from ..plan import Plan
 from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
 from . import products
+from .fallback import with_fallback
 from .products import differing
 from .tensors import BackwardTensors, ForwardTensors
 
@@ -47,6 +48,13 @@ def forward(
     cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
 ) -> Outputs:
     """x [R, I], S states [N, B, H], zeros if None."""
+    found: Outputs = with_fallback(_forward, cell, plan, layout, x, weights, s0, save)
+    return found
+
+
+def _forward(
+    cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
+) -> Outputs:
     w_ih, w_hh, b_ih, b_hh = weights
     N = len(layout.reverse)
     S = cell.states
@@ -94,6 +102,23 @@ def backward(
     needs: Gradients[bool],
 ) -> Gradients[Tensor | None]:
     """The adjoint of `forward`."""
+    found: Gradients[Tensor | None] = with_fallback(
+        _backward, cell, plan, layout, x, weights, s0, outputs, grads, needs
+    )
+    return found
+
+
+def _backward(
+    cell: Cell,
+    plan: Plan,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
+    grads: OutputGrads,
+    needs: Gradients[bool],
+) -> Gradients[Tensor | None]:
     w_ih, w_hh, _, _ = weights
     y, states, _, saved = outputs
     dy, dstates, dlast = grads

@@ -19,7 +19,7 @@ from ...cells import Cell
 from ...codegen import statements
 from ...plan import Plan, plan_text, shared_bytes, slices
 from ...types import Layout
-from ..faults import faults_of
+from ..faults import Refused, faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
@@ -158,7 +158,7 @@ def load(
     def run(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
         # blocks of a grid wait for each other
         if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:
-            raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
+            raise Refused(f"{plan} needs {grid} blocks at a time: more than {device} runs")
         with on_stream(cupy.cuda, device), faults_of(plan, device):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
