@@ -33,7 +33,16 @@ MOST_TILES = 2**16 - 1  # of a launch
 # GRID_REGISTERS from there on, or for 32 sequences.
 WEIGHT_REGISTERS = 64
 FEWER_REGISTERS = 32
+MOST_REGISTERS = 128
 GRID_REGISTERS = 96
+FEWER_GRID_REGISTERS = 80
+
+
+def _grid_registers(plan: Plan, gated: bool, gpu: Gpu) -> int:
+    if plan.sequences > 16 and gated and gpu.capability // 10 != 9:
+        return FEWER_GRID_REGISTERS
+    few = gpu.capability >= 100 or plan.sequences > 16
+    return GRID_REGISTERS if few else MOST_REGISTERS
 
 
 def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
@@ -51,13 +60,12 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
         # of several gates four tiles have too many pairs
         too_many = gated and (wide or plan.sequences > 16)
         return words <= (most if one_tile else 0 if too_many else 24)
-    few = gpu.capability >= 100 or plan.sequences > 16
-    if plan.scope == "grid" and few and words > GRID_REGISTERS:
+    if plan.scope == "grid" and words > _grid_registers(plan, gated, gpu):
         return False
     if plan.scope == "grid" and wide:
-        return one_tile and words <= (72 if gated else 128)
+        return one_tile and words <= (72 if gated else MOST_REGISTERS)
     too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
-    most = 96 if gated and (wide or not one_tile) else 128
+    most = 96 if gated and (wide or not one_tile) else MOST_REGISTERS
     # products in three parts take registers, and so does x of the next step
     if gated and plan.scope == "block" and plan.precision == "tf32x3":
         most = 64 if one_tile else 48

@@ -4,7 +4,10 @@ here)."""
 import gc
 import itertools
 import mmap
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -108,6 +111,8 @@ class Machine:
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        # the pool that a library's workspace would be of
+        self.pool: Any = None
         self.driver = Driver(self)
         machine = self
 
@@ -133,7 +138,19 @@ class Machine:
         def registers_a_generator(*_: Any) -> None:
             pytest.fail("other threads could not draw random numbers meanwhile")
 
+        class Pool:
+            """Memory that none but its owner gets."""
+
+        @contextmanager
+        def use_pool(pool: Pool) -> Iterator[None]:
+            assert not self.pool, "torch would take the memory of the outer one"
+            self.pool = weakref.ref(pool)
+            yield
+            self.pool = None
+
         for name, value in (
+            ("MemPool", Pool),
+            ("use_mem_pool", use_pool),
             ("CUDAGraph", registers_a_generator),
             ("graph", registers_a_generator),
             ("ExternalStream", Stream),
@@ -155,8 +172,14 @@ class Machine:
         """The library's product: a graph has it with the addresses that it was captured with."""
         if self.capturing is None:
             bmm(*operands, out=out)
-        else:
-            self.capturing.append(lambda: bmm(*operands, out=out))
+            return
+        pool = self.pool
+
+        def replay() -> None:
+            assert pool is not None and pool() is not None, "the workspace is another's by now"
+            bmm(*operands, out=out)
+
+        self.capturing.append(replay)
 
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
@@ -239,6 +262,22 @@ def test_a_library_graph_with_a_callers_tensors_is_found(
     operands = tuple(name for name in gpu.OPERANDS if name != left_out)
     monkeypatch.setattr(gpu, "OPERANDS", operands)
     with pytest.raises(AssertionError):
+        check_two_layers()
+
+
+@pytest.mark.parametrize("fault", ["none", "let go"])
+def test_a_workspace_that_others_get_is_found(
+    fault: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch drops the workspaces of cuBLAS whenever it likes: that of a graph must be in memory
+    which nobody else is given as long as the graph is replayed."""
+    if fault == "none":
+        monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda _: nullcontext())
+    else:
+        # which remembers nothing
+        forgotten = lru_cache(maxsize=0)(cuda_graph._capture_stream.__wrapped__)
+        monkeypatch.setattr(cuda_graph, "_capture_stream", forgotten)
+    with pytest.raises(AssertionError, match="another's by now"):
         check_two_layers()
 
 
