@@ -411,7 +411,7 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     call = ((16, 2, 1), (32,), (1, 2, 3)), {"shared_mem": shared}, shared
     assert asked == 2 * [(b"\x7fELF", False), (7, 14, 1), call]
     launch = real_load(
-        cells.rnn_tanh, plan_for("grid", 256, BRAIN, 16, 8), BRAIN, False, False, True, device
+        cells.rnn_tanh, plan_for("grid", 256, BRAIN, 16, 8), BRAIN, False, False, True, True, device
     )
     with pytest.raises(RuntimeError, match=r"needs .* blocks at a time"):
         launch((16, 9, 1), ())
