@@ -47,7 +47,13 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     bias[g][0] = half_of(b, 0);
     bias[g][1] = half_of(b, 1);
   }
-  EACH(p, P) EACH(k, STATES) if (worker.inside(p) && first[k]) {
+  // number by number: the time loop has fewer waits then; with masks it takes registers
+  EACH(k, STATES) if (!MASKS && first[k]) EACH(p, P) if (worker.inside(p)) {
+    const T* const from = first[k] + worker.s0 + worker.at(p, H);
+    s[p][k][0] = widen(from[0]);
+    s[p][k][1] = worker.two ? widen(from[1]) : 0.f;
+  }
+  EACH(p, P) EACH(k, STATES) if (MASKS && worker.inside(p) && first[k]) {
     const Loaded pair = worker.load(first[k] + worker.s0 + worker.at(p, H));
     s[p][k][0] = half_of(pair, 0);
     s[p][k][1] = half_of(pair, 1);

@@ -48,10 +48,10 @@ constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
 constexpr int PEERS = 32 / CHUNK_LANES;
 // k-steps whose weights a thread loads at a time: 32 words, or, in halves or of many threads, 16
 constexpr int K_LOADED = (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD == 1 ? 1 : 2);
-// independent sums, so that products overlap; four where there are registers, which numbers that
-// are not in pairs take too
+// independent sums, so that products overlap; four of two products at least where there are
+// registers, which numbers that are not in pairs take too
 constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
-constexpr int CHAINS = ONE_TILE && (EVEN || !PRECISE) ? 4 : ROWS * NT < 4 ? 2 : 1;
+constexpr int CHAINS = ONE_TILE && KS > 4 && (EVEN || !PRECISE) ? 4 : ROWS * NT < 4 ? 2 : 1;
 // k-steps that a warp of a grid polls at a time, and how often
 constexpr int POLLED = KS < 8 ? KS : 8;
 constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
