@@ -64,7 +64,8 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
         return False
     if plan.scope == "grid" and wide:
         return one_tile and words <= (72 if gated else MOST_REGISTERS)
-    too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
+    exact = plan.precision == "tf32x3" and cell.gates > 3
+    too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 or exact else 16)
     most = 96 if gated and (wide or not one_tile) else MOST_REGISTERS
     # products in three parts take registers, and so does x of the next step
     if gated and plan.scope == "block" and plan.precision == "tf32x3":

@@ -47,13 +47,14 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     bias[g][0] = half_of(b, 0);
     bias[g][1] = half_of(b, 1);
   }
-  // number by number: the time loop has fewer waits then; with masks it takes registers
-  EACH(k, STATES) if (!MASKS && first[k]) EACH(p, P) if (worker.inside(p)) {
+  // number by number, where there are registers: the time loop has fewer waits then
+  constexpr bool BY_NUMBER = !MASKS || (TYPE != FLOAT32 && GATES > 3);
+  EACH(k, STATES) if (BY_NUMBER && first[k]) EACH(p, P) if (worker.inside(p)) {
     const T* const from = first[k] + worker.s0 + worker.at(p, H);
     s[p][k][0] = widen(from[0]);
     s[p][k][1] = worker.two ? widen(from[1]) : 0.f;
   }
-  EACH(p, P) EACH(k, STATES) if (MASKS && worker.inside(p) && first[k]) {
+  EACH(p, P) EACH(k, STATES) if (!BY_NUMBER && worker.inside(p) && first[k]) {
     const Loaded pair = worker.load(first[k] + worker.s0 + worker.at(p, H));
     s[p][k][0] = half_of(pair, 0);
     s[p][k][1] = half_of(pair, 1);
