@@ -33,7 +33,16 @@ MOST_TILES = 2**16 - 1  # of a launch
 # GRID_REGISTERS from there on, or for 32 sequences.
 WEIGHT_REGISTERS = 64
 FEWER_REGISTERS = 32
+MOST_REGISTERS = 128
 GRID_REGISTERS = 96
+FEWER_GRID_REGISTERS = 80
+
+
+def _grid_registers(plan: Plan, gated: bool, gpu: Gpu) -> int:
+    if plan.sequences > 16 and gated and gpu.capability // 10 != 9:
+        return FEWER_GRID_REGISTERS
+    few = gpu.capability >= 100 or plan.sequences > 16
+    return GRID_REGISTERS if few else MOST_REGISTERS
 
 
 def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
@@ -48,14 +57,16 @@ def _fits_registers(cell: Cell, plan: Plan, size: int, gpu: Gpu) -> bool:
     wide = size == 4
     if plan.warps > 8:
         most = 32 if wide and gated else 48 if gpu.capability >= 100 else 64
-        return words <= (most if one_tile else 0 if wide and gated else 24)
-    few = gpu.capability >= 100 or plan.sequences > 16
-    if plan.scope == "grid" and few and words > GRID_REGISTERS:
+        # of several gates four tiles have too many pairs
+        too_many = gated and (wide or plan.sequences > 16)
+        return words <= (most if one_tile else 0 if too_many else 24)
+    if plan.scope == "grid" and words > _grid_registers(plan, gated, gpu):
         return False
     if plan.scope == "grid" and wide:
-        return one_tile and words <= (72 if gated else 128)
-    too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 else 16)
-    most = 96 if gated and (wide or not one_tile) else 128
+        return one_tile and words <= (72 if gated else MOST_REGISTERS)
+    exact = plan.precision == "tf32x3" and cell.gates > 3
+    too_many = wide and gated and plan.sequences > (8 if gpu.capability >= 100 or exact else 16)
+    most = 96 if gated and (wide or not one_tile) else MOST_REGISTERS
     # products in three parts take registers, and so does x of the next step
     if gated and plan.scope == "block" and plan.precision == "tf32x3":
         most = 64 if one_tile else 48
@@ -143,6 +154,15 @@ def triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) 
     return found
 
 
+def ranked_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) -> list[Plan]:
+    """All plans that fit, the fastest by prediction first; `size` as for `triton_plans`."""
+    found = triton_plans(cell, sizes, size, precision, gpu)
+    size = min(size, 4)
+    if gpu.cuda:
+        found = cuda_plans(cell, sizes, size, precision, gpu) + found
+    return sorted(found, key=lambda plan: predict(cell, plan, size, sizes, gpu).both)
+
+
 def make_plan(
     cell: Cell,
     sizes: Sizes,
@@ -158,7 +178,4 @@ def make_plan(
         return Plan("native" if native and dtype in ("float32", "float64") else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
-    found = triton_plans(cell, sizes, size, precision, gpu)
-    if gpu.cuda:
-        found = cuda_plans(cell, sizes, min(size, 4), precision, gpu) + found
-    return min(found, key=lambda plan: predict(cell, plan, min(size, 4), sizes, gpu).both)
+    return ranked_plans(cell, sizes, size, precision, gpu)[0]

@@ -66,14 +66,16 @@ def _resident_step(
     costs = gpu.costs
     G = cell.gates
     triton = plan.backend == "triton"
-    # every block gets what all blocks of its tile have
-    received = blocks_of_tile(plan, H) * plan.units * plan.sequences * size
+    # every block gets what all blocks of its tile have; in a grid of sequences that there are
+    sequences = min(plan.sequences, B) if plan.scope == "grid" else plan.sequences
+    received = blocks_of_tile(plan, H) * plan.units * sequences * size
     received *= G if adjoint else 1
     cycles = costs.overhead
     if plan.scope == "cluster":
         cycles += costs.cluster_latency + received / costs.cluster_bytes
     elif plan.scope == "grid":
-        # in CUDA C++ each word has its step's number beside it
+        # once, as the warps of a block share the sum; in CUDA C++ each word has its step's number
+        # beside it
         read = received if triton else 2 * received
         tiles = plan.slice_tiles or -(-B // plan.sequences)
         running = max(1, min(gpu.multiprocessors, blocks_of_tile(plan, H) * tiles * N))

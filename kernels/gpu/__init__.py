@@ -3,7 +3,7 @@
 Here are the tensors that the kernels write, and the large products before and after them. Each
 language is a module with a function `launch` that runs its kernels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -13,8 +13,12 @@ from ..cells import Cell
 from ..plan import Plan
 from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
 from . import products
+from .fallback import with_fallback
 from .products import differing
 from .tensors import BackwardTensors, ForwardTensors
+
+# by the bytes of a number
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def _launcher(plan: Plan) -> Callable[..., None]:
@@ -25,51 +29,18 @@ def _launcher(plan: Plan) -> Callable[..., None]:
     return launch
 
 
-def _joined(
-    states: Sequence[Tensor | None] | None,
-    size: tuple[int, int, int, int],
-    like: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """A new tensor [N*S, B, H] where `like` is, of S states [N, B, H]; 0 for None. In one launch,
-    whatever their dtype."""
-    N, S, B, H = size
+def _joined(states: States, size: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """S states [N, B, H], or zeros, as one tensor [S, N, B, H]."""
     if states is None:
-        return like.new_zeros((N * S, B, H), dtype=dtype)
-    given = [(k, s) for k, s in enumerate(states) if s is not None]
-    new = like.new_empty if len(given) == S else like.new_zeros
-    joined = new((N * S, B, H), dtype=dtype)
-    if given:
-        to = [joined[n * S + k] for n in range(N) for k, _ in given]
-        torch._foreach_copy_(to, [s[n] for n in range(N) for _, s in given])
-    return joined
-
-
-def _parted(joined: Tensor, S: int, dtype: torch.dtype) -> list[Tensor]:
-    """The inverse: S states [N, B, H], each a tensor of its own, in this dtype."""
-    if S == 1:
-        return [joined.to(dtype)]
-    N = len(joined) // S
-    parts = [joined.new_empty((N, *joined.shape[1:]), dtype=dtype) for _ in range(S)]
-    places = [(n, k) for n in range(N) for k in range(S)]
-    torch._foreach_copy_([parts[k][n] for n, k in places], [joined[n * S + k] for n, k in places])
-    return parts
-
-
-def _initial(states: States, size: tuple[int, int, int, int], like: Tensor) -> Tensor:
-    """The initial states [N*S, B, H] in the dtype of `like`."""
-    if states is not None and size[1] == 1:
+        return like.new_zeros(size)
+    if len(states) == 1:
         first: Tensor = states[0]
-        return first
-    return _joined(states, size, like, like.dtype)
-
-
-def _set_to_zero(tensors: Sequence[Tensor | None]) -> None:
-    torch._foreach_zero_([t for t in tensors if t is not None])
+        return first[None]
+    return torch.stack([*states])
 
 
 def _is_padded(layout: Layout) -> bool:
-    """Whether there are rows past a sequence's end, which kernels do not write."""
+    """Whether there are rows past a sequence's end."""
     return layout.lengths is not None and layout.offsets is None
 
 
@@ -77,6 +48,13 @@ def forward(
     cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
 ) -> Outputs:
     """x [R, I], S states [N, B, H], zeros if None."""
+    found: Outputs = with_fallback(_forward, cell, plan, layout, x, weights, s0, save)
+    return found
+
+
+def _forward(
+    cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
+) -> Outputs:
     w_ih, w_hh, b_ih, b_hh = weights
     N = len(layout.reverse)
     S = cell.states
@@ -84,37 +62,32 @@ def forward(
     R = len(x)
     H = w_hh.shape[1]
     B = layout.sequences if s0 is None else s0[0].shape[1]
-    size = N, S, B, H
-    state = _joined(s0, size, x, torch.float32)
+    last = tuple([x.new_empty(N, B, H) for _ in range(S)])
     y = x.new_empty(R, N * H)
     states = x.new_empty(S - 1, R, N * H) if S > 1 and save else None
     saved = x.new_empty(A, R, N * H) if A and save == Save.ACTIVATIONS else None
-    if _is_padded(layout):
-        _set_to_zero((y, states, saved))
+    precision = differing(x, plan.precision)
+    # a product in another precision than torch's would need a copy of the bias for each row
+    biased = plan.fused or (plan.scope == "library" and precision != "")
+    if not plan.fused:
+        x = products.linear(x, w_ih, None if biased else b_ih, precision)
     tensors = ForwardTensors(
-        x=x if plan.fused else products.linear(x, w_ih, b_ih, differing(x, plan.precision)),
+        x=x,
         w_ih=w_ih if plan.fused else None,
         w_hh=w_hh,
-        b_ih=b_ih if plan.fused else None,
+        b_ih=b_ih if biased else None,
         b_hh=b_hh,
-        state=state,
-        hidden=None,
         y=y,
         states=states,
         saved=saved,
         lengths=layout.lengths,
         offsets=layout.offsets,
         resets=layout.resets,
+        first=(None,) * S if s0 is None else tuple(s0),
+        last=last,
     )
-    # some of Triton's scopes exchange the first h in its own dtype; else only its size counts
-    if plan.backend == "triton" and plan.scope != "block":
-        initial = _initial(s0, size, x)
-    elif x.dtype == state.dtype:
-        initial = state
-    else:
-        initial = x.new_empty(()).expand(state.shape)
-    _launcher(plan)(cell, plan, layout, tensors, initial)
-    return Outputs(y, states, _parted(state, S, x.dtype), saved)
+    _launcher(plan)(cell, plan, layout, tensors, B)
+    return Outputs(y, states, [*last], saved)
 
 
 def backward(
@@ -129,42 +102,60 @@ def backward(
     needs: Gradients[bool],
 ) -> Gradients[Tensor | None]:
     """The adjoint of `forward`."""
+    found: Gradients[Tensor | None] = with_fallback(
+        _backward, cell, plan, layout, x, weights, s0, outputs, grads, needs
+    )
+    return found
+
+
+def _backward(
+    cell: Cell,
+    plan: Plan,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
+    grads: OutputGrads,
+    needs: Gradients[bool],
+) -> Gradients[Tensor | None]:
     w_ih, w_hh, _, _ = weights
     y, states, _, saved = outputs
     dy, dstates, dlast = grads
     N = len(layout.reverse)
     B = layout.sequences if s0 is None else s0[0].shape[1]
-    size = N, cell.states, B, w_hh.shape[1]
-    padded = _is_padded(layout)
+    S = cell.states
+    H = w_hh.shape[1]
     dr = y.new_empty(len(y), len(w_hh))
-    ds = _joined(dlast, size, y, torch.float32)
-    initial = _initial(s0, size, y)
     dx = y.new_empty(dr.shape) if cell.split else None
     h_prev = None if layout.lengths is None and layout.resets is None else y.new_empty(y.shape)
-    if padded:
-        _set_to_zero((dr, dx, h_prev))
+    ran = None
+    if _is_padded(layout) and needs.w_ih:
+        ran = y.new_empty(len(y), dtype=_INTEGERS[y.element_size()])
+    dfirst = [y.new_empty(N, B, H) if needs.s0 else None for _ in range(S)]
     tensors = BackwardTensors(
         w_hh=w_hh,
-        state=initial,
+        state=_joined(s0, (S, N, B, H), y),
         y=y,
         states=states,
         saved=saved,
-        dy=torch.zeros_like(y) if dy is None else dy,
+        dy=dy,
         dstates=dstates,
-        ds=ds,
         dx=dx,
         dr=dr,
         h_prev=h_prev,
+        ran=ran,
         lengths=layout.lengths,
         offsets=layout.offsets,
         resets=layout.resets,
+        dlast=(None,) * S if dlast is None else tuple(dlast),
+        dfirst=tuple(dfirst),
     )
-    _launcher(plan)(cell, plan, layout, tensors, initial)
-    if padded and needs.w_ih:
-        # 0 times a NaN in the padding is NaN
-        ran = torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths
-        x = torch.where(ran.view(-1, 1), x, 0)
-    first = _parted(ds, cell.states, y.dtype) if needs.s0 else None
+    _launcher(plan)(cell, plan, layout, tensors, B)
+    if ran is not None:
+        # 0 times a NaN in the padding is NaN: all bits there are set to 0, in one launch
+        x = torch.bitwise_and(x.view(ran.dtype), ran[:, None]).view(x.dtype)
+    first = dfirst if needs.s0 else None
     return _products(cell, plan, layout, x, w_ih, tensors, needs)._replace(s0=first)
 
 
@@ -187,8 +178,8 @@ def _products(
     if needs.w_ih:
         gradients[1] = products.mm(dx.T, x, precision)
     if needs.w_hh:
-        firsts = tensors.state[:: cell.states]
-        gradients[2] = _w_hh_gradient(layout, dr, tensors.y, firsts, tensors.h_prev, precision)
+        first = tensors.state[0]
+        gradients[2] = _w_hh_gradient(layout, dr, tensors.y, first, tensors.h_prev, precision)
     if needs.b_ih:
         gradients[3] = dx.sum(0)
     if needs.b_hh:
@@ -209,24 +200,29 @@ def _w_hh_gradient(
     """[N*G*H, H], from the h that came into each step, which is that of y one step before where
     `h_prev` was not written."""
     N = len(layout.reverse)
+    found = dr.new_empty(dr.shape[1], y.shape[1] // N)
     drs = dr.chunk(N, 1)
+    outs = found.chunk(N)
     if h_prev is not None:
-        parts = [products.mm(d.T, h, precision) for d, h in zip(drs, h_prev.chunk(N, 1))]
-    else:
-        parts = [
-            _shifted_product(d, h, first, bool(back), precision)
-            for d, h, first, back in zip(drs, y.chunk(N, 1), firsts, layout.reverse)
-        ]
-    return parts[0] if N == 1 else torch.cat(parts)
+        for d, h, out in zip(drs, h_prev.chunk(N, 1), outs):
+            products.mm(d.T, h, precision, out)
+        return found
+    for d, h, first, back, out in zip(drs, y.chunk(N, 1), firsts, layout.reverse, outs):
+        _shifted_product(d, h, first, bool(back), precision, out)
+    return found
 
 
-def _shifted_product(d: Tensor, h: Tensor, first: Tensor, reverse: bool, precision: str) -> Tensor:
-    """The sum over rows of d_t h_{t-1}^T: d [R, K], h [R, H], and the initial h `first` [B, H]."""
+def _shifted_product(
+    d: Tensor, h: Tensor, first: Tensor, reverse: bool, precision: str, out: Tensor
+) -> None:
+    """The sum over rows of d_t h_{t-1}^T, into `out`: d [R, K], h [R, H], and the initial h `first`
+    [B, H]."""
     B = len(first)
     if len(h) == B:
-        return products.mm(d.T, first, precision)
-    if reverse:
-        inner = products.mm(d[:-B].T, h[B:], precision)
-        return products.addmm(inner, d[-B:].T, first, precision)
-    inner = products.mm(d[:B].T, first, precision)
-    return products.addmm(inner, d[B:].T, h[:-B], precision)
+        products.mm(d.T, first, precision, out)
+    elif reverse:
+        products.mm(d[:-B].T, h[B:], precision, out)
+        products.add_mm(out, d[-B:].T, first, precision)
+    else:
+        products.mm(d[:B].T, first, precision, out)
+        products.add_mm(out, d[B:].T, h[:-B], precision)

@@ -100,18 +100,21 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> Tensor:
     return _gemm(x, w.T, b.repeat(len(x), 1), precision, True)
 
 
-def mm(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """[M, K] times [K, N]."""
+def mm(a: Tensor, b: Tensor, precision: str, out: Tensor | None = None) -> Tensor:
+    """[M, K] times [K, N], into `out`."""
     if not precision:
-        return torch.mm(a, b)
-    return _gemm(a, b, a.new_empty(a.shape[0], b.shape[1]), precision, False)
+        return torch.mm(a, b, out=out)
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    return _gemm(a, b, out, precision, False)
 
 
-def addmm(out: Tensor, a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """`out` + a b, which may be in `out`'s memory."""
+def add_mm(out: Tensor, a: Tensor, b: Tensor, precision: str) -> None:
+    """`out` += a b."""
     if not precision:
-        return torch.addmm(out, a, b)
-    return _gemm(a, b, out, precision, True)
+        torch.addmm(out, a, b, out=out)
+        return
+    _gemm(a, b, out, precision, True)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor, precision: str) -> None:

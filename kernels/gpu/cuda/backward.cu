@@ -1,13 +1,25 @@
-// The adjoint, back through time. state [N, S, B, H] entered the first step; ds [N, S, B, H] in and
-// out; dx (unused where it equals dr) and dr [R, N, G, H]; h_prev [R, N, H] or null.
+// The adjoint, back through time. state [S, N, B, H] entered the first step; dy where GRAD_OF_Y;
+// dx (unused where it equals dr) and dr [R, N, G, H]; h_prev [R, N, H] or null; S gradients of the
+// last states [N, B, H], or null for zeros, and S of the initial ones, or null. ran [R] or null: all
+// bits of rows that are steps, none of those past an end.
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
-    const T* dstates, float* ds, T* dx, T* dr, T* h_prev,
-    const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
-    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first) {
+    const T* dstates, T* dx, T* dr, T* h_prev,
+    STATE_PARAMETERS(const T, dlast_), STATE_PARAMETERS(T, dfirst_),
+    const i64* lengths, const i64* offsets, const bool* resets, Bits* ran, u64* flags,
+    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first_tile) {
+  if (MASKS && lengths && !offsets) {
+    zero_past_ends(dr, 1, GATES, lengths, steps, B, R, H, first_tile);
+    if (SEPARATE_RECURRENT_GRAD)
+      zero_past_ends(dx, 1, GATES, lengths, steps, B, R, H, first_tile);
+    zero_past_ends(h_prev, 1, 1, lengths, steps, B, R, H, first_tile);
+    if (ran && blockIdx.x + blockIdx.z == 0) mark_rows(ran, lengths, steps, B, first_tile);
+  }
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
-                steps, B, R, H, reverses, first);
+                steps, B, R, H, reverses, first_tile);
+  const T* const dlast[STATES] = STATE_POINTERS(dlast_);
+  T* const dfirst[STATES] = STATE_POINTERS(dfirst_);
   float outgoing[VECTORS][P][2];
   float sums[ROWS][P][2];
   state += worker.s0;
@@ -16,7 +28,6 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   saved += worker.y0;
   dy += worker.y0;
   dstates += dstates ? worker.y0 : 0;
-  ds += worker.s0;
   dr += worker.x0;
   dx += worker.x0;
   struct Inputs {
@@ -44,7 +55,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         const T* from = k ? states + (k - 1) * worker.plane : y;
         inputs[p].s[k] = worker.load(from + offset + worker.at(p, worker.y_row));
       }
-      inputs[p].d[0] = worker.load(dy + offset + worker.at(p, worker.y_row));
+      if (GRAD_OF_Y) inputs[p].d[0] = worker.load(dy + offset + worker.at(p, worker.y_row));
       EACH(k, STATES) if (k && dstates)
         inputs[p].d[k] =
             worker.load(dstates + (k - 1) * worker.plane + offset + worker.at(p, worker.y_row));
@@ -53,8 +64,11 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
             worker.load(saved + k * worker.plane + offset + worker.at(p, worker.y_row));
     }
   };
-  EACH(p, P) EACH(k, STATES)
-    if (worker.inside(p)) worker.load(d[p][k], ds + k * worker.layer + worker.at(p, H));
+  EACH(p, P) EACH(k, STATES) if (worker.inside(p) && dlast[k]) {
+    const Loaded pair = worker.load(dlast[k] + worker.s0 + worker.at(p, H));
+    d[p][k][0] = half_of(pair, 0);
+    d[p][k][1] = half_of(pair, 1);
+  }
   int t = worker.time(0, !worker.reverse);
   i64 row = worker.row(t);
   fetch(now, cuts, t, row * worker.y_row);
@@ -66,7 +80,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (MASKS_AHEAD) row_ahead = worker.row(worker.time(u + 2, !worker.reverse));
     const i64 prefetch_row = worker.prefetch_row(u);
     const i64 y_before = pin_register(row_before * worker.y_row);
-    worker.prefetch(dy, prefetch_row, worker.y_row);
+    if (GRAD_OF_Y) worker.prefetch(dy, prefetch_row, worker.y_row);
     EACH(k, STATES)
       worker.prefetch(k ? states + (k - 1) * worker.plane : y, prefetch_row, worker.y_row);
     EACH(k, SAVED) worker.prefetch(saved + k * worker.plane, prefetch_row, worker.y_row);
@@ -124,7 +138,8 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     row = row_before;
   }
   EACH(p, P) EACH(k, STATES)
-    if (worker.inside(p)) worker.store(ds + k * worker.layer + worker.at(p, H), d[p][k]);
+    if (worker.inside(p) && dfirst[k])
+      worker.store(dfirst[k] + worker.s0 + worker.at(p, H), narrow(d[p][k][0], d[p][k][1]));
   // No block exits while others may still write to its shared memory.
   cluster_sync();
 }

@@ -1,16 +1,23 @@
-// Forward through time. x [R, N, G, H] input pre-activations; state [N, S, B, H] in and out;
-// y [R, N, H]; states [S-1, R, N, H] and saved [A, R, N, H], or null.
+// Forward through time. x [R, N, G, H] input pre-activations; y [R, N, H]; states [S-1, R, N, H]
+// and saved [A, R, N, H], or null; S initial states [N, B, H], or null for zeros, and S last ones.
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
-    const T* x, const T* w_hh, const T* b_hh, float* state, T* y, T* states, T* saved,
+    const T* x, const T* w_hh, const T* b_hh, T* y, T* states, T* saved,
+    STATE_PARAMETERS(const T, first_), STATE_PARAMETERS(T, last_),
     const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
-    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first) {
+    i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first_tile) {
+  if (MASKS && lengths && !offsets) {
+    zero_past_ends(y, 1, 1, lengths, steps, B, R, H, first_tile);
+    if (states) zero_past_ends(states, STATES - 1, 1, lengths, steps, B, R, H, first_tile);
+    if (saved) zero_past_ends(saved, SAVED, 1, lengths, steps, B, R, H, first_tile);
+  }
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
-                steps, B, R, H, reverses, first);
+                steps, B, R, H, reverses, first_tile);
+  const T* const first[STATES] = STATE_POINTERS(first_);
+  T* const last[STATES] = STATE_POINTERS(last_);
   float outgoing[VECTORS][P][2];
   float sums[ROWS][P][2];
   x += worker.x0;
-  state += worker.s0;
   y += worker.y0;
   states += states ? worker.y0 : 0;
   saved += saved ? worker.y0 : 0;
@@ -40,8 +47,18 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     bias[g][0] = half_of(b, 0);
     bias[g][1] = half_of(b, 1);
   }
-  EACH(p, P) EACH(k, STATES)
-    if (worker.inside(p)) worker.load(s[p][k], state + k * worker.layer + worker.at(p, H));
+  // number by number, where there are registers: the time loop has fewer waits then
+  constexpr bool BY_NUMBER = !MASKS || (TYPE != FLOAT32 && GATES > 3);
+  EACH(k, STATES) if (BY_NUMBER && first[k]) EACH(p, P) if (worker.inside(p)) {
+    const T* const from = first[k] + worker.s0 + worker.at(p, H);
+    s[p][k][0] = widen(from[0]);
+    s[p][k][1] = worker.two ? widen(from[1]) : 0.f;
+  }
+  EACH(p, P) EACH(k, STATES) if (!BY_NUMBER && worker.inside(p) && first[k]) {
+    const Loaded pair = worker.load(first[k] + worker.s0 + worker.at(p, H));
+    s[p][k][0] = half_of(pair, 0);
+    s[p][k][1] = half_of(pair, 1);
+  }
   int t = worker.time(0, worker.reverse);
   i64 row = worker.row(t);
   worker.find_cuts(cuts, t);
@@ -92,7 +109,8 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     row = next_row;
   }
   EACH(p, P) EACH(k, STATES)
-    if (worker.inside(p)) worker.store(state + k * worker.layer + worker.at(p, H), s[p][k]);
+    if (worker.inside(p))
+      worker.store(last[k] + worker.s0 + worker.at(p, H), narrow(s[p][k][0], s[p][k][1]));
   // No block exits while others may still write to its shared memory.
   cluster_sync();
 }

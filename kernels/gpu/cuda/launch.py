@@ -19,7 +19,7 @@ from ...cells import Cell
 from ...codegen import statements
 from ...plan import Plan, plan_text, shared_bytes, slices
 from ...types import Layout
-from ..faults import faults_of
+from ..faults import Refused, faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
@@ -32,7 +32,14 @@ WAIT_LIMIT = 42
 
 
 def program(
-    helpers: str, cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, masks: bool, even: bool
+    helpers: str,
+    cell: Cell,
+    plan: Plan,
+    dtype: torch.dtype,
+    adjoint: bool,
+    masks: bool,
+    even: bool,
+    grad_of_y: bool = True,
 ) -> str:
     """The text of a kernel: its constants, `helpers` (the text of ptx.cuh), and the other files."""
     constants: dict[str, Any] = dict(
@@ -58,12 +65,18 @@ def program(
         ADJOINT=adjoint,
         MASKS=masks,
         EVEN=even,
+        GRAD_OF_Y=grad_of_y,
         PRECISE=dtype == torch.float32 and plan.precision == "tf32x3",
         PLAN=json.dumps(plan_text(plan)),
         WAIT_LIMIT=WAIT_LIMIT,
     )
     values = {k: v if isinstance(v, str) else int(v) for k, v in constants.items()}
     defines = "".join(f"#define {k} {v}\n" for k, v in values.items())
+    # of S tensors: the parameters of a kernel, and an array of them
+    parameters = ", ".join(f"type* name##{k}" for k in range(cell.states))
+    names = ", ".join(f"name##{k}" for k in range(cell.states))
+    defines += f"#define STATE_PARAMETERS(type, name) {parameters}\n"
+    defines += f"#define STATE_POINTERS(name) {{{names}}}\n"
     body = text("backward.cu" if adjoint else "forward.cu")
     headers = "".join(map(text, ("sizes.cuh", "products.cuh", "worker.cuh")))
     return defines + helpers + headers + body
@@ -125,6 +138,7 @@ def load(
     adjoint: bool,
     masks: bool,
     even: bool,
+    grad_of_y: bool,
     device: torch.device,
 ) -> Callable[..., None]:
     """A compiled kernel as a function of its grid and arguments (addresses and integers).
@@ -135,7 +149,7 @@ def load(
     if device.type != "cuda":
         raise RuntimeError(f'The plan "cuda" is for tensors on a GPU, got {device}')
     properties = torch.cuda.get_device_properties(device)
-    code = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even)
+    code = program(text("ptx.cuh"), cell, plan, dtype, adjoint, masks, even, grad_of_y)
     shared = shared_bytes(cell, plan, dtype.itemsize, adjoint)
     with cupy.cuda.Device(device.index), faults_of(plan, device):
         cubin = _cubin(code, 10 * properties.major + properties.minor)
@@ -149,7 +163,7 @@ def load(
     def run(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
         # blocks of a grid wait for each other
         if plan.scope == "grid" and prod(grid) > properties.multi_processor_count:
-            raise RuntimeError(f"{plan} needs {grid} blocks at a time: more than {device} runs")
+            raise Refused(f"{plan} needs {grid} blocks at a time: more than {device} runs")
         with on_stream(cupy.cuda, device), faults_of(plan, device):
             kernel(grid, (32 * plan.warps,), arguments, shared_mem=shared)
 
@@ -167,10 +181,11 @@ def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, 
             tensors.x,
             tensors.w_hh,
             tensors.b_hh,
-            tensors.state,
             tensors.y,
             tensors.states,
             tensors.saved,
+            *tensors.first,
+            *tensors.last,
         )
     return (
         tensors.w_hh,
@@ -180,10 +195,11 @@ def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, 
         tensors.saved,
         tensors.dy,
         tensors.dstates,
-        tensors.ds,
         tensors.dx,
         tensors.dr,
         tensors.h_prev,
+        *tensors.dlast,
+        *tensors.dfirst,
     )
 
 
@@ -192,33 +208,39 @@ def launch(
     plan: Plan,
     layout: Layout,
     tensors: ForwardTensors | BackwardTensors,
-    s0: Tensor,
+    B: int,
 ) -> None:
-    """Run the forward or the backward kernel over all steps."""
-    _, B, H = s0.shape
+    """Run the forward or the backward kernel over all steps of B sequences."""
     adjoint = isinstance(tensors, BackwardTensors)
+    w_hh = tensors.w_hh
+    H = w_hh.shape[1]
     N = len(layout.reverse)
+    if not B or not H:
+        return
     parts = slices(plan, B)
     flags = None
     flag_bytes = 0
-    if plan.scope == "grid" and parts:
+    if plan.scope == "grid":
         vectors = cell.gates if adjoint else 1
         count = plan.blocks * parts[0].tiles * N * plan.units * plan.sequences * vectors
         # two buffers of 32-bit words, each with the number of its step, for each slice
-        words = 2 * (count * s0.element_size() // 4)
-        flags = s0.new_zeros(len(parts) * words, dtype=torch.int64)
+        words = 2 * (count * w_hh.element_size() // 4)
+        flags = w_hh.new_zeros(len(parts) * words, dtype=torch.int64)
         flag_bytes = 8 * words
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     masks = lengths, layout.offsets, layout.resets
+    grad_of_y = True
+    ran: tuple[Tensor | None, ...] = ()
+    if isinstance(tensors, BackwardTensors):
+        grad_of_y = tensors.dy is not None
+        ran = (tensors.ran,)
     numbers_at = [_address(t) for t in _numbers(tensors)]
-    pair_bytes = 2 * s0.element_size()
+    pair_bytes = 2 * w_hh.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)
-    if not B or not H:
-        return
     masked = any(t is not None for t in masks)
-    kernel = load(cell, plan, s0.dtype, adjoint, masked, even, s0.device)
-    addresses = *numbers_at, *map(_address, masks)
+    kernel = load(cell, plan, w_hh.dtype, adjoint, masked, even, grad_of_y, w_hh.device)
+    addresses = *numbers_at, *map(_address, masks), *map(_address, ran)
     sizes = layout.steps, B, R, H, layout.reverses
     for k, part in enumerate(parts):
         flags_at = _address(flags) + k * flag_bytes

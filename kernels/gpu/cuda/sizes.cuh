@@ -11,10 +11,12 @@
 //   SPLITS                    warps that share a sum
 //   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
+//   GRAD_OF_Y                 the adjoint has one; else it is 0
 //   EVEN                      H is even, and pairs of numbers are aligned
 //   PLAN                      its text
 //   WAIT_LIMIT                in units of 2^32 ns, after which a wait for other blocks is an error
 //   CELL                      the statements of cell_forward or cell_backward
+//   STATE_PARAMETERS          of a kernel, for a tensor of each state, and STATE_POINTERS to them
 
 // numbers in 4 and in 16 bytes
 constexpr int WORD = 4 / sizeof(T);
@@ -47,10 +49,10 @@ constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
 constexpr int PEERS = 32 / CHUNK_LANES;
 // k-steps whose weights a thread loads at a time: 32 words, or, in halves or of many threads, 16
 constexpr int K_LOADED = (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD == 1 ? 1 : 2);
-// independent sums, so that products overlap; four where there are registers, which numbers that
-// are not in pairs take too
+// independent sums, so that products overlap; four of two products at least where there are
+// registers, which numbers that are not in pairs take too
 constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
-constexpr int CHAINS = ONE_TILE && (EVEN || !PRECISE) ? 4 : ROWS * NT < 4 ? 2 : 1;
+constexpr int CHAINS = ONE_TILE && KS > 4 && (EVEN || !PRECISE) ? 4 : ROWS * NT < 4 ? 2 : 1;
 // k-steps that a warp of a grid polls at a time, and how often
 constexpr int POLLED = KS < 8 ? KS : 8;
 constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
@@ -62,6 +64,12 @@ constexpr bool MASKS_AHEAD = MASKS && !PRECISE && (SCOPE == CLUSTER || !ADJOINT)
 // take those of a block
 constexpr bool READS_AHEAD = MASKS ? MASKS_AHEAD : !(PRECISE && SCOPE == BLOCK && ROWS > 1);
 
+// an integer as large as a number
+#if TYPE == FLOAT32
+typedef u32 Bits;
+#else
+typedef u16 Bits;
+#endif
 // a thread's part of a 16 x 8 tile of W
 typedef u32 Words[4];
 

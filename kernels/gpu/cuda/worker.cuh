@@ -9,6 +9,30 @@
 // Double buffering suffices: a block writes buffer c + 2 only after receiving all of c + 1, whose
 // senders had read c.
 
+// What rows past an end hold; called before all else, while registers are free.
+// 0, of the block's sequences and units, in tensors [planes, R, N, vectors, H].
+DEVICE void zero_past_ends(T* to, int planes, int vectors, const i64* lengths, i64 steps, i64 B,
+                           i64 R, i64 H, i64 first_tile) {
+  const i64 row = gridDim.z * vectors * H;
+  for (int i = threadIdx.x; i < NB * U; i += THREADS) {
+    const i64 b = (first_tile + blockIdx.y) * NB + i / U;
+    const i64 unit = blockIdx.x * U + i % U;
+    if (b >= B || unit >= H) continue;
+    for (i64 t = lengths[b]; t < steps; ++t)
+      for (int k = 0; k < planes; ++k)
+        for (int v = 0; v < vectors; ++v)
+          to[(k * R + t * B + b) * row + (blockIdx.z * vectors + v) * H + unit] = 0;
+  }
+}
+// No bit, in `ran` [R]; and all bits of the rows that are steps of the block's sequences.
+DEVICE void mark_rows(Bits* ran, const i64* lengths, i64 steps, i64 B, i64 first_tile) {
+  for (i64 i = threadIdx.x; i < steps * NB; i += THREADS) {
+    const i64 t = i / NB;
+    const i64 b = (first_tile + blockIdx.y) * NB + i % NB;
+    if (b < B) ran[t * B + b] = t < lengths[b] ? (Bits)~0 : (Bits)0;
+  }
+}
+
 // A thread's place, its weights, and its exchange with other threads.
 struct Worker {
   Shared& shared;
@@ -23,7 +47,7 @@ struct Worker {
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
   // first sequence of the block, where the launch begins at tile `first` of the batch; pitches of
-  // [A, R, N, H] and [N, S, B, H]; where the thread's first pair is in each
+  // [A, R, N, H] and [S, N, B, H]; where the thread's first pair is in each
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
@@ -58,10 +82,10 @@ struct Worker {
         y_row(pin_register((u32)(gridDim.z * H))),
         b0((first + blockIdx.y) * NB),
         plane(pin_register(R * y_row)),
-        layer(B * H),
+        layer(gridDim.z * B * H),
         x0(pin_register((b0 + sequence0) * x_row + n * GATES * H + unit)),
         y0(pin_register((b0 + sequence0) * y_row + n * H + unit)),
-        s0((n * STATES * B + b0 + sequence0) * H + unit),
+        s0((n * B + b0 + sequence0) * H + unit),
         two(EVEN || unit + 1 < H) {
     load_weights(w_hh + (i64)n * GATES * H * H);
     EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
@@ -162,11 +186,6 @@ struct Worker {
   DEVICE void store(T* p, Pair v) const {
     if (EVEN) *(Pair*)p = v;
     else p[0] = part(v, 0), p[two] = part(v, two);
-  }
-  DEVICE void load(float (&v)[2], const float* p) const { v[0] = p[0], v[1] = two ? p[1] : 0.f; }
-  DEVICE void store(float* p, const float (&v)[2]) const {
-    p[0] = v[0];
-    p[two] = two ? v[1] : v[0];
   }
 
   // The step with number u of a sweep, and the row that it begins at.

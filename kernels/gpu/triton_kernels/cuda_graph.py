@@ -9,14 +9,16 @@ numbers on the GPU fails. Nothing that is captured here draws, or allocates a te
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..tensors import each_of
 
 # Enough to hide the host's cost of a replay, few enough to run past the end of a sequence.
 STEPS_PER_GRAPH = 16
@@ -57,23 +59,37 @@ def _new_stream() -> ctypes.c_void_p:
     return stream
 
 
+class CaptureStream(NamedTuple):
+    """A stream, and the memory that a library works in where it is captured on it."""
+
+    stream: ctypes.c_void_p
+    memory: Any
+
+
 @cache
-def _capture_stream(_device: int, _stream: int) -> ctypes.c_void_p:
-    """That of all graphs with a library's products that are replayed on a stream. The memory that a
-    library works in belongs to the stream of the capture: these never run at the same time."""
-    return _new_stream()
+def _capture_stream(_device: int, _stream: int) -> CaptureStream:
+    """That of all graphs with a library's products that are replayed on a stream: these never run
+    at the same time, and so share the memory.
+
+    torch keeps a workspace of cuBLAS for each handle and stream, whose address is captured, but it
+    drops all of them when torch.compile makes graphs of its own (_cuda_clearCublasWorkspaces), and
+    would give that memory to others, which a replay would overwrite. A pool that is never let go
+    gives it to none but this stream."""
+    return CaptureStream(_new_stream(), torch.cuda.MemPool())
 
 
 class Graph:
     """What `launch` launches on torch's current stream, to be launched again and again; with a
-    library's products, `products`, on the current stream alone."""
+    library's products, `products`, on the current stream alone. (These in a thread without a memory
+    pool, whose pool would be the workspace's.)"""
 
     def __init__(self, launch: Callable[[], None], products: bool = False) -> None:
         self._executable = ctypes.c_void_p()
         if products:
             current = torch.cuda.current_stream().cuda_stream
-            with _capturing:
-                self._capture(launch, _capture_stream(torch.cuda.current_device(), current))
+            place = _capture_stream(torch.cuda.current_device(), current)
+            with _capturing, torch.cuda.use_mem_pool(place.memory):
+                self._capture(launch, place.stream)
         else:
             stream = _new_stream()
             try:
@@ -141,9 +157,11 @@ class StepGraph:
         sizes: tuple[int, int],
         device: torch.device,
         tensors: Any,
-        fixed: Sequence[str] = (),
+        fixed: Sequence[str],
+        fill: Callable[[Any, Any], None],
     ) -> None:
-        """`tensors` is a NamedTuple; those named in `fixed` are copied to addresses that stay."""
+        """`tensors` is a NamedTuple. In place of those named in `fixed` there are some at addresses
+        that stay, which `fill(tensors, the same with these)` fills."""
         stream = torch.cuda.current_stream()
         with self.lock:
             given = {name: getattr(tensors, name) for name in fixed}
@@ -151,21 +169,24 @@ class StepGraph:
                 self.fixed = self.lasting(
                     lambda: {name: torch.zeros_like(t) for name, t in given.items()}
                 )
-            for name, t in given.items():
-                self.fixed[name].copy_(t)
-            tensors = tensors._replace(**self.fixed)
-            entries = [*sizes, *(0 if t is None else t.data_ptr() for t in tensors)]
+            if given:
+                with_fixed = tensors._replace(**self.fixed)
+                fill(tensors, with_fixed)
+                tensors = with_fixed
+            entries = [*sizes, *(0 if t is None else t.data_ptr() for t in each_of(tensors))]
             if self.graph is None:
                 table = [PAST_ANY_END, PAST_ANY_END, *entries]
                 self.table = self.lasting(lambda: torch.tensor(table, device=device))
-                self.graph = self.capture(lambda table, k: launch(table, k, tensors))
+                # a step as it is in another thread, where gradients are not off
+                step = torch.no_grad()(lambda table, k: launch(table, k, tensors))
+                self.graph = self.lasting(lambda: self.capture(step))
             table_now = torch.tensor([0, 0, *entries], device="cpu")
             self.table.copy_(table_now, non_blocking=True)
             for _ in range(0, steps, STEPS_PER_GRAPH):
                 self.graph.replay(stream.cuda_stream)
 
 
-def can_replay(steps: int, tensors: Sequence[Tensor | None]) -> bool:
+def can_replay(steps: int, tensors: Iterable[Tensor | None]) -> bool:
     """Not for a few steps, nor for unaligned tensors, nor while the caller captures a graph."""
     if steps < STEPS_PER_GRAPH:
         return False

@@ -19,13 +19,16 @@ from .tiles import (
     dots,
     load_matrices,
     load_pointer,
+    load_states,
     load_step,
     load_tiles,
     product,
     select_tiles,
     step_info,
+    store_states,
     store_tiles,
     tile_of_program,
+    zero_past_ends,
 )
 
 
@@ -115,8 +118,10 @@ def forward_kernel(
     """Steps u0 <= u < u1 of each sequence, from tile `first` of the batch on.
 
     x holds pre-activations [R, N, G, H] (XN = G), or with w_ih inputs [R, I] (XN = 1). But in block
-    scope slot u % 2 of `hidden` holds the h that enters step u."""
+    scope slot u % 2 of `hidden` holds the h that enters step u, from step 1 on."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 0)
+    first_states = tensors.first
+    last_states = tensors.last
     if table is not None:
         tensors = ForwardTensors(
             x=load_pointer(table, 0, tensors.x),
@@ -124,23 +129,24 @@ def forward_kernel(
             w_hh=load_pointer(table, 2, tensors.w_hh),
             b_ih=load_pointer(table, 3, tensors.b_ih),
             b_hh=load_pointer(table, 4, tensors.b_hh),
-            state=load_pointer(table, 5, tensors.state),
-            hidden=load_pointer(table, 6, tensors.hidden),
-            y=load_pointer(table, 7, tensors.y),
-            states=load_pointer(table, 8, tensors.states),
-            saved=load_pointer(table, 9, tensors.saved),
-            lengths=load_pointer(table, 10, tensors.lengths),
-            offsets=load_pointer(table, 11, tensors.offsets),
-            resets=load_pointer(table, 12, tensors.resets),
-            product=load_pointer(table, 13, tensors.product),
+            y=load_pointer(table, 5, tensors.y),
+            states=load_pointer(table, 6, tensors.states),
+            saved=load_pointer(table, 7, tensors.saved),
+            lengths=load_pointer(table, 8, tensors.lengths),
+            offsets=load_pointer(table, 9, tensors.offsets),
+            resets=load_pointer(table, 10, tensors.resets),
+            # a tuple with None in it cannot be made here
+            first=(),
+            last=(),
+            carried=load_pointer(table, 11 + 2 * S, tensors.carried),
+            hidden=load_pointer(table, 12 + 2 * S, tensors.hidden),
+            product=load_pointer(table, 13 + 2 * S, tensors.product),
         )
-    tile = tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN)
+    tile = tile_of_program(first, B, H, REVERSE, N, G, BB, BN)
     m_b = tile.o_b < B
     y_plane = R.to(tl.int64) * (N * H)
-    h_slot = B.to(tl.int64) * (N * H)
-    h0 = (tile.n * B + tile.b0) * H
     o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
-    s_plane = B.to(tl.int64) * H
+    s_plane = B.to(tl.int64) * (N * H)
     w_hh = tensors.w_hh + tile.n * G * H * H
     ws = load_matrices(w_hh, H * H, H, 1, tile.o_n, 0, tile.m_n, H, BK, KT, G)
     wi = ()
@@ -159,30 +165,40 @@ def forward_kernel(
     zeros = load_tiles(None, 0, 0, tile.o_s, tile.mask, None, G)
     bx = load_tiles(tensors.b_ih, tile.n * G * H, H, o_bias, tile.mask, None, G)
     br = load_tiles(tensors.b_hh, tile.n * G * H, H, o_bias, tile.mask, None, G)
-    s = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, tile.mask, None, S)
+    # what the product came before is added to it
+    start = None
+    if tensors.w_ih is None and tensors.b_ih is not None:
+        start = bx
+    h_first = load_pointer(table, 11, first_states[0])
+    s = load_states(table, 11, first_states, tensors.carried, s_plane, u, tile, S)
     descending = tile.reverse == 1
     step = step_info(u, descending, tile, T, B, tensors)
-    xs = load_tiles(tensors.x, step.row * x_pitch + x0, H, o_x, m_x & step.runs[None, :], None, XN)
+    xs = load_tiles(tensors.x, step.row * x_pitch + x0, H, o_x, m_x & step.runs[None, :], start, XN)
     while u < u1:
         # x is fetched one step ahead
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
         wanted = (step_next.runs & (u + 1 < u1))[None, :]
         xs_next = load_tiles(
-            tensors.x, step_next.row * x_pitch + x0, H, o_x, m_x & wanted, None, XN
+            tensors.x, step_next.row * x_pitch + x0, H, o_x, m_x & wanted, start, XN
         )
         s = select_tiles(~step.cut[None, :], s, None, CARRIED) + s[CARRIED:]
         r = zeros
         if tensors.w_ih is not None and not SEPARATE_RECURRENT_GRAD:
             r = dots(wi, xs[0], zeros, 0, 1, G, PRECISION)
             xs = bx
+        entered = m_b & ~step.cut
+        if h_first is None:
+            entered = entered & (u > 0)
         if SCOPE == "library":
-            kept = tile.mask & ~step.cut[None, :]
-            r = load_tiles(tensors.product, h0 * G, H, o_gates, kept, None, G)
+            kept = tile.mask & entered[None, :]
+            r = load_tiles(tensors.product, tile.s0 * G, H, o_gates, kept, None, G)
         elif SCOPE == "block":
             r = dots(ws, s[0], r, 0, 1, G, PRECISION)
         else:
-            h = tensors.hidden + (u % 2) * h_slot + h0
-            r = product(r, ws, w_hh, H, 1, tile, h, H, m_b & ~step.cut, H, 1, G, BK, KT, PRECISION)
+            h = tensors.hidden + (u % 2) * s_plane + tile.s0
+            if h_first is not None:
+                h = tl.where(u == 0, h_first + tile.s0, h)
+            r = product(r, ws, w_hh, H, 1, tile, h, H, entered, H, 1, G, BK, KT, PRECISION)
         r = add_in_own_layout(r, br, G)
         if tensors.w_ih is not None and SEPARATE_RECURRENT_GRAD:
             xs = add_in_own_layout(dots(wi, xs[0], zeros, 0, 1, G, PRECISION), bx, G)
@@ -191,15 +207,19 @@ def forward_kernel(
         written = tile.mask & step.runs[None, :]
         row = step.row * (N * H) + tile.y0
         s = select_tiles(written, s_next, s, S)
-        store_tiles(tensors.y, row, 0, tile.o_y, s, written, 1)
-        store_tiles(tensors.states, row, y_plane, tile.o_y, s[1:], written, S - 1)
-        store_tiles(tensors.saved, row, y_plane, tile.o_y, a, written, A)
-        store_tiles(tensors.hidden, ((u + 1) % 2) * h_slot + h0, 0, tile.o_s, s, tile.mask, 1)
+        m_rows = tile.mask & step.rows[None, :]
+        found = zero_past_ends(s, step.runs, tensors, S)
+        a = zero_past_ends(a, step.runs, tensors, A)
+        store_tiles(tensors.y, row, 0, tile.o_y, found, m_rows, 1)
+        store_tiles(tensors.states, row, y_plane, tile.o_y, found[1:], m_rows, S - 1)
+        store_tiles(tensors.saved, row, y_plane, tile.o_y, a, m_rows, A)
+        next_slot = ((u + 1) % 2) * s_plane
+        store_tiles(tensors.hidden, next_slot + tile.s0, 0, tile.o_s, s, tile.mask, 1)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
         xs = xs_next
-    store_tiles(tensors.state, tile.s0, s_plane, tile.o_s, s, tile.mask, S)
+    store_states(table, 11 + S, last_states, tensors.carried, s_plane, u1 >= T, s, tile, S)
 
 
 @triton.jit(do_not_specialize=["first", "u0", "u1", "T", "B", "R"])
@@ -230,8 +250,10 @@ def backward_kernel(
 ):
     """Steps u0 <= u < u1 of each sequence, in the opposite order, from tile `first` on.
 
-    Step T only adds W_hh^T dr of the last one to ds."""
+    Step T only adds W_hh^T dr of the last one to the gradient of h."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 1)
+    dlast = tensors.dlast
+    dfirst = tensors.dfirst
     if table is not None:
         tensors = BackwardTensors(
             w_hh=load_pointer(table, 0, tensors.w_hh),
@@ -241,26 +263,28 @@ def backward_kernel(
             saved=load_pointer(table, 4, tensors.saved),
             dy=load_pointer(table, 5, tensors.dy),
             dstates=load_pointer(table, 6, tensors.dstates),
-            ds=load_pointer(table, 7, tensors.ds),
-            dx=load_pointer(table, 8, tensors.dx),
-            dr=load_pointer(table, 9, tensors.dr),
-            h_prev=load_pointer(table, 10, tensors.h_prev),
+            dx=load_pointer(table, 7, tensors.dx),
+            dr=load_pointer(table, 8, tensors.dr),
+            h_prev=load_pointer(table, 9, tensors.h_prev),
+            ran=load_pointer(table, 10, tensors.ran),
             lengths=load_pointer(table, 11, tensors.lengths),
             offsets=load_pointer(table, 12, tensors.offsets),
             resets=load_pointer(table, 13, tensors.resets),
-            outgoing=load_pointer(table, 14, tensors.outgoing),
-            product=load_pointer(table, 15, tensors.product),
+            dlast=(),
+            dfirst=(),
+            carried=load_pointer(table, 14 + 2 * S, tensors.carried),
+            outgoing=load_pointer(table, 15 + 2 * S, tensors.outgoing),
+            product=load_pointer(table, 16 + 2 * S, tensors.product),
         )
-    tile = tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN)
+    tile = tile_of_program(first, B, H, REVERSE, N, G, BB, BN)
     o_y = tile.o_y
-    h0 = (tile.n * B + tile.b0) * H
     o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
     zeros = load_tiles(None, 0, 0, tile.o_s, tile.mask, None, G)
     y_plane = R.to(tl.int64) * (N * H)
-    s_plane = B.to(tl.int64) * H
+    s_plane = B.to(tl.int64) * (N * H)
     w_hh = tensors.w_hh + tile.n * G * H * H
     ws = load_matrices(w_hh, H * H, 1, H, tile.o_n, 0, tile.m_n, H, BK, KT, G)
-    d = load_tiles(tensors.ds, tile.s0, s_plane, tile.o_s, tile.mask, None, S)
+    d = load_states(table, 14, dlast, tensors.carried, s_plane, u, tile, S)
     gr = zeros
     descending = tile.reverse == 0
     # `last` is the step done before, `step_next` the one done after: the reverse of their time.
@@ -271,7 +295,9 @@ def backward_kernel(
         acc = zeros[:1]
         flowed = last.runs & ~last.cut
         if SCOPE == "library":
-            acc = load_tiles(tensors.product, h0, 0, tile.o_s, tile.mask & flowed[None, :], None, 1)
+            acc = load_tiles(
+                tensors.product, tile.s0, 0, tile.o_s, tile.mask & flowed[None, :], None, 1
+            )
         elif SCOPE == "block":
             for g in tl.static_range(G):
                 dr = tl.where(last.cut[None, :], 0.0, gr[g])
@@ -300,13 +326,19 @@ def backward_kernel(
         ds_prev = select_tiles(~step.cut[None, :], ds_prev, None, CARRIED) + ds_prev[CARRIED:]
         d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
+        gx = zero_past_ends(gx, step.runs, tensors, G)
+        m_rows = tile.mask & step.rows[None, :]
         row_x = step.row * (N * G * H) + tile.x0
-        store_tiles(tensors.dx, row_x, H, tile.o_x, gx, m_run, G)
-        store_tiles(tensors.dr, row_x, H, tile.o_x, gr, m_run, G)
-        store_tiles(tensors.outgoing, h0 * G, H, o_gates, gr, tile.mask, G)
-        store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_run, 1)
+        store_tiles(tensors.dx, row_x, H, tile.o_x, gx, m_rows, G)
+        store_tiles(tensors.dr, row_x, H, tile.o_x, gr, m_rows, G)
+        store_tiles(tensors.outgoing, tile.s0 * G, H, o_gates, gr, tile.mask, G)
+        store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_rows, 1)
+        if tensors.ran is not None:
+            once = tl.program_id(0) + tl.program_id(2) == 0
+            bits = tl.where(step.runs, -1, 0)
+            tl.store(tensors.ran + step.row + tile.o_b, bits, mask=step.rows & once)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step
         step = step_next
-    store_tiles(tensors.ds, tile.s0, s_plane, tile.o_s, d, tile.mask, S)
+    store_states(table, 14 + S, dfirst, tensors.carried, s_plane, u1 > T, d, tile, S)

@@ -13,10 +13,10 @@ from ...cells import Cell
 from ...plan import Plan, Slice, power_of_2, slices
 from ...types import Layout
 from ..faults import faults_of
-from ..tensors import BackwardTensors, ForwardTensors
+from ..tensors import BackwardTensors, ForwardTensors, each_of
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
-from .library import OPERANDS, multiply, with_operands
+from .library import OPERANDS, fill_operands, multiply, with_operands
 
 
 class Kind(NamedTuple):
@@ -89,15 +89,18 @@ def _barrier_counter(
 
 
 def _with_exchanged(
-    cell: Cell, plan: Plan, tensors: ForwardTensors | BackwardTensors, s0: Tensor
-) -> ForwardTensors | BackwardTensors:
-    """With those through which programs, and a library, exchange h and gradients."""
+    cell: Cell, plan: Plan, layout: Layout, tensors: Any, B: int, launched_once: bool
+) -> Any:
+    """With those through which programs, launches and a library exchange states and gradients.
+    Nothing is read of them before it is written."""
+    w_hh = tensors.w_hh
+    size = len(layout.reverse), B, w_hh.shape[1]
+    if not launched_once:
+        carried = w_hh.new_empty((cell.states, *size), dtype=torch.float32)
+        tensors = tensors._replace(carried=carried)
     if isinstance(tensors, ForwardTensors) and plan.scope != "block":
-        h0 = s0[:: cell.states]
-        tensors = tensors._replace(hidden=torch.stack((h0, h0)))
-    if plan.scope == "library":
-        tensors = with_operands(cell, tensors, s0)
-    return tensors
+        tensors = tensors._replace(hidden=w_hh.new_empty(2, *size))
+    return with_operands(cell, tensors, size) if plan.scope == "library" else tensors
 
 
 def launch(
@@ -105,14 +108,14 @@ def launch(
     plan: Plan,
     layout: Layout,
     tensors: ForwardTensors | BackwardTensors,
-    s0: Tensor,
+    B: int,
 ) -> None:
-    """Run the forward or the backward kernel over all its steps."""
+    """Run the forward or the backward kernel over all steps of B sequences."""
     steps = layout.steps
     if isinstance(tensors, BackwardTensors):
         # the last one adds W_hh^T dr of the first step in time
         steps += 1
-    launch_steps(cell, plan, layout, steps, tensors, s0)
+    launch_steps(cell, plan, layout, steps, tensors, B)
 
 
 def _launch_once(
@@ -149,15 +152,12 @@ def launch_steps(
     layout: Layout,
     steps: int,
     tensors: ForwardTensors | BackwardTensors,
-    s0: Tensor,
+    B: int,
 ) -> None:
     """Run a kernel over its first `steps` steps: one launch for each slice of the batch, or for
     each step where the host or a graph is the barrier."""
-    _, B, H = s0.shape
+    H = tensors.w_hh.shape[1]
     R = len(tensors.y)
-    if not B:
-        steps = 0
-    tensors = _with_exchanged(cell, plan, tensors, s0)
     kernel = backward_kernel
     sizes = [H]
     if isinstance(tensors, ForwardTensors):
@@ -167,14 +167,20 @@ def launch_steps(
     tiles = -(-B // plan.sequences)
     whole = Slice(0, tiles)
     parts = slices(plan, B)
+    if not parts:
+        return
 
     def grid_of(part: Slice) -> tuple[int, int, int]:
         return -(-H // plan.units), part.tiles, len(layout.reverse)
 
-    device = s0.device
-    counter = _barrier_counter(plan, grid_of(parts[0] if parts else whole), tiles, device)
+    device = tensors.w_hh.device
+    counter = _barrier_counter(plan, grid_of(parts[0]), tiles, device)
     barrier = counter is not None
-    kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    launched_once = plan.scope == "block" or barrier
+    tensors = _with_exchanged(cell, plan, layout, tensors, B, launched_once)
+    kinds = tuple(
+        [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in each_of(tensors)]
+    )
     reverse = tuple(layout.reverse)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
 
@@ -188,8 +194,8 @@ def launch_steps(
         arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
         _launch_once(kind, grid_of(part), arguments, constants)
 
-    with torch.cuda.device_of(s0):
-        if plan.scope in ("launch", "library") and can_replay(steps, tensors):
+    with torch.cuda.device_of(tensors.w_hh):
+        if not launched_once and can_replay(steps, each_of(tensors)):
             stream = torch.cuda.current_stream().cuda_stream
             graph = step_graph(kind, B, stream)
             if graph.graph is None:
@@ -197,8 +203,11 @@ def launch_steps(
                 # loaded then.
                 run(None, 0, tensors, 0)
             fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
-            graph.run(run, steps, (layout.steps, R), device, tensors, fixed)
-        else:
-            at_once = max(steps, 1) if plan.scope == "block" or barrier else 1
-            for part, u in product(parts, range(0, steps, at_once)):
-                run(None, u, tensors, at_once, part)
+            graph.run(run, steps, (layout.steps, R), device, tensors, fixed, fill_operands)
+            return
+        if library:
+            fill_operands(tensors, tensors)
+        at_once = steps if launched_once else 1
+        # without a step the last states are still the first ones
+        for part, u in product(parts, range(0, max(steps, 1), max(at_once, 1))):
+            run(None, u, tensors, min(at_once, steps), part)

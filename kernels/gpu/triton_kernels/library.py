@@ -2,7 +2,7 @@
 
 The kernel does the rest of the step. Operands lie [N, B, K], so that one call serves all N."""
 
-from torch import Tensor
+import torch
 
 from ...cells import Cell
 from ..products import bmm, differing
@@ -13,15 +13,33 @@ OPERANDS = ("w_hh", "hidden", "outgoing", "product")
 
 
 def with_operands(
-    cell: Cell, tensors: ForwardTensors | BackwardTensors, s0: Tensor
+    cell: Cell, tensors: ForwardTensors | BackwardTensors, size: tuple[int, int, int]
 ) -> ForwardTensors | BackwardTensors:
-    """With those that are still missing, of which nothing is read before it is written."""
-    B, H = s0.shape[1:]
-    N = len(s0) // cell.states
+    """With those that are still missing, for N, B, H, of which nothing is read before it is
+    written."""
+    N, B, H = size
+    new = tensors.w_hh.new_empty
     if isinstance(tensors, ForwardTensors):
-        return tensors._replace(product=s0.new_empty(N, B, cell.gates * H))
-    outgoing = s0.new_empty(N, B, cell.gates * H)
-    return tensors._replace(outgoing=outgoing, product=s0.new_empty(N, B, H))
+        return tensors._replace(product=new(N, B, cell.gates * H))
+    return tensors._replace(outgoing=new(N, B, cell.gates * H), product=new(size))
+
+
+def fill_operands(
+    given: ForwardTensors | BackwardTensors, tensors: ForwardTensors | BackwardTensors
+) -> None:
+    """In one launch, what products read that no step has written: of `given`, where `tensors` has
+    others in its place, W_hh, and the initial h, where there is one."""
+    to = []
+    source = []
+    if tensors.w_hh is not given.w_hh:
+        to.append(tensors.w_hh)
+        source.append(given.w_hh)
+    if isinstance(tensors, ForwardTensors) and tensors.first[0] is not None:
+        assert tensors.hidden is not None
+        to.append(tensors.hidden[0])
+        source.append(tensors.first[0])
+    if to:
+        torch._foreach_copy_(to, source)
 
 
 def multiply(tensors: ForwardTensors | BackwardTensors, u: int, precision: str) -> None:

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     o_x: Any
     o_y: Any
     o_s: Any
-    # where the first sequence begins: in a step's [B, N, G, H] and [B, N, H], and in [N, S, B, H]
+    # where the first sequence begins: in a step's [B, N, G, H] and [B, N, H], and in [N, B, H]
     x0: Any
     y0: Any
     s0: Any
@@ -44,13 +44,15 @@ class Step(NamedTuple):
 
     # first row
     row: Any
-    # [BB] sequences that run in it, and those of them whose incoming state is reset
+    # [BB] sequences that run in it, those of them whose incoming state is reset, and those that
+    # have a row of it, which past their end is 0
     runs: Any
     cut: Any
+    rows: Any
 
 
 @triton.jit
-def tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN):
+def tile_of_program(first, B, H, REVERSE, N, G, BB, BN):
     n = tl.program_id(2).to(tl.int64)
     b0 = (first + tl.program_id(1)).to(tl.int64) * BB
     i_b = tl.arange(0, BB)
@@ -62,7 +64,7 @@ def tile_of_program(first, B, H, REVERSE, N, G, S, BB, BN):
     o_s = row * H + o_n[:, None]
     x0 = b0 * (N * G * H) + n * G * H
     y0 = b0 * (N * H) + n * H
-    s0 = (n * S * B + b0) * H
+    s0 = (n * B + b0) * H
     mask = (o_n < H)[:, None] & (o_b < B)[None, :]
     reverse = (REVERSE >> n) & 1
     return Tile(n, reverse, b0, i_b, o_b, o_n, o_n < H, mask, o_x, o_y, o_s, x0, y0, s0)
@@ -80,13 +82,16 @@ def step_info(u, descending, tile, T, B, tensors):
     if tensors.offsets is not None:
         row = tl.load(tensors.offsets + t, mask=inside, other=0)
     runs = inside & (t < end)
+    rows = runs
+    if tensors.lengths is not None and tensors.offsets is None:
+        rows = inside & (tile.o_b < B)
     cut = runs & False
     if tensors.resets is not None:
         # A reset at t lies between t - 1 and t: in reverse it cuts off step t - 1.
         boundary = t + tile.reverse
         o_reset = boundary.to(tl.int64) * B + tile.o_b
         cut = tl.load(tensors.resets + o_reset, mask=runs & (boundary < end), other=0) != 0
-    return Step(row, runs, cut)
+    return Step(row, runs, cut, rows)
 
 
 @triton.jit
@@ -107,10 +112,13 @@ def load_step(table, u0, u1, T, R, EXTRA):
 
 @triton.jit
 def load_pointer(table, k, pointer):
-    """Entry k of a graph's table of pointers, of this argument's type. None for None."""
+    """An argument of a kernel, or what entry k of a graph's table has in its place. None for
+    None."""
     # Triton 3.6 returns None only where a function ends without a value.
     if pointer is not None:
-        return tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
+        if table is not None:
+            pointer = tl.multiple_of(tl.load(table + 4 + k).to(pointer.dtype), 16)
+        return pointer
 
 
 @triton.jit
@@ -141,6 +149,41 @@ def select_tiles(mask, a, b, N):
     for k in tl.static_range(N):
         out = out + (tl.where(mask, a[k], 0.0 if b is None else b[k]),)
     return out
+
+
+@triton.jit
+def zero_past_ends(values, runs, tensors, N):
+    """The N tiles, 0 where a sequence does not run in a step that it has a row of."""
+    if tensors.lengths is not None and tensors.offsets is None:
+        values = select_tiles(runs[None, :], values, None, N)
+    return values
+
+
+@triton.jit
+def load_states(table, k0, given, carried, plane, u, tile, S):
+    """S tiles: those that the launch before left in `carried`, and before step 0 the given ones, S
+    pointers (a graph's table has them from entry k0 on), None for 0."""
+    mask = tile.mask
+    if carried is not None:
+        mask = mask & (u == 0)
+    left = load_tiles(carried, tile.s0, plane, tile.o_s, tile.mask & (u > 0), None, S)
+    out = ()
+    for k in tl.static_range(S):
+        ptr = load_pointer(table, k0 + k, given[k])
+        out = out + load_tiles(ptr, tile.s0, 0, tile.o_s, mask, (left[k],), 1)
+    return out
+
+
+@triton.jit
+def store_states(table, k0, given, carried, plane, is_last, values, tile, S):
+    """For the next launch, and after the last step where they were asked for."""
+    mask = tile.mask
+    if carried is not None:
+        mask = mask & is_last
+        store_tiles(carried, tile.s0, plane, tile.o_s, values, tile.mask, S)
+    for k in tl.static_range(S):
+        ptr = load_pointer(table, k0 + k, given[k])
+        store_tiles(ptr, tile.s0, 0, tile.o_s, (values[k],), mask, 1)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ _compilers = ThreadPoolExecutor(2)
 _builds: dict[Path, Future[None]] = {}
 # Every argument is an address or a whole number of 64 bits, so one signature serves both kernels.
 ENTRY = """
+extern "C" long emulate_arguments() { return 21 + 2 * STATES; }
 extern "C" long emulate_shared() { return sizeof(Shared); }
 extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
   static const i64* a;
@@ -31,7 +32,7 @@ extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
       if (!emulate::run(BLOCKS, THREADS, sizeof(Shared), [] {
             []<std::size_t... k>(std::index_sequence<k...>) {
               ((void (*)(decltype((void)k, i64())...))recurrence)(a[k]...);
-            }(std::make_index_sequence<21>());
+            }(std::make_index_sequence<21 + 2 * STATES>());
           })) return false;
   return true;
 }
@@ -78,12 +79,14 @@ def loader(folder: Path, fault: tuple[str, str] = ("", "")) -> Callable[..., Cal
         # After a forward pass comes mostly a backward pass: both compile at once
         for other in (adjoint, True):
             _start(folder, fault, cell, plan, dtype, other, *choices[:-1])
-        run = library(folder, fault, cell, plan, dtype, adjoint, *choices[:-1]).emulate_run
+        built = library(folder, fault, cell, plan, dtype, adjoint, *choices[:-1])
+        run = built.emulate_run
         run.restype = ctypes.c_bool
+        array = ctypes.c_longlong * built.emulate_arguments()
 
         def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:
             assert grid[0] == plan.blocks
-            if not run((ctypes.c_longlong * 21)(*arguments), grid[1], grid[2]):
+            if not run(array(*arguments), grid[1], grid[2]):
                 raise RuntimeError("deadlock")
 
         return launch

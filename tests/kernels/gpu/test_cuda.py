@@ -227,6 +227,27 @@ def test_what_numbers_depend_on(name: str, form: str, resets: bool, scope: str) 
     test_gpu.test_surroundings_in_memory(name, form, resets, scope)
 
 
+PADDING_FAULTS = {
+    "": ("", ""),
+    "rows that are not set to 0": ("* H + unit] = 0;", "* H + unit];"),
+    "rows of another sequence": ("for (i64 t = lengths[b]; t", "for (i64 t = lengths[0]; t"),
+    "padding marked as steps": ("t < lengths[b] ? (Bits)~0 : (Bits)0", "(Bits)~0"),
+    "a row of another sequence marked": ("ran[t * B + b] = ", "ran[t * B] = "),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", PADDING_FAULTS)
+def test_padding(fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """And rows that are wrong are found."""
+    plan = plan_for("cluster", test_gpu.SIZES[3], SINGLE, 2, 2)
+    if not fault:
+        return test_gpu.check_padding("lstm", plan)
+    monkeypatch.setattr(cuda, "load", loader(folder, PADDING_FAULTS[fault]))
+    with pytest.raises((AssertionError, RuntimeError)):
+        test_gpu.check_padding("lstm", plan)
+
+
 FAULTS = {
     "no barrier after a step": (
         "block",
@@ -382,13 +403,15 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     for _ in range(2):
         real_load.cache_clear()
-        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, device)((16, 2, 1), (1, 2, 3))
+        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, True, device)(
+            (16, 2, 1), (1, 2, 3)
+        )
     assert len(list(tmp_path.glob("cache/*"))) == 1
     shared = shared_bytes(cells.rnn_tanh, plan, 2, False)
     call = ((16, 2, 1), (32,), (1, 2, 3)), {"shared_mem": shared}, shared
     assert asked == 2 * [(b"\x7fELF", False), (7, 14, 1), call]
     launch = real_load(
-        cells.rnn_tanh, plan_for("grid", 256, BRAIN, 16, 8), BRAIN, False, False, True, device
+        cells.rnn_tanh, plan_for("grid", 256, BRAIN, 16, 8), BRAIN, False, False, True, True, device
     )
     with pytest.raises(RuntimeError, match=r"needs .* blocks at a time"):
         launch((16, 9, 1), ())
@@ -494,7 +517,7 @@ def test_what_cuda_refuses_names_the_plan(
     real_load.cache_clear()
     words = r"cuda:0 does not run the plan .*cluster .*blocks=16.*: CUDA_ERROR_INVALID_CLUSTER_SIZE"
     with pytest.raises(RuntimeError, match=words) as caught:
-        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, torch.device("cuda", 0))(
+        real_load(cells.rnn_tanh, plan, BRAIN, False, False, True, True, torch.device("cuda", 0))(
             (16, 2, 1), ()
         )
     assert "plan=" in str(caught.value) and caught.value.__cause__ is not None

@@ -287,6 +287,30 @@ def test_surroundings_in_memory(name: str, form: str, resets: bool, scope: str) 
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "scope"), by_turns([("rnn_tanh",), ("lstm",), ("gru",)] if GPU else [("gru",)])
+)
+def test_padding(name: str, scope: str) -> None:
+    check_padding(name, plan_for(scope, SIZES[3]))
+
+
+def check_padding(name: str, plan: Plan) -> None:
+    """What x holds past the end of a sequence reaches no gradient, and all that a pass gives is 0
+    there; bit by bit."""
+    o = operands(name, SIZES, form="lengths")
+    assert o.lengths is not None
+    past = (torch.arange(SIZES[0])[:, None] >= o.lengths)[..., None]
+    assert past.any()
+    found = [
+        evaluate(o._replace(given=[torch.where(past, bad, o.given[0]), *o.given[1:]]), plan, DEVICE)
+        for bad in (0.0, float("nan"))
+    ]
+    for key in ("y", "states", "d_x"):
+        t = found[0].get(key)
+        assert t is None or not torch.where(past, t.cpu(), 0).any()
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 PRECISION = """
 import torch, rnn
 torch.backends.{setting}

@@ -227,15 +227,20 @@ def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tenso
         spread(H),
         *(s0.new_empty(shape) for shape in ((R, H), (1, R, H), (4, R, H), (R, 4 * H), (R, H))),
     )
-    state = s0.float()
-    ds = torch.zeros_like(s0, dtype=torch.float32)
+    given = tuple(s0[:, None])
+    last = tuple(torch.empty_like(s) for s in given)
+    dfirst = tuple(torch.empty_like(s) for s in given)
     # The kernels alone: products with the input would touch all rows.
     masks = rows.lengths, rows.offsets, None
-    results = state, None, y, states, saved
-    gpu.launch(cell, plan, rows, ForwardTensors(x, None, w_hh, None, None, *results, *masks), s0)
-    grads = dy, None, ds, None, dr, came
-    gpu.launch(cell, plan, rows, BackwardTensors(w_hh, s0, y, states, saved, *grads, *masks), s0)
-    return [y[at], states[:, at], state, saved[:, at], dr[at], ds, came[at]]
+    B = len(s0[0])
+    outputs = y, states, saved
+    forward = ForwardTensors(x, None, w_hh, None, None, *outputs, *masks, given, last)
+    gpu.launch(cell, plan, rows, forward, B)
+    grads = dy, None, None, dr, came, None
+    ends = (None, None), dfirst
+    backward = BackwardTensors(w_hh, s0[:, None], *outputs, *grads, *masks, *ends)
+    gpu.launch(cell, plan, rows, backward, B)
+    return [y[at], states[:, at], *last, saved[:, at], dr[at], *dfirst, came[at]]
 
 
 @pytest.mark.parametrize(("scope", "reverse"), [("block", 0), ("grid", 1), ("launch", 0)])

@@ -4,7 +4,10 @@ here)."""
 import gc
 import itertools
 import mmap
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -24,10 +27,12 @@ from tests.kernels.gpu.test_gpu import plan_for
 pytestmark = pytest.mark.interpreted
 
 
-def useless(t: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor of its kind, of NaN or of a number that is no index."""
+def useless(t: Any) -> Any:
+    """A tensor of its kind, of NaN or of a number that is no index, or a tuple of such."""
     if t is None:
         return None
+    if isinstance(t, tuple):
+        return tuple(map(useless, t))
     shape = t.shape if t.numel() < 2**20 else (1,)
     return t.new_full(shape, float("nan") if t.is_floating_point() else 77)
 
@@ -106,6 +111,8 @@ class Machine:
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        # the pool that a library's workspace would be of
+        self.pool: Any = None
         self.driver = Driver(self)
         machine = self
 
@@ -131,7 +138,19 @@ class Machine:
         def registers_a_generator(*_: Any) -> None:
             pytest.fail("other threads could not draw random numbers meanwhile")
 
+        class Pool:
+            """Memory that none but its owner gets."""
+
+        @contextmanager
+        def use_pool(pool: Pool) -> Iterator[None]:
+            assert not self.pool, "torch would take the memory of the outer one"
+            self.pool = weakref.ref(pool)
+            yield
+            self.pool = None
+
         for name, value in (
+            ("MemPool", Pool),
+            ("use_mem_pool", use_pool),
             ("CUDAGraph", registers_a_generator),
             ("graph", registers_a_generator),
             ("ExternalStream", Stream),
@@ -153,8 +172,14 @@ class Machine:
         """The library's product: a graph has it with the addresses that it was captured with."""
         if self.capturing is None:
             bmm(*operands, out=out)
-        else:
-            self.capturing.append(lambda: bmm(*operands, out=out))
+            return
+        pool = self.pool
+
+        def replay() -> None:
+            assert pool is not None and pool() is not None, "the workspace is another's by now"
+            bmm(*operands, out=out)
+
+        self.capturing.append(replay)
 
     def launch(self, run: Any, arguments: Any, options: Any) -> None:
         table, tensors, *rest = arguments
@@ -237,6 +262,22 @@ def test_a_library_graph_with_a_callers_tensors_is_found(
     operands = tuple(name for name in gpu.OPERANDS if name != left_out)
     monkeypatch.setattr(gpu, "OPERANDS", operands)
     with pytest.raises(AssertionError):
+        check_two_layers()
+
+
+@pytest.mark.parametrize("fault", ["none", "let go"])
+def test_a_workspace_that_others_get_is_found(
+    fault: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch drops the workspaces of cuBLAS whenever it likes: that of a graph must be in memory
+    which nobody else is given as long as the graph is replayed."""
+    if fault == "none":
+        monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda _: nullcontext())
+    else:
+        # which remembers nothing
+        forgotten = lru_cache(maxsize=0)(cuda_graph._capture_stream.__wrapped__)
+        monkeypatch.setattr(cuda_graph, "_capture_stream", forgotten)
+    with pytest.raises(AssertionError, match="another's by now"):
         check_two_layers()
 
 
@@ -376,7 +417,7 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
     cell = cells.lstm
     plan = plan_for("launch", 16, torch.float16)
     w = torch.randn(4 * H, H).half() / 4
-    s0 = torch.randn(2, B, H)
+    s0 = torch.randn(2, 1, B, H).half()
     data = torch.randn(9, 5 * B, 4 * H).half()
     found = []
     for T in (5, 2**31 // H // B + 5):
@@ -386,20 +427,19 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
         (y, dy) = rows_of(R, 2, H)
         states = rows_of(R, 1, H)
         saved = rows_of(R, 4, H)
-        (state, ds) = torch.stack((s0, s0))
         x[-5 * B :] = data[0]
         no_masks = None, None, None
+        given = tuple(s0), tuple(torch.empty_like(s0))
         # In reverse the first steps are the last rows; likewise in the adjoint of a forward pass.
-        results = state, None, y, states, saved
-        forward = ForwardTensors(x, None, w, None, None, *results, *no_masks)
-        gpu.launch_steps(cell, plan, Layout(T, [1]), 4, forward, s0.half())
-        found.append([state, *(t[..., -4 * B :, :].clone() for t in (y, states, saved))])
+        forward = ForwardTensors(x, None, w, None, None, y, states, saved, *no_masks, *given)
+        gpu.launch_steps(cell, plan, Layout(T, [1]), 4, forward, B)
+        found.append([t[..., -4 * B :, :].clone() for t in (y, states, saved)])
         for k, t in enumerate((y, dy, states[0], *saved)):
             t[-5 * B :] = data[1 + k, :, :H]
-        grads = dy, None, ds, None, dr, None
-        backward = BackwardTensors(w, s0.half(), y, states, saved, *grads, *no_masks)
-        gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, s0.half())
-        found[-1] += [ds, dr[-4 * B :].clone()]
+        grads = dy, None, None, dr, None, None
+        backward = BackwardTensors(w, s0, y, states, saved, *grads, *no_masks, *given)
+        gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, B)
+        found[-1].append(dr[-4 * B :].clone())
     assert machine.replays == 4 and R * H > 2**31
     for short, long in zip(*found):
         assert short.abs().sum() > 0 and torch.equal(short, long)
