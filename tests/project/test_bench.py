@@ -54,7 +54,8 @@ def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_documentation_is_what_report_writes(bench: Any) -> None:
     outputs = bench.report.outputs()
-    assert {path.name for path in outputs} == {"README.md", "performance.md", "speed.svg"}
+    pictures = {"speed.svg", "growth.svg"}
+    assert {path.name for path in outputs} == {"README.md", "index.md", "performance.md"} | pictures
     for path, text in outputs.items():
         assert path.read_text() == text, "run python bench/report.py"
 

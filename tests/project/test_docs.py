@@ -1,5 +1,7 @@
-"""The documentation: its links lead somewhere, its code runs, the files that it names exist."""
+"""The documentation: its links lead somewhere, its code runs, what it names exists, and what it
+says of support is so."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,18 @@ import pytest
 import torch
 
 import rnn
+from rnn.kernels import cells
+from rnn.kernels.cpu.build import compiler
+from rnn.kernels.plan import Plan
+from tests.project import support
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-GENERATED = re.compile(r"<!-- These figures.*?<!-- Here they end. -->", re.S)
+GENERATED = re.compile(r"<!-- (These figures|Written by).*?<!-- Here (they end|it ends). -->", re.S)
 CODE = re.compile(r"```.*?```", re.S)
 NAME = re.compile(r"`([\w./]+\.(?:py|cpp|h|cu|cuh|md|toml|txt|svg))`")
 
@@ -91,3 +97,82 @@ def test_code(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
             rnn.unpatch()
         for switch, precision in zip(switches, before):
             switch.fp32_precision = precision
+
+
+def test_support_tables() -> None:
+    """Each use is run here, and each device's backends are asked of what decides them."""
+    text = support.PAGE.read_text()
+    if not compiler():
+        pytest.skip("the table of uses is that of a CPU with a C++ compiler")
+    assert support.render(text) == text, "run python -m tests.project.support"
+
+
+def test_support_tables_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A use that the kernels stop serving changes its line."""
+    use = support.USES["training"]
+    assert support.served_by(rnn.GRU, use) == "C++" or not compiler()
+    monkeypatch.setattr(rnn.functional, "active_transform", lambda: "vmap of a test")
+    assert support.served_by(rnn.GRU, use) == "torch operations"
+    with pytest.raises(ValueError, match="too many values"):
+        support.same(["C++", "Triton"])
+
+
+def navigation() -> list[str]:
+    """The pages that mkdocs.yml names; its hook adds the examples and the command line."""
+    pages = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    docs = ROOT / "docs"
+    added = [path for path in (*(docs / "examples").glob("*.md"), docs / "cli.md") if path.exists()]
+    return [*pages, *(path.relative_to(docs).as_posix() for path in added)]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(navigation()) == sorted(pages)
+
+
+def named_object(name: str) -> Any:
+    value: Any = rnn
+    for part in name.split(".")[1:]:
+        value = getattr(value, part)
+    return value
+
+
+def test_reference_is_complete() -> None:
+    """It has every public name, and none that does not exist."""
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    found = [named_object(name) for name in names]
+    public = [getattr(rnn, name) for name in rnn.__all__ if name != "functional"]
+    public += [getattr(rnn.functional, name) for name in rnn.functional.__all__]
+    for value in [*public, cells.Cell, Plan]:
+        assert value in found, value
+
+
+def sources() -> tuple[str, list[str]]:
+    """All strings of the sources; and those with something filled in, as patterns."""
+    plain = []
+    patterns = []
+    for path in [*(ROOT / "rnn").glob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else None for p in node.values]
+                pattern = [".+" if part is None else re.escape(str(part)) for part in parts]
+                patterns.append("".join(pattern))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                plain.append(node.value)
+    return "\n".join(plain), [p for p in patterns if len(p.replace(".+", "")) > 15]
+
+
+THEIRS = {"Could not find schema for fused_rnn::forward."}  # torch's own, for our operator
+
+
+def test_texts_of_errors() -> None:
+    """What symptoms.md quotes is what the sources say."""
+    page = (ROOT / "docs/symptoms.md").read_text()
+    quoted = re.findall(r"```text\n(.*?)\n```", page, re.S)
+    plain, patterns = sources()
+    assert len(quoted) > 15
+    assert not any(re.fullmatch(pattern, "Expected a text of nobody") for pattern in patterns)
+    for text in {" ".join(text.split()) for text in quoted} - THEIRS:
+        parts = [part.strip(" .:,") for part in text.split("...")]
+        as_pattern = any(re.fullmatch(pattern, text, re.S) for pattern in patterns)
+        assert as_pattern or all(part in plain for part in parts), text

@@ -230,7 +230,7 @@ def test_pins_resolve(tmp_path: Path) -> None:
         str(report),
         "--constraint",
         str(ROOT / "constraints.txt"),
-        f"{copy_source(tmp_path)}[test]",
+        f"{copy_source(tmp_path)}[test,docs,dist]",
     ]
     done = subprocess.run(command, text=True, capture_output=True, env=index_alone())
     assert done.returncode == 0, done.stderr
