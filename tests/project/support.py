@@ -5,10 +5,11 @@ device is asked of `rnn.dispatch`, for GPUs that are described and not there.
 
     python -m tests.project.support    writes them"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -76,8 +77,8 @@ def exported(layer: Any, x: Tensor) -> None:
 class Use(NamedTuple):
     """What is done with a layer of these options and x [T, B, I] of a dtype."""
 
-    run: Callable[[Any, Tensor], None]
-    options: dict[str, Any] = {}
+    run: Callable[[Any, Tensor], Any]
+    options: Mapping[str, Any] = MappingProxyType({})
     dtype: torch.dtype = torch.float32
 
 

@@ -3,6 +3,7 @@ says of support is so."""
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def named_object(name: str) -> Any:
-    value: Any = rnn
-    for part in name.split(".")[1:]:
+    """As mkdocstrings finds it, which reads files: `rnn.explain` is a module to it."""
+    module, _, rest = name.rpartition(".")
+    names = [rest]
+    while module not in sys.modules:
+        module, _, rest = module.rpartition(".")
+        names.insert(0, rest)
+    value: Any = sys.modules[module]
+    for part in names:
         value = getattr(value, part)
     return value
 
