@@ -27,7 +27,6 @@ WINDOW = 2**18
 WINDOW_ROWS = 1024
 STEP_PRODUCT = 2**18  # multiplications up to which a single step in C++ stays on one thread
 
-
 # The backends of a plan, and the scopes that each has.
 BACKENDS = dict(
     numpy=("host",),
@@ -76,6 +75,10 @@ class Plan(NamedTuple):
     sequence. The batch is done in slices of `slice_tiles` tiles, one after another; 0 is all at
     once. In CUDA C++ W_hh has so many `weight_registers` of a thread, and else shared memory; 0 is
     all of it in registers.
+
+    For "native", which computes in the tensors' dtype, the `precision` "fixed" means that every
+    product going forward is summed up in one order: a sequence has the same bits by itself and in a
+    batch, in one call and in chunks, on any number of threads.
 
     Nothing is checked here: a layer or `recurrence` that is given the plan raises
     TypeError for what is no Plan, ValueError for a backend, scope or tile that there is not, and

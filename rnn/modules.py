@@ -20,6 +20,7 @@ from .device_copies import on_device
 from .docstrings import cell_doc, layer_doc
 from .functional import run_layer
 from .kernels import cells
+from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .projection import check_projected, first_steps
 from .single_step import single_step
@@ -34,6 +35,11 @@ _TORCH_CELLS = {
 }
 # And by those of layers that torch.nn does not have
 _CELLS = {**_TORCH_CELLS}
+
+
+def layer_cell(layer: nn.RNNBase) -> Cell:
+    """The cell of a layer of ours or of torch.nn's."""
+    return _CELLS[layer.mode]
 
 
 def _prepare_scriptable(self: Any) -> Any:

@@ -2,6 +2,7 @@
 // build reads this.
 #pragma once
 #define NUMBER float
+#define FIXED_ORDER 0
 #define GATES 1
 #define STATES 1
 #define SAVED 0

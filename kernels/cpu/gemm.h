@@ -13,8 +13,10 @@ static inline i64 panel_offset(i64 u, i64 rows) {
   return u / PANEL_WIDTH * PANEL_WIDTH * rows + u % PANEL_WIDTH;
 }
 
-// How many sums of its own each element has, so that no product waits for the one before it.
+// How many sums of its own each element has, so that no product waits for the one before it. With
+// FIXED_ORDER one, so that the order of a sum does not depend on the rows of its tile.
 constexpr int independent_sums(int vectors) {
+  if (FIXED_ORDER) return 1;
   if (vectors <= 4) return 4;
   return vectors <= 8 ? 2 : 1;
 }

@@ -163,11 +163,12 @@ def _fingerprint() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def definitions(cell: Cell, dtype: torch.dtype) -> str:
-    """What the C++ expects to be defined before it: the type of its numbers, the cell, and the
-    structs of its calls."""
+def definitions(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
+    """What the C++ expects to be defined before it: the type of its numbers, the order of its sums,
+    the cell, and the structs of its calls."""
     choices = dict(
         NUMBER=NUMBERS[dtype],
+        FIXED_ORDER=int(fixed_order),
         GATES=cell.gates,
         STATES=cell.states,
         SAVED=cell.saved,
@@ -179,17 +180,32 @@ def definitions(cell: Cell, dtype: torch.dtype) -> str:
     return defines + "#include <cstdint>\n" + "".join(map(_declaration, STRUCTS))
 
 
-def program(cell: Cell, dtype: torch.dtype) -> str:
+def program(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
     """The text of a cell's library, which includes files of the folder SOURCES."""
-    return f'// {_fingerprint()}\n{definitions(cell, dtype)}#include "single_step.cpp"\n'
+    defined = definitions(cell, dtype, fixed_order)
+    return f'// {_fingerprint()}\n{defined}#include "single_step.cpp"\n'
 
 
 @cache
 def load(cell: Cell, dtype: torch.dtype) -> Any:
     """A cell's library for float32 or float64, compiled if it is not on disk. Raises RuntimeError
     if that cannot be."""
+    return _load(program(cell, dtype), cell)
+
+
+@cache
+def load_fixed_order(cell: Cell, dtype: torch.dtype) -> Any:
+    """Likewise, one that sums up every product in the same order."""
+    return _load(program(cell, dtype, fixed_order=True), cell)
+
+
+def _library(cell: Cell, dtype: torch.dtype, precision: str) -> Any:
+    return load_fixed_order(cell, dtype) if precision == "fixed" else load(cell, dtype)
+
+
+def _load(text: str, cell: Cell) -> Any:
     functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
-    library: Any = load_library(program(cell, dtype), _FLAGS, SOURCES, functions)
+    library: Any = load_library(text, _FLAGS, SOURCES, functions)
     library.struct_size.restype = ctypes.c_int64
     compiled = [library.struct_size(i) for i in range(len(STRUCTS))]
     expected = [8 * words(struct_type, cell.states) for struct_type in STRUCTS]
@@ -213,14 +229,14 @@ def threads() -> int:
 _FIRST_STATES_FIELD = Arguments._fields.index("s0")
 
 
-def _call(name: str, cell: Cell, arguments: Arguments) -> None:
+def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
     """Calls one of the library's functions, and gives it the memory that it needs."""
     w_hh = arguments.w_hh
     dtype = w_hh.dtype
     if dtype not in NUMBERS or not w_hh.is_cpu:
         got = f"{dtype} on {w_hh.device}"
         raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
-    library = load(cell, dtype)
+    library = _library(cell, dtype, plan.precision)
     tensors: list[Any] = [*arguments[:_FIRST_STATES_FIELD]]
     for states in arguments[_FIRST_STATES_FIELD:-1]:
         tensors += states or [None] * cell.states
@@ -240,17 +256,22 @@ def _call(name: str, cell: Cell, arguments: Arguments) -> None:
     # All numbers of 8 bytes. Sizes ends with `window`, a pair.
     count = len(addresses) + len(sizes) - 1 + 2
     packed = _pack(count)(*addresses, *sizes[:-1], *sizes.window)
-    needed = _needed(cell, dtype, sizes) if arguments.offsets is None else library.needed(packed)
+    needed = (
+        _needed(cell, dtype, plan.precision, sizes)
+        if arguments.offsets is None
+        else library.needed(packed)
+    )
     memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
 
 
 @lru_cache(4096)
-def _needed(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> int:
+def _needed(cell: Cell, dtype: torch.dtype, precision: str, sizes: Sizes) -> int:
     """How many numbers of memory a call needs without offsets, where only its sizes matter."""
     pointers = words(Arguments, cell.states) - words(Sizes, cell.states)
     pack = _pack(words(Arguments, cell.states))
-    needed: int = load(cell, dtype).needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
+    library = _library(cell, dtype, precision)
+    needed: int = library.needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
     return needed
 
 
@@ -309,7 +330,7 @@ def forward(
         last=outputs.last,
         sizes=_sizes(cell, layout, x, weights.w_hh),
     )
-    _call("forward", cell, arguments)
+    _call("forward", cell, plan, arguments)
 
 
 def backward(
@@ -346,4 +367,4 @@ def backward(
         s0_grad=gradients.s0,
         sizes=_sizes(cell, layout, x, weights.w_hh),
     )
-    _call("backward", cell, arguments)
+    _call("backward", cell, plan, arguments)

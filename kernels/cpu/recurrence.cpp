@@ -1,6 +1,6 @@
 // The recurrence on the CPU, all steps in one call, compiled for a machine, a cell and a type of
-// number. native.py defines these (NUMBER; GATES, STATES, SAVED, SEPARATE_RECURRENT_GRAD, and the
-// statements FORWARD and BACKWARD on vectors of hidden units) and the structs of the calls. Shapes
+// number. native.py defines these (NUMBER, FIXED_ORDER; GATES, STATES, SAVED,
+// SEPARATE_RECURRENT_GRAD, and the statements FORWARD and BACKWARD on vectors of hidden units) and the structs of the calls. Shapes
 // are as in forward.cu.
 #include "huge_pages.h"
 #include "panels.h"

@@ -17,10 +17,13 @@ from rnn.kernels.plan import Plan
 LAYERS = [rnn.RNN, rnn.LSTM, rnn.GRU]
 CELLS = [rnn.RNNCell, rnn.LSTMCell, rnn.GRUCell]
 CLASSES: list[type] = [*LAYERS, *CELLS, Cell, Plan]
+# Of no formula of their own
+TOOLS: list[type] = [rnn.GradientFlow, rnn.Streaming]
 FUNCTIONS: list[Any] = [
     getattr(rnn, name) for name in rnn.__all__ if inspect.isfunction(getattr(rnn, name))
 ]
 FUNCTIONS += [getattr(rnn.functional, name) for name in rnn.functional.__all__]
+FUNCTIONS += [getattr(rnn.init, name) for name in rnn.init.__all__]
 
 
 def is_ours(value: Any) -> TypeGuard[FunctionType]:
@@ -40,7 +43,7 @@ PUBLIC: dict[str, Any] = {
     f"{function.__module__}.{function.__qualname__}": function
     for function in [
         *FUNCTIONS,
-        *(method for cls in CLASSES for name, method in methods(cls) if name[0] != "_"),
+        *(method for cls in [*CLASSES, *TOOLS] for name, method in methods(cls) if name[0] != "_"),
     ]
     # what a dataclass or a NamedTuple makes has no source
     if function.__code__.co_filename.endswith(".py")

@@ -259,7 +259,7 @@ def test_example_for_editors() -> None:
 def test_structs_that_differ(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     """A library whose structs are not those of Python is not used."""
     text = native.definitions(cells.rnn_tanh, torch.float32).replace("window[2]", "window[3]")
-    monkeypatch.setattr(native, "definitions", lambda cell, dtype: text)
+    monkeypatch.setattr(native, "definitions", lambda *given: text)
     with pytest.raises(RuntimeError, match=r"structs have .* bytes"):
         native.load(cells.rnn_tanh, torch.float32)
 

@@ -1,0 +1,220 @@
+"""How much of a loss's gradient reaches the hidden state after every step: the vanishing or
+exploding gradient of a model, measured.
+
+The recurrent layers of the model run once in differentiable torch operations, step by step, so that
+autograd has every hidden state: a diagnostic, slow."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .composite import composite_layer
+from .convert import replace
+from .kernels.cells import Cell
+from .modules import _Stack
+
+
+@dataclass(frozen=True)
+class GradientFlow:
+    """What `gradient_flow` measured.
+
+    loss: the value of the loss.
+    norms: float64 [T] on the CPU for each recurrence of the model, in order of time: the 2-norm,
+        over the whole batch, of the gradient of the loss with respect to the hidden state after
+        step t. The keys are the module's name and the ending of its parameters' names:
+        "encoder.l0", "encoder.l0_reverse", "encoder.l1". What is called several times has
+        "encoder.l0 (call 2)" as well."""
+
+    loss: float
+    norms: dict[str, Tensor]
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the norms over the steps, on a logarithmic scale, a line for each recurrence.
+
+        `axes`: matplotlib's, in which to draw; those of a new figure if None. Returns the axes.
+        Needs matplotlib."""
+        if axes is None:
+            from matplotlib import pyplot
+
+            axes = pyplot.figure(layout="constrained").add_subplot()
+        for name, norms in self.norms.items():
+            axes.plot(range(len(norms)), norms.numpy(), label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("step t")
+        axes.set_ylabel("norm of dL/dh_t")
+        axes.legend()
+        return axes
+
+
+class _Sweep(NamedTuple):
+    """The hidden states of one recurrence in order of time, [B, H] each, and its name."""
+
+    name: str
+    states: list[Tensor]
+
+
+class _Recording:
+    """A cell that leaves every h which it returns in `record`."""
+
+    def __init__(self, cell: Cell, record: list[Tensor]) -> None:
+        self.cell = cell
+        self.record = record
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cell, name)
+
+    def forward(self, x: Sequence[Any], r: Sequence[Any], s: Sequence[Any]) -> Any:
+        (h, *others), saved = self.cell.forward(x, r, s)
+        # An alias, so that a state that is h once more does not count
+        h = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
+        self.record.append(h)
+        return (h, *others), saved
+
+
+class _Operator:
+    """In place of `functional.run_layer` in one call of a layer: the composite, which leaves the
+    hidden states in `sweeps`."""
+
+    def __init__(self, name: str, sweeps: list[_Sweep]) -> None:
+        self.name = name
+        self.sweeps = sweeps
+        self.layer = 0
+
+    def __call__(
+        self,
+        cell: Cell,
+        x: Tensor,
+        weights: Sequence[Any],
+        states: Sequence[Tensor] | None,
+        masks: Sequence[Any],
+        reverse: Sequence[int],
+        keep: int,
+        *options: Any,
+    ) -> Any:
+        record: list[Tensor] = []
+        batch_first = options[-1]
+        recording: Any = _Recording(cell, record)
+        found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
+        steps = len(record) // len(reverse)
+        for n, backwards in enumerate(reverse):
+            swept = record[n * steps : (n + 1) * steps]
+            name = self.name.format(f"l{self.layer}_reverse" if backwards else f"l{self.layer}")
+            self.sweeps.append(_Sweep(name, swept[::-1] if backwards else swept))
+        self.layer += 1
+        return found
+
+
+class _Watch:
+    """`_Stack._run` of one layer of the model."""
+
+    def __init__(self, layer: _Stack, name: str, sweeps: list[_Sweep]) -> None:
+        self.layer = layer
+        self.name = f"{name}.{{}}" if name else "{}"
+        self.sweeps = sweeps
+        self.calls = 0
+
+    def __call__(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        name = self.name if self.calls == 1 else f"{self.name} (call {self.calls})"
+        return type(self.layer)._run(self.layer, _Operator(name, self.sweeps), *args, **kwargs)
+
+
+@contextmanager
+def _assigned(module: nn.Module, **methods: Any) -> Iterator[None]:
+    """Methods of one module, for a while."""
+    before = {name: vars(module)[name] for name in methods if name in vars(module)}
+    vars(module).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(module)[name]
+        vars(module).update(before)
+
+
+def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
+    """While this is open, those layers leave their hidden states in `sweeps`."""
+    stack = ExitStack()
+    for name, layer in layers.items():
+        ours: Any = layer
+        if not isinstance(layer, _Stack):
+            # torch.nn's: one of ours with the same parameters
+            ours = replace(copy.copy(layer), verbose=False)
+            stack.enter_context(_assigned(layer, forward=ours.forward))
+        watch = _Watch(ours, name, sweeps)
+        stack.enter_context(_assigned(ours, _run=watch, _single_step=lambda x, hx: None))
+    return stack
+
+
+def _layers(model: Any) -> dict[str, nn.RNNBase]:
+    """The recurrent layers of the model by name. Raises TypeError and ValueError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and isinstance(
+            replace(copy.copy(module), verbose=False), _Stack
+        ):
+            found[name] = module
+            if module.proj_size:
+                raise ValueError(
+                    f"Expected layers without proj_size, got {name or 'the model'}: its hidden "
+                    "state is computed outside of the recurrence"
+                )
+    if not found:
+        raise ValueError("Expected a model with a layer of rnn or torch.nn, RNN, LSTM or GRU")
+    return found
+
+
+def _norm(grad: Tensor | None) -> Tensor:
+    if grad is None:
+        return torch.zeros((), dtype=torch.float64)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=dtype)
+    return norm.cpu().double()
+
+
+def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) -> GradientFlow:
+    """The norm of dL/dh_t, the total derivative of a loss with respect to the hidden state after
+    step t, through all later steps and layers, for each recurrent layer and direction of a model.
+
+    Args:
+        model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU, whatever options but
+            proj_size; own classes derived from ours, but not those derived from torch.nn's). It
+            runs once, in the mode (train or eval) that it is in, without torch.compile. Its
+            parameters and their gradients stay as they are.
+        x: what the model is called with: a tensor or PackedSequence, or a tuple of arguments.
+        loss_fn: from the model's output to the loss, a tensor of one number.
+
+    For packed input and `lengths` T is the number of steps of the longest sequence, and a sequence
+    counts for nothing past its end. Tensors are of any floating-point dtype.
+    Returns a `GradientFlow`, whose `plot()` draws the norms.
+    Source of the diagnostic: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent
+    neural networks, 2013, https://arxiv.org/abs/1211.5063.
+    Raises TypeError for a model that is no module and a loss_fn that cannot be called, ValueError
+    for a model without such layers, layers with proj_size, a call that reaches none of the layers,
+    and a loss that is not one number or does not depend on them."""
+    layers = _layers(model)
+    if not callable(loss_fn):
+        raise TypeError(f"Expected loss_fn to be callable, got {type(loss_fn).__name__}")
+    sweeps: list[_Sweep] = []
+    arguments = x if type(x) is tuple else (x,)
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.enable_grad(), eager, _watched(layers, sweeps):
+        loss = loss_fn(model(*arguments))
+    if not sweeps:
+        raise ValueError("Expected a model that calls its recurrent layers")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"Expected loss_fn to return a tensor of one number, got {got}")
+    if not loss.requires_grad:
+        raise ValueError("Expected a loss that depends on the recurrent layers of the model")
+    states = [h for sweep in sweeps for h in sweep.states]
+    grads = iter(torch.autograd.grad(loss, states, torch.ones_like(loss), allow_unused=True))
+    norms = {s.name: torch.stack([_norm(next(grads)) for _ in s.states]) for s in sweeps}
+    return GradientFlow(loss.item(), norms)

@@ -1,0 +1,245 @@
+"""Norms of dL/dh_t, against autograd over a plain loop of torch's cells in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn
+from tests.cases import TORCH_CELLS
+
+T = 6
+B = 3
+I = 2
+H = 4
+KINDS = [
+    ("rnn_tanh", "RNN", {}),
+    ("rnn_relu", "RNN", {"nonlinearity": "relu"}),
+    ("lstm", "LSTM", {}),
+    ("gru", "GRU", {}),
+]
+
+
+class Model(nn.Module):
+    def __init__(self, encoder: nn.Module, directions: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(directions * H, 2)
+
+    def forward(self, x: Any, **options: Any) -> Any:
+        y, last = self.encoder(x, **options)
+        y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+        return self.head(y), last
+
+
+def loss_of(output: Any) -> Tensor:
+    """Of all outputs and last states."""
+    logits, last = output
+    ends = last if isinstance(last, tuple) else (last,)
+    return logits.sin().sum() + sum(end.pow(2).sum() for end in ends)
+
+
+def plain_loop(
+    cell: str, model: Any, x: Tensor, lengths: list[int], resets: Tensor | None
+) -> tuple[Tensor, dict[str, list[Any]]]:
+    """The loss, and of each recurrence and step the hidden states of the sequences that have it.
+    x: [T, B, I]."""
+    layer = model.encoder
+    step = TORCH_CELLS[cell]
+    D = 2 if layer.bidirectional else 1
+    seen: dict[str, list[Any]] = {}
+    loss = torch.zeros((), dtype=x.dtype)
+    for b, length in enumerate(lengths):
+        rows = [*x[:length, b].unbind(0)]
+        for k in range(layer.num_layers):
+            halves = []
+            for d in range(D):
+                suffix = f"l{k}_reverse" if d else f"l{k}"
+                weights = [
+                    getattr(layer, f"{name}_{suffix}")
+                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                ]
+                zeros = [torch.zeros(1, H, dtype=x.dtype) for _ in range(1 + (cell == "lstm"))]
+                s: Any = zeros
+                hs: list[Any] = [None] * length
+                for t in reversed(range(length)) if d else range(length):
+                    if resets is not None and t + d < length and resets[t + d, b]:
+                        s = zeros
+                    new = step(rows[t][None], tuple(s) if len(s) > 1 else s[0], *weights)
+                    s = [*new] if len(zeros) > 1 else [new]
+                    s[0].retain_grad()
+                    hs[t] = s[0]
+                    seen.setdefault(suffix, [[] for _ in range(T)])[t].append(s[0])
+                loss = loss + sum(end.pow(2).sum() for end in s)
+                halves.append(hs)
+            rows = [torch.cat(parts, 1)[0] for parts in zip(*halves)]
+        for row in rows:
+            loss = loss + model.head(row).sin().sum()
+        loss = loss + (T - length) * model.head(torch.zeros(D * H).to(x)).sin().sum()
+    return loss, seen
+
+
+def expected(*given: Any) -> tuple[float, dict[str, Tensor]]:
+    loss, seen = plain_loop(*given)
+    loss.backward()
+    norms = {
+        f"encoder.{suffix}": torch.stack(
+            [
+                torch.stack([h.grad.norm() for h in row] or [loss.new_zeros(())]).norm()
+                for row in steps
+            ]
+        ).detach()
+        for suffix, steps in seen.items()
+    }
+    return loss.item(), norms
+
+
+def check(found: rnn.GradientFlow, want: tuple[float, dict[str, Tensor]]) -> None:
+    assert abs(found.loss - want[0]) < 1e-10
+    assert found.norms.keys() == want[1].keys()
+    torch.testing.assert_close(found.norms, want[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("library", [rnn, nn], ids=["rnn", "torch.nn"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_layers=2, bidirectional=True, batch_first=True)], ids=["plain", "deep"]
+)
+@pytest.mark.parametrize(("cell", "name", "chosen"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_norms(
+    cell: str, name: str, chosen: dict[str, Any], options: dict[str, Any], library: Any
+) -> None:
+    torch.manual_seed(0)
+    layer = getattr(library, name)(I, H, **chosen, **options)
+    model = Model(layer, 1 + bool(options)).double()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    given = x.transpose(0, 1) if options else x
+    want = expected(cell, model, x, [T] * B, None)
+    before = [(t, t.grad.clone()) for t in model.parameters() if t.grad is not None]
+    check(rnn.gradient_flow(model, given, loss_of), want)
+    assert all(t.grad is not None and torch.equal(t.grad, grad) for t, grad in before)
+    # and the layer is what it was
+    assert not {"forward", "_run", "_single_step"} & {*vars(layer)}
+
+
+@pytest.mark.parametrize("cell_and_name", [("lstm", "LSTM"), ("gru", "GRU")], ids=str)
+def test_masks(cell_and_name: tuple[str, str]) -> None:
+    """lengths, resets and packed sequences, under torch.no_grad as well."""
+    cell, name = cell_and_name
+    torch.manual_seed(0)
+    layer = getattr(rnn, name)(I, H, bidirectional=True)
+    model = Model(layer, 2).double()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    lengths = [2, T, 3]
+    resets = torch.rand(T, B) < 0.3
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = model.encoder
+
+        def forward(self, x: Tensor, resets: Tensor) -> Any:
+            return model(x, lengths=lengths, resets=resets)
+
+    with torch.no_grad():
+        found = rnn.gradient_flow(Masked(), (x, resets), loss_of)
+    check(found, expected(cell, model, x, lengths, resets))
+    packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    loss, want = expected(cell, model, x, lengths, None)
+    padding = (3 * T - sum(lengths)) * model.head(torch.zeros(2 * H).double()).sin().sum().item()
+    check(rnn.gradient_flow(model, packed, loss_of), (loss - padding, want))
+
+
+def test_frozen() -> None:
+    """Neither the input nor the parameters need gradients."""
+    model = Model(rnn.GRU(I, H), 1).double()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    want = expected("gru", model, x, [T] * B, None)
+    check(rnn.gradient_flow(model.requires_grad_(False), x, loss_of), want)
+
+
+def test_single_step_and_calls() -> None:
+    """A layer that is called once a step, as in decoding, has its name for each call."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = rnn.LSTM(I, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for t in range(2):
+                y, state = self.cell(x[t : t + 1], state)
+            return y
+
+    model = Decoder().double()
+    x = torch.randn(2, B, I, dtype=torch.float64)
+    whole = rnn.gradient_flow(model.cell, x, lambda output: output[0][-1].sum())
+    found = rnn.gradient_flow(model, x, lambda y: y.sum())
+    assert [*found.norms] == ["cell.l0", "cell.l0 (call 2)"]
+    torch.testing.assert_close(torch.cat([*found.norms.values()]), whole.norms["l0"])
+
+
+def test_vanishing() -> None:
+    """What it is for: in a new RNN early steps get next to nothing, in an IRNN all they should."""
+    torch.manual_seed(0)
+    x = torch.rand(100, 8, I)
+    plain: Any = rnn.RNN(I, 32, nonlinearity="relu")
+    last_alone = {}
+    for name, layer in (
+        ("default", plain),
+        ("IRNN", rnn.init.identity_(rnn.RNN(I, 32, 1, "relu"))),
+    ):
+        nn.init.uniform_(layer.get_parameter("weight_ih_l0"), 0, 0.01)
+        norms = rnn.gradient_flow(layer, x, lambda output: output[0][-1].sum()).norms["l0"]
+        last_alone[name] = norms[0] / norms[-1]
+    assert last_alone["default"] < 1e-3 and abs(last_alone["IRNN"] - 1) < 1e-5
+
+
+def test_half_precision() -> None:
+    model = rnn.GRU(I, H, dtype=torch.bfloat16)
+    x = torch.randn(T, B, I, dtype=torch.bfloat16)
+    norms = rnn.gradient_flow(model, x, lambda output: output[0].sum()).norms["l0"]
+    assert norms.dtype == torch.float64 and (norms > 0).all()
+
+
+def test_plot() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    found = rnn.gradient_flow(
+        rnn.LSTM(I, H, num_layers=2), torch.randn(T, B, I), lambda output: output[0].sum()
+    )
+    axes = found.plot()
+    assert [line.get_label() for line in axes.lines] == ["l0", "l1"]
+    assert axes.lines[0].get_ydata().tolist() == found.norms["l0"].tolist()
+    assert found.plot(axes) is axes and len(axes.lines) == 4
+    pyplot.close("all")
+
+
+def test_errors() -> None:
+    flow: Any = rnn.gradient_flow
+    x = torch.randn(T, B, I)
+    with pytest.raises(TypeError, match="model"):
+        flow(lambda x: x, x, loss_of)
+    with pytest.raises(TypeError, match="loss_fn"):
+        flow(rnn.GRU(I, H), x, None)
+    with pytest.raises(ValueError, match="layer of rnn"):
+        flow(nn.Linear(I, H), x, loss_of)
+    with pytest.raises(ValueError, match="proj_size"):
+        flow(rnn.LSTM(I, H, proj_size=2), x, loss_of)
+    with pytest.raises(ValueError, match="one number"):
+        flow(rnn.GRU(I, H), x, lambda output: output[0])
+    with pytest.raises(ValueError, match="depends"):
+        flow(rnn.GRU(I, H), x, lambda output: torch.zeros(()))
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnn.GRU(I, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum()
+
+    with pytest.raises(ValueError, match="calls"):
+        flow(Unused(), x, lambda y: y)
