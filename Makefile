@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := rnn tests bench examples
 
-.PHONY: demo test check matrix lint bench gpu docs docs-serve dist clean
+.PHONY: demo test examples check matrix lint bench gpu docs docs-serve dist clean
 
 demo: .venv/demo
-	$(BIN)/python examples/language_model.py
+	$(BIN)/python examples/language_model.py --compare
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not examples"
+
+# Each example, small and for seconds; their data comes from the package index.
+examples: .venv/test
+	$(BIN)/python -m pytest -q -m examples
 
 check: .venv/test
 	$(BIN)/python -m pytest -q --cases 2000

@@ -1,8 +1,9 @@
-"""The example and the benchmark, as their users start them."""
+"""The examples and the benchmark, as their users start them."""
 
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import torch
 import rnn
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "training")
+# Those that make their data themselves.
+MADE = {"long_memory", "maze"}
+each_example = pytest.mark.parametrize("name", EXAMPLES)
+each_reader = pytest.mark.parametrize("name", sorted({*EXAMPLES} - MADE))
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -21,6 +27,52 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )
+
+
+@cache
+def index_is_reached() -> bool:
+    code = (
+        "import sys, tempfile; sys.path.insert(0, 'examples'); import training; "
+        "training.download('tqdm==4.67.1', tempfile.mkdtemp(), '--only-binary')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def assert_refused(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.examples
+@each_example
+@pytest.mark.parametrize("option", ["--compare", "--cell=rnn"])
+def test_quick(name: str, option: str, tmp_path: Path) -> None:
+    done = run(f"examples/{name}.py", "--quick", option, "--out", tmp_path)
+    if "cannot download" in done.stderr and not index_is_reached():
+        pytest.skip(f"the package index is not reached: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert "Data: " in done.stdout and "Licence: " in done.stdout
+    assert ("torch.nn." in done.stdout) == (option == "--compare")
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    picture = tmp_path / f"{name}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in done.stdout
+    # Training's losses are numbers.
+    assert "nan" not in done.stdout
+
+
+@each_reader
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\xff\xfe\x00" * 999], ids=["none", "empty", "bytes"]
+)
+def test_data_refused(name: str, content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    if content is not None:
+        path.write_bytes(content)
+    done = run(f"examples/{name}.py", "--data", path, "--out", tmp_path)
+    assert_refused(done)
+    assert str(path) in done.stderr
 
 
 def test_language_model(tmp_path: Path) -> None:
@@ -37,6 +89,9 @@ def test_language_model(tmp_path: Path) -> None:
         60,
         "--rate",
         0.01,
+        "--compare",
+        "--out",
+        tmp_path,
         "--plot",
         plot,
     )
@@ -53,14 +108,15 @@ def test_language_model(tmp_path: Path) -> None:
     assert float(difference[1]) < 1e-3
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "It writes:" in done.stdout
-    assert "characters/s" in done.stderr
+    assert "characters/s" in done.stdout
+    assert "60/60" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         (None, "cannot read"),
-        (b"", "has 0 characters"),
+        (b"", "is empty"),
         (b"too short", "has 9 characters"),
         (b"\xff\xfe" * 9999, "UTF-8"),
     ],
@@ -69,11 +125,9 @@ def test_bad_text(content: bytes | None, text: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)
-    done = run("examples/language_model.py", "--text", path)
-    assert done.returncode == 2
+    done = run("examples/language_model.py", "--text", path, "--out", tmp_path)
     assert text in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not done.stdout
+    assert_refused(done)
 
 
 def test_cell_of_the_documentation() -> None:
@@ -94,8 +148,10 @@ def test_cell_of_the_documentation() -> None:
 
 
 def test_help() -> None:
+    shared = "--cell --compare --data --steps --rate --quick --seed --device --out"
     for script, words in (
-        ("examples/language_model.py", "--text --hidden --steps --device --dtype --seed"),
+        *((f"examples/{name}.py", shared) for name in EXAMPLES),
+        ("examples/language_model.py", "--text --hidden --dtype --temperature --prompt"),
         ("bench/run.py", "--device --suite --cell --dtype"),
     ):
         done = run(script, "--help")

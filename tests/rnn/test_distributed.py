@@ -52,6 +52,9 @@ def test_language_model(tmp_path: Path) -> None:
         0.01,
         "--plot",
         tmp_path / "curves.png",
+        "--compare",
+        "--out",
+        tmp_path,
     )
     assert said.count("final loss") == 1
     difference = re.search(r"largest difference in 50 steps +(\S+)", said)
