@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import rnn
+from rnn import dispatch
 from rnn.kernels import cells
 from rnn.kernels.cpu.build import compiler
 from rnn.kernels.plan import Plan
@@ -24,6 +25,7 @@ PAGES = [
 ]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 GENERATED = re.compile(r"<!-- (These figures|Written by).*?<!-- Here (they end|it ends). -->", re.S)
+NATIVE_AVAILABLE = dispatch.native_available
 CODE = re.compile(r"```.*?```", re.S)
 NAME = re.compile(r"`([\w./]+\.(?:py|cpp|h|cu|cuh|md|toml|txt|svg))`")
 
@@ -85,9 +87,17 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def compiled_for_torch_cells(cell: cells.Cell, dtype: torch.dtype) -> bool:
+    """To compile the C++ of each cell of the documentation would take most of the time."""
+    return cell in dispatch.OPERATORS and NATIVE_AVAILABLE(cell, dtype)
+
+
 @every_page
-def test_code(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The blocks of a page, one after the other."""
+    monkeypatch.setattr(dispatch, "native_available", compiled_for_torch_cells)
     scope: dict[str, Any] = {"__name__": "documentation"}
     switches: list[Any] = [torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
     before = [switch.fp32_precision for switch in switches]
