@@ -10,14 +10,17 @@ from griffe import Class, Docstring, Extension, Object
 import rnn
 from rnn import interop
 
+FIELD = re.compile(r"^(\w+): (?=\S)", re.M)
 LINK = "https://pytorch.org/docs/stable/generated/torch.nn.{name}.html"
 
 
 class Docstrings(Extension):
     def on_instance(self, *, obj: Object, **_: Any) -> None:
-        """A product such as L*D is no emphasis."""
+        """A product such as L*D is no emphasis, and `name: text` an item of a list."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"(?<=\w)\*(?=\w)", r"\\*", obj.docstring.value)
+            text = re.sub(r"\n(?=Returns |Raises )", "\n\n", obj.docstring.value)
+            text = FIELD.sub(r"- `\1`: ", text)
+            obj.docstring.value = re.sub(r"(?<=\w)\*(?=\w)", r"\\*", text)
 
     def on_class_instance(self, *, cls: Class, **_: Any) -> None:
         ours = getattr(rnn, cls.name, None)
