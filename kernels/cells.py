@@ -7,14 +7,28 @@ backward(saved, s, s_next, ds) -> (dx, dr, ds_prev)    its adjoint, linear in ds
 All are tuples. x: G input pre-activations W_ih x_t + b_ih; r: G recurrent ones W_hh h_{t-1} + b_hh;
 s: S states, of which W_hh multiplies s[0] = h; ds: the gradient of s_next. ds_prev leaves out what
 flows back through W_hh: the recurrence adds that. (Functions that Triton reads have no
-annotations.)"""
+annotations.)
+
+A cell of your own is its step alone, step(x, r, s) -> s_next: both are derived from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import FunctionType
-from typing import Any, cast
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
 
-from .cell_checks import StandIn, check_function, results_of
+import torch
+
+from . import adjoint
+from .cell_checks import (
+    StandIn,
+    check_function,
+    check_gradients,
+    check_sizes,
+    recorded_step,
+    results_of,
+)
+from .tracing import Value, trace
+from .tracing import bind as bind
 
 
 # The names that the algebra may use (a cell of your own imports them), for torch; `bind` gives
@@ -31,41 +45,109 @@ def relu(x: Any) -> Any:
     return x.relu()
 
 
+def exp(x: Any) -> Any:
+    return x.exp()
+
+
 def relu_grad(d: Any, y: Any) -> Any:
     """The gradient of relu's argument from that of its value y: where it is 0, an infinite d counts
     for nothing."""
     return d.masked_fill(y <= 0, 0)
 
 
+def clamp(x: Any, limit: Any) -> Any:
+    """x, or the nearest number in [-limit, limit]."""
+    return x.clamp(-limit, limit)
+
+
+class _ClipGrad(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any, limit: Any) -> Any:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, d: Any) -> Any:
+        return clamp(d, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, _: Any) -> Any:
+        return tangent.view_as(tangent)
+
+
+_clip_grad: Any = _ClipGrad.apply
+
+
+def clip_grad(x: Any, limit: float) -> Any:
+    """x, whose gradient is cut to [-limit, limit] on its way back."""
+    return x.do("clip_grad", x, limit) if isinstance(x, Value) else _clip_grad(x, limit)
+
+
 def zeros_like(x: Any) -> Any:
     return x.new_zeros(x.shape)
 
 
-def bind(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """A copy of `function` whose free names resolve to `names`."""
-    plain = cast(FunctionType, function)
-    return FunctionType(plain.__code__, {**plain.__globals__, **names}, plain.__name__)
+# All that a derived function uses
+_NAMES: dict[str, Any] = dict(
+    sigmoid=sigmoid,
+    tanh=tanh,
+    relu=relu,
+    exp=exp,
+    relu_grad=relu_grad,
+    clamp=clamp,
+    clip_grad=clip_grad,
+    zeros_like=zeros_like,
+)
 
 
 @dataclass(eq=False)
 class Cell:
     """A recurrence of G gates and S states, that saves A activations for its adjoint.
 
-    `forward` and `backward` are as the module's docstring says: functions of tuples of arrays of
-    one shape, [..., H], and one floating-point dtype. What they have to keep to:
+    From the step alone:
 
-    - Python's + - * / and the five functions of this module alone: no methods, no branches.
+        def step(x, r, s):
+            f = sigmoid(x[0] + r[0])
+            n = tanh(x[1] + f * r[1])
+            return (s[0] + f * (n - s[0]),)
+
+        mgu = Cell("mgu", step, gates=2)
+
+    The step takes tuples of arrays of one shape, [..., H], and one floating-point dtype, and
+    returns a tuple of the new states. It is called once, on values that are recorded: it may use
+    Python's + - * / and this module's sigmoid, tanh, relu, exp and clip_grad, numbers, loops and
+    functions of its own, but no branches on values and no methods. Its adjoint is derived
+    (kernels/adjoint.py), and with it what is saved.
+
+    The last `constants` of the S states stay what they are at every step, and no reset clears them:
+    parameters of each unit, or masks of each sequence. Then the step is step(x, r, s, k), with k
+    these constants and s and s_next the other states.
+
+    With `backward` both functions are yours: `forward` and `backward` are as the module's docstring
+    says, and each backend takes their code as it is. What they have to keep to:
+
+    - Python's + - * / and the functions of this module alone: no methods, no branches.
     - All results are tuples, of one value too: (value,).
     - If x and r meet only as x + r, dx and dr are one and the same tuple object: then one gradient
       serves both, and one product.
     - No annotations, for Triton; no default arguments, closures or constants of the module: each
       backend takes the code and gives it names of its own. Write constants into the formula.
-    - `name` is that of the cell's variable in this module, if torch.compile is to record it as an
-      operator: other cells are recorded step by step.
 
-    Both are called once, on stand-ins for arrays, which sets `saved` to A, and `split` to whether x
-    and r have different gradients. Raises TypeError, with the line, where that fails, or where a
-    result does not have as many values as it should.
+    They are called once, on stand-ins for arrays, which sets `saved` to A, and `split` to whether x
+    and r have different gradients. With `check`, `backward` is compared with the derived one, in
+    float64 on random numbers.
+
+    `register` gives a cell the name under which torch.compile and torch.export record it as an
+    operator; without it they record it step by step.
+
+    Raises TypeError, with the line, where a function fails, uses what no backend has, or where a
+    result does not have as many values as it should; and ValueError for sizes that there are not,
+    and a `backward` that `check` finds wrong.
 
     Sources of the four: rnn_tanh and rnn_relu, Elman, Finding Structure in Time, 1990; lstm,
     Hochreiter and Schmidhuber, Long Short-Term Memory, 1997, with the forget gate of Gers et al.,
@@ -74,19 +156,69 @@ class Cell:
 
     name: str
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    gates: int
-    states: int
+    backward: Callable[..., Any] = None  # type: ignore[assignment]  # derived
+    gates: int = 1
+    states: int = 1
+    constants: int = 0
+    check: InitVar[bool] = False
     saved: int = field(init=False)
     split: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        check_function(self.forward)
-        check_function(self.backward)
-        # Only to count the results
-        names = dict.fromkeys(
-            ("sigmoid", "tanh", "relu", "relu_grad", "zeros_like"), lambda *values: values[0]
-        )
+    def __post_init__(self, check: bool) -> None:
+        # Cells made of this one, by what was changed
+        self.variants: dict[Any, Cell] = {}
+        check_sizes(self.name, self.gates, self.states, self.constants)
+        self._given = (self.name, self.forward, self.backward, *self._sizes)
+        _interned.setdefault(self._given, self)
+        self._step = self.forward
+        derived = self.backward is None
+        if derived:
+            functions = adjoint.derive(self.recorded(), _NAMES)
+            self.forward = functions.forward
+            self.backward = functions.backward
+        elif self.constants:
+            raise TypeError("A cell with constants has its backward derived: leave it out")
+        else:
+            check_function(self.forward)
+            check_function(self.backward)
+        self._count_results()
+        if not derived:
+            given = self.forward
+            self._step = lambda *arguments: given(*arguments)[0]
+        if check and not derived:
+            functions = adjoint.derive(self.recorded(), _NAMES)
+            check_gradients(self, functions)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.gates, self.states, self.constants
+
+    @property
+    def carried(self) -> int:
+        """The number of states that change."""
+        return self.states - self.constants
+
+    def step(self, x: Any, r: Any, s: Any, k: Any = ()) -> Any:
+        """The new states, from the step as it was given, for the step of another cell."""
+        return self._step(x, r, s, k) if self.constants else self._step(x, r, s)
+
+    def recorded(self) -> adjoint.Step:
+        """The step's operations."""
+        return recorded_step(self._step, *self._sizes)
+
+    def text(self) -> str:
+        """What it computes, operation by operation."""
+        forward = trace(self.forward, self.inputs("xrs"))
+        return repr((self._sizes, forward, trace(self.backward, self.inputs("asnd"))))
+
+    def inputs(self, groups: str) -> list[list[str]]:
+        """Names for values in groups, such as x[0]: of x, r, a (which is `saved`), and others,
+        which are states."""
+        sizes = dict(x=self.gates, r=self.gates, a=self.saved)
+        return [[f"{group}[{k}]" for k in range(sizes.get(group, self.states))] for group in groups]
+
+    def _count_results(self) -> None:
+        names = dict.fromkeys(_NAMES, lambda *values: values[0])
         x = (StandIn(),) * self.gates
         s = (StandIn(),) * self.states
         forward = bind(self.forward, **names)
@@ -97,6 +229,24 @@ class Cell:
         dx, dr, _ = results_of(self.backward, backward, (saved, s, s_next, s), sizes)
         self.saved = len(saved)
         self.split = dx is not dr
+
+    # A cell is one object, by which programs are found that were compiled for it.
+    def __copy__(self) -> "Cell":
+        return self
+
+    def __deepcopy__(self, _: Any) -> "Cell":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _interned_cell, self._given
+
+
+# By what they were made of: so that a pickle gives the cell that there is.
+_interned: WeakValueDictionary[Any, Cell] = WeakValueDictionary()
+
+
+def _interned_cell(*given: Any) -> Cell:
+    return _interned.get(given) or Cell(*given)
 
 
 def _rnn_tanh(x, r, s):
@@ -158,3 +308,31 @@ rnn_tanh = Cell("rnn_tanh", _rnn_tanh, _rnn_tanh_backward, gates=1, states=1)
 rnn_relu = Cell("rnn_relu", _rnn_relu, _rnn_relu_backward, gates=1, states=1)
 lstm = Cell("lstm", _lstm, _lstm_backward, gates=4, states=2)
 gru = Cell("gru", _gru, _gru_backward, gates=3, states=1)
+
+# By their names, which operators take
+_registered: dict[str, Cell] = {c.name: c for c in (rnn_tanh, rnn_relu, lstm, gru)}
+
+
+def register(cell: Cell) -> Cell:
+    """Gives a cell its name in torch.compile, torch.export and files of exported programs, where it
+    is an operator from then on. Returns it, or the cell of that name that is the same. A process
+    that loads such a file has to register the cell first.
+
+    Raises TypeError for what is no Cell, and ValueError where another cell has that name."""
+    if not isinstance(cell, Cell):
+        raise TypeError(f"Expected cell to be a Cell, got {type(cell).__name__}")
+    known = _registered.setdefault(cell.name, cell)
+    if known is not cell and known.text() != cell.text():
+        raise ValueError(f"There is another cell of the name {cell.name!r}")
+    return known
+
+
+def registered(name: str) -> Cell:
+    """Raises RuntimeError where there is none."""
+    if name not in _registered:
+        raise RuntimeError(f"There is no cell of the name {name!r}: rnn.register it first")
+    return _registered[name]
+
+
+def is_registered(cell: Cell) -> bool:
+    return _registered.get(cell.name) is cell

@@ -73,7 +73,7 @@ def forward(
         x_all = _by_gates(x_all, G)
         s = _of_recurrence(n, s0_arrays, zeros)
         for step in _steps(xp, layout, n):
-            s_prev = _cut(xp, step, [state[: step.size] for state in s])
+            s_prev = _cut(xp, step, [state[: step.size] for state in s], cell.carried)
             r = s_prev[0] @ w_t
             if r_bias is not None:
                 r += r_bias
@@ -122,7 +122,7 @@ def backward(
         dr_all = xp.empty_like(dx_all) if cell.split else dx_all
         for step in reversed(_steps(xp, layout, n)):
             s_before = [state[step.before, units] for state in states]
-            s_prev = _cut(xp, step, _with_begun(xp, step, s_before, s_initial))
+            s_prev = _cut(xp, step, _with_begun(xp, step, s_before, s_initial), cell.carried)
             s_next = [state[step.rows, units] for state in states]
             a = [activation[step.rows, units] for activation in activations]
             ds_next = [d[: step.size] for d in ds]
@@ -135,7 +135,7 @@ def backward(
             if cell.split:
                 _write(_by_gates(dr_all[step.rows], G), dr_step)
             dh_prev = ds_prev[0] + dr_all[step.rows] @ w_hh[gates]
-            ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]]), ds)
+            ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]], cell.carried), ds)
         _write([d[n] for d in _arrays(xp, *(gradients.s0 or ()))], ds)
         if dx is not None and len(layout.reverse) == 1:
             dx[...] = dx_all @ w_ih
@@ -199,9 +199,12 @@ def _steps(xp: Any, layout: Layout, n: int) -> list[Step]:
     return steps
 
 
-def _cut(xp: Any, step: Step, states: Sequence[Array]) -> Sequence[Array]:
-    """The states that enter a step, or their gradients, cut at the resets."""
-    return states if step.reset is None else [xp.where(step.reset, 0, state) for state in states]
+def _cut(xp: Any, step: Step, states: Sequence[Array], carried: int) -> Sequence[Array]:
+    """The states that enter a step, or their gradients, cut at the resets, but for constants."""
+    if step.reset is None:
+        return states
+    cut = [xp.where(step.reset, 0, state) for state in states[:carried]]
+    return [*cut, *states[carried:]]
 
 
 def _with_begun(
@@ -241,7 +244,11 @@ def _on_arrays(function: Callable[..., Any], xp: Any) -> Callable[..., Any]:
         # no overflow, and faster than by exp
         sigmoid=lambda v: xp.tanh(v * 0.5) * 0.5 + 0.5,
         relu=lambda v: xp.maximum(v, 0),
+        exp=xp.exp,
         relu_grad=lambda d, y: xp.where(y <= 0, 0, d),
+        clamp=lambda v, limit: xp.clip(v, -limit, limit),
+        # It cuts the gradient, in the adjoint.
+        clip_grad=lambda v, limit: v,
         zeros_like=xp.zeros_like,
     )
 

@@ -36,11 +36,19 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def composite(
-    cell: Cell, operands: Sequence[Any], masks: Sequence[Any], reverse: Sequence[int], keep: int
+    cell: Cell,
+    operands: Sequence[Any],
+    masks: Sequence[Any],
+    reverse: Sequence[int],
+    keep: int,
+    step: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `functional.recurrence`, with `operands` x to s0 and `masks` lengths, batch_sizes and
     resets. But for batch_sizes all may have a leading dimension: so many recurrences side by side,
-    each with weights of its own."""
+    each with weights of its own.
+
+    `step(n, x, r, s, biases)`, in place of the cell's, gives recurrence n's new states from W_ih x
+    and W_hh h [B, G*H] and its two biases."""
     (x, w_ih, w_hh, b_ih, b_hh, s0) = operands
     (lengths, batch_sizes, resets) = masks
     N = len(reverse)
@@ -65,9 +73,14 @@ def composite(
     # A NaN in the padding would come back in the gradients of the choices below
     if lengths is not None:
         x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends.unsqueeze(-3), x, 0)
-    gates = _linear(x.flatten(-3, -2), w_ih, b_ih).unflatten(-2, (T, B)).chunk(N, -1)
+    gates = (
+        _linear(x.flatten(-3, -2), w_ih, b_ih if step is None else None)
+        .unflatten(-2, (T, B))
+        .chunk(N, -1)
+    )
     weights = w_hh.chunk(N, -2)
     biases = [None] * N if b_hh is None else b_hh.chunk(N, -1)
+    input_biases = [None] * N if b_ih is None else b_ih.chunk(N, -1)
     sweeps = []
     for n, backwards in enumerate(reverse):
         s: Sequence[Any] = s0.narrow(-3, n * S, S).unbind(-3)
@@ -76,9 +89,13 @@ def composite(
         for t in reversed(range(T)) if backwards else range(T):
             if resets is not None and t + backwards < T:
                 cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
-                s = [torch.where(cut, 0, v) for v in s]
-            r = _linear(s[0], weights[n], biases[n])
-            out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
+                s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
+            if step is None:
+                r = _linear(s[0], weights[n], biases[n])
+                out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
+            else:
+                r = _linear(s[0], weights[n], None)
+                out[t] = step(n, steps[t], r, s, (input_biases[n], biases[n]))
             if lengths is None:
                 s = out[t]
             else:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from . import modules
 from .interop import TORCH
+from .stack import Stack
 from .transforms import dynamo_config
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,12 +46,18 @@ def _converted(cls: type, classes: dict[type, type]) -> type | None:
     return type(f"Parametrized{base.__name__}", (base,), own)
 
 
+def _has_no_twin(module: nn.Module, classes: dict[type, type]) -> bool:
+    return classes is _THEIRS and isinstance(module, Stack) and module.has_no_twin()
+
+
 def _left_alone(module: nn.Module, classes: dict[type, type]) -> str:
     """Why a module stays what it is, if that has to be said."""
     if isinstance(module, torch.jit.ScriptModule):
         name = getattr(module, "original_name", "")
         compiled = f"TorchScript has compiled this {name}: that has to come afterwards"
         return compiled if name in TORCH else ""
+    if _has_no_twin(module, classes):
+        return "torch.nn has no layer like it"
     if isinstance(module, tuple(classes)) and not isinstance(module, tuple(classes.values())):
         return "a subclass may do something of its own"
     return ""
@@ -59,7 +66,7 @@ def _left_alone(module: nn.Module, classes: dict[type, type]) -> str:
 def _keep_given_weights(module: Any) -> None:
     """What was assigned to `_flat_weights` stays what the layer computes with."""
     flat = module.__dict__.get("_flat_weights", [])
-    if isinstance(module, modules._Stack):
+    if isinstance(module, Stack):
         own = module._parameters
         if any(
             own.get(name) is not weight for name, weight in zip(module._flat_weights_names, flat)
@@ -74,7 +81,7 @@ def _swap(model: Model, classes: dict[type, type], verbose: bool) -> Model:
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         old = type(module)
-        new = _converted(old, classes)
+        new = None if _has_no_twin(module, classes) else _converted(old, classes)
         if new is not None:
             module.__class__ = new
             _keep_given_weights(module)

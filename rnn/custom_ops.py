@@ -20,7 +20,7 @@ from .transforms import needs_composite, traced, under_dispatch_mode, without_au
 
 def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[Any]) -> LayerCall:
     """From what the custom operators take, names and text."""
-    operation = getattr(cells, cell)
+    operation = cells.registered(cell)
     x, _, w_hh = tensors[:3]
     masks = tensors[6:9]
     if plan:
@@ -75,7 +75,7 @@ def _op_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
         if needs_composite(grads):
             with torch.enable_grad():
                 alias = aliases(operands)
-                outputs = composite(getattr(cells, cell), alias, masks, reverse, 1)
+                outputs = composite(cells.registered(cell), alias, masks, reverse, 1)
             gradients = differentiate(outputs, grads, alias, needs)
         elif traced(results[0]):
             if under_dispatch_mode():
@@ -148,8 +148,8 @@ def backward_op(
 def _(
     cell: str, plan: str, reverse: list[int], keep: int, x: Tensor, *tensors: Any
 ) -> tuple[Tensor, ...]:
-    others = getattr(cells, cell).states - 1
-    saved = getattr(cells, cell).saved
+    others = cells.registered(cell).states - 1
+    saved = cells.registered(cell).saved
     s0 = tensors[4]
     R = math.prod(x.shape[:-1])
     width = len(reverse) * s0.shape[-1]

@@ -12,7 +12,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.prediction import predict
 from .layer_call import batch_size
-from .modules import _Stack
+from .stack import Stack
 
 _WORDS = {
     "numpy": "NumPy, step by step",
@@ -95,7 +95,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     backend, scope, tiles and precision, as an ordinary call would decide now. Nothing is computed.
 
     Raises what the call raises for bad input, and TypeError for what is none of our layers."""
-    if not isinstance(layer, _Stack):
+    if not isinstance(layer, Stack):
         raise TypeError(
             f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}"
         )
@@ -120,7 +120,8 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         width = len(reverse) * H
         lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
         y = x.new_zeros(()).expand(*x.shape[:-1], width)
-        others = y.reshape(1, -1, width) if keep and cell.states > 1 else None
+        several = keep and cell.states > 1
+        others = y.reshape(1, -1, width).expand(cell.states - 1, -1, -1) if several else None
         return y, others, [x.new_zeros(()).expand(len(reverse), B, H) for _ in range(cell.states)]
 
     devices = [p.device for p in layer.parameters() if p.is_cuda][:1]

@@ -44,7 +44,7 @@ def backward(
     total = of_states if s0 else of_states - of_first
     total += of_input * (x + w_ih) + of_states * w_hh
     saved = shapes[11]
-    if getattr(cells, cell).saved and (saved is None or len(saved) < 2):  # forward runs once more
+    if cells.registered(cell).saved and (saved is None or len(saved) < 2):  # forward runs once more
         total += of_input + of_states
     return total
 
@@ -76,7 +76,7 @@ def of_backward(
 ) -> Iterator[None]:
     """A backward pass that is no operator, as its forward pass ran before a dispatch mode was
     there: counts as that."""
-    if getattr(cells, cell.name, None) is not cell:
+    if not cells.is_registered(cell):
         yield
         return
     register()

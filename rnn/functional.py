@@ -233,9 +233,10 @@ def _record(
     """How a layer is recorded in a traced graph: as a node of ONNX, an operator of ours, or where
     there is none, the composite."""
     exporting = torch.onnx.is_in_onnx_export()
-    if exporting and onnx_export.has_node(cell.name, masks, reverse, keep):
+    known = cells.is_registered(cell)
+    if exporting and known and onnx_export.has_node(cell.name, masks, reverse, keep):
         return onnx_export.recurrence(cell.name, given, masks[0], reverse)
-    if exporting or not kernels or getattr(cells, cell.name, None) is not cell:
+    if exporting or not kernels or not known:
         return composite(cell, given, masks, reverse, keep)
     train = trains(given) or tracing_state() is not None  # one graph, whoever traces
     if under_dispatch_mode():

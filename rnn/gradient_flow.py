@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .composite import composite_layer
 from .convert import replace
 from .kernels.cells import Cell
-from .modules import _Stack
+from .stack import Stack
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class _Operator:
 
 
 class _Watch:
-    """`_Stack._run` of one layer of the model."""
+    """`Stack._run` of one layer of the model."""
 
-    def __init__(self, layer: _Stack, name: str, sweeps: list[_Sweep]) -> None:
+    def __init__(self, layer: Stack, name: str, sweeps: list[_Sweep]) -> None:
         self.layer = layer
         self.name = f"{name}.{{}}" if name else "{}"
         self.sweeps = sweeps
@@ -142,7 +142,7 @@ def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
     stack = ExitStack()
     for name, layer in layers.items():
         ours: Any = layer
-        if not isinstance(layer, _Stack):
+        if not isinstance(layer, Stack):
             # torch.nn's: one of ours with the same parameters
             ours = replace(copy.copy(layer), verbose=False)
             stack.enter_context(_assigned(layer, forward=ours.forward))
@@ -158,7 +158,7 @@ def _layers(model: Any) -> dict[str, nn.RNNBase]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and isinstance(
-            replace(copy.copy(module), verbose=False), _Stack
+            replace(copy.copy(module), verbose=False), Stack
         ):
             found[name] = module
             if module.proj_size:

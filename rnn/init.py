@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gates import Memory, memories
-from .modules import _Stack, layer_cell
+from .stack import Stack
 
 __all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_"]
 
@@ -22,7 +22,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 def _blocks(layer: Any, kind: str) -> list[tuple[Tensor, ...]]:
     """The blocks of each gate, of all parameters of that kind. Raises TypeError for what is none of
     our layers, ValueError where it has no parameters of the kind to be set."""
-    if not isinstance(layer, _Stack):
+    if not isinstance(layer, Stack):
         raise TypeError(
             f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}"
         )
@@ -35,7 +35,7 @@ def _blocks(layer: Any, kind: str) -> list[tuple[Tensor, ...]]:
             f"Expected {computed[0]} to be a parameter: it is computed, by a parametrization or "
             "pruning, which has to come after the initial values"
         )
-    gates = layer_cell(layer).gates
+    gates = layer.layer_cell().gates
     return [getattr(layer, name).detach().chunk(gates) for name in names]
 
 
@@ -48,7 +48,7 @@ def _check_number(name: str, value: Any) -> None:
 
 def _memories(layer: Any) -> list[Memory]:
     """Raises ValueError for a layer of a cell that has no gate to keep a state."""
-    cell = layer_cell(layer)
+    cell: Cell = layer.layer_cell()
     found = memories(cell)
     if not found:
         raise ValueError(

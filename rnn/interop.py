@@ -28,8 +28,14 @@ TORCH: dict[str, Any] = {
 }
 
 
-def torch_class(layer: nn.Module) -> Any:
-    """The class of torch.nn that has the layer's parameters and does the same."""
+def torch_class(layer: Any) -> Any:
+    """The class of torch.nn that has the layer's parameters and does the same. Raises
+    NotImplementedError where there is none."""
+    if isinstance(layer, nn.RNNBase) and layer.has_no_twin():  # type: ignore[operator]
+        raise NotImplementedError(
+            f"torch.nn has no layer like rnn.{layer}: torch.jit.script, torch.onnx.export with "
+            "dynamo=False and expanded weights know torch.nn's alone"
+        )
     package = __name__.partition(".")[0]
     return next(
         TORCH[cls.__name__]

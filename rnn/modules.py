@@ -1,347 +1,16 @@
-"""Drop-in layers: torch.nn's parameters, checks and semantics, with the recurrence of
-`functional`."""
+"""Drop-in layers and cells, and the layer of a cell of your own."""
 
-from collections.abc import Sequence
-from itertools import islice
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import has_torch_function_variadic
+from torch import nn
 
 from . import interop
-from .autograd import own_gradient
-from .batch import Batch, batch_of
-from .boundary import alive
-from .checks import check_masks, check_plan
-from .device_copies import on_device
 from .docstrings import cell_doc, layer_doc
-from .functional import run_layer
-from .kernels import cells
 from .kernels.cells import Cell
-from .kernels.plan import Plan
-from .projection import check_projected, first_steps
-from .single_step import single_step
-from .transforms import tracing_state
-
-# By the modes of nn.RNNBase
-_TORCH_CELLS = {
-    "RNN_TANH": cells.rnn_tanh,
-    "RNN_RELU": cells.rnn_relu,
-    "LSTM": cells.lstm,
-    "GRU": cells.gru,
-}
-# And by those of layers that torch.nn does not have
-_CELLS = {**_TORCH_CELLS}
+from .stack import Stack, prepare_scriptable
 
 
-def layer_cell(layer: nn.RNNBase) -> Cell:
-    """The cell of a layer of ours or of torch.nn's."""
-    return _CELLS[layer.mode]
-
-
-def _prepare_scriptable(self: Any) -> Any:
-    """For torch.jit.script. A subclass may do something of its own."""
-    return interop.scriptable(self) if type(self).__module__ == __name__ else self
-
-
-class _Stack(nn.RNNBase):
-    """Layers and directions of one cell. (Not a subclass of nn.RNN: torch.compile refuses every
-    instance of those.)"""
-
-    # Of the class, so that torch.nn's modules have them when they become ours.
-    recompute = False
-    # How to compute the layer, if not as `rnn.kernels.planner.make_plan` would
-    plan: Plan | None = None
-    # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read
-    # that.
-    _given_weights: Any = None
-
-    def __init__(
-        self,
-        mode: str,
-        *args: Any,
-        plan: Plan | None = None,
-        recompute: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if mode != "LSTM" and "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        check_plan(plan)
-        if not isinstance(recompute, int):
-            raise TypeError(f"Expected recompute to be a bool, got {type(recompute).__name__}")
-        if mode in _TORCH_CELLS:
-            super().__init__(mode, *args, **kwargs)
-        else:
-            super().__init__("RNN_TANH", *args, **kwargs)
-            self._take_mode(mode)
-        self.plan = plan
-        self.recompute = recompute
-
-    def _take_mode(self, mode: str) -> None:
-        """From one gate to the gates of a cell that nn.RNNBase does not know."""
-        gates = _CELLS[mode].gates
-        self.mode = mode
-        for name, one_gate in [*self.named_parameters()]:
-            rows = gates * one_gate.shape[0]
-            setattr(self, name, nn.Parameter(one_gate.new_empty(rows, *one_gate.shape[1:])))
-        self._init_flat_weights()
-        self.reset_parameters()
-
-    qconfig = interop.qconfig
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "plan":
-            check_plan(value)
-        super().__setattr__(name, value)
-
-    @property
-    def _flat_weights(self) -> Any:
-        """As in torch.nn: what is assigned here is used, until one of the parameters becomes
-        another tensor."""
-        return self.__dict__["_flat_weights"]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: Any) -> None:
-        self.__dict__["_flat_weights"] = weights
-        self.__dict__["_given_weights"] = weights
-
-    def _init_flat_weights(self) -> None:
-        super()._init_flat_weights()
-        self.__dict__.pop("_given_weights", None)
-
-    def flatten_parameters(self) -> None:
-        """Does nothing, and raises nothing: the weights are used where they are."""
-
-    __prepare_scriptable__ = _prepare_scriptable
-
-    def _layers(self) -> list[list[Any]]:
-        """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other;
-        with projections of both together, and w_hr too."""
-        if self._given_weights is not None:
-            self._update_flat_weights()
-        if self._given_weights is not None:
-            given = iter(self._given_weights)
-            weights: list[list[Any]] = [[*islice(given, len(names))] for names in self._all_weights]
-        else:
-            # Asked directly: attributes take long. What is parametrized is not in it
-            own = self._parameters
-            weights = [
-                [own[name] if name in own else getattr(self, name) for name in names]
-                for names in self._all_weights
-            ]
-        if not self.bias:
-            weights = [[*some[:2], None, None, *some[2:]] for some in weights]
-        if self.proj_size:
-            check_projected(self, weights)
-        if not self.bidirectional:
-            return weights
-        pairs = zip(weights[::2], weights[1::2])
-        if not self.proj_size:
-            return [[*one, *other] for one, other in pairs]
-        if not torch.compiler.is_compiling():
-            alive([t for some in weights for t in some])
-        return [
-            [
-                None if one is None else torch.cat((own_gradient(one), own_gradient(other)))
-                for one, other in zip(*both)
-            ]
-            for both in pairs
-        ]
-
-    # No keyword-only arguments, and no default but None: the ONNX exporter that traces gives all by
-    # their positions.
-    def forward(
-        self,
-        input: Any,
-        hx: Any = None,
-        lengths: Any = None,
-        resets: Any = None,
-        return_states: bool | None = None,
-    ) -> Any:
-        """Run the layers over a batch of sequences.
-
-        Args:
-            input: [T, B, I] ([B, T, I] if batch_first), [T, I] for one sequence, or a
-                PackedSequence; of the parameters' dtype and device (under autocast of any
-                floating-point dtype).
-            hx: the states before the first step, zeros if None: [L*D, B, H], or [L*D, H] for one
-                sequence; of an LSTM two, h_0 and c_0.
-            lengths: int64 or int32 [B] on any device, in any order, zeros allowed: the steps of
-                each sequence. Its output is 0 past them and its last state that of its own last
-                step. A list, or for one sequence a number, will do.
-            resets: bool [T, B] ([B, T] if batch_first, [T] for one sequence). resets[t] is a
-                boundary between the steps t - 1 and t: the state that would cross it, in either
-                direction, is 0. resets[0] drops hx going forward. A list of lists will do.
-            return_states: whether to return the states of every step as well.
-
-        Returns the output [T, B, D*H] in the layout of `input`, and the last states in that of
-        `hx`; with `return_states` also the states of all layers after every step, stacked: [L, T,
-        B, D*H] in the layout of `input`, of an LSTM two, h and c.
-        Raises ValueError and RuntimeError for what torch.nn refuses, as it does, and TypeError for
-        an argument of the wrong kind, before anything is computed."""
-        if lengths is None and resets is None and not return_states:
-            found = self._single_step(input, hx)
-            if found is not None:
-                return found
-        states = hx if type(hx) is tuple else (hx,)
-        if (
-            has_torch_function_variadic(input, *states, lengths, resets, *self._parameters.values())
-            or tracing_state() is not None
-        ):
-            extra = {"lengths": lengths, "resets": resets, "return_states": return_states or None}
-            found = interop.other_forward(
-                self, input, hx, {k: v for k, v in extra.items() if v is not None}
-            )
-            if found is not None:
-                return found
-        return self._run(run_layer, input, hx, lengths, resets, return_states)
-
-    def _single_step(self, x: Any, hx: Any) -> Any:
-        """One step, where all that `_run` does would take longer than the step; None where `_run`
-        has to look at it."""
-        if (
-            not isinstance(x, Tensor)
-            or x.dim() != 3
-            or x.is_nested
-            or x.shape[1 if self.batch_first else 0] != 1
-        ):
-            return None
-        dropout = self.dropout and self.training and self.num_layers > 1
-        if (
-            self.bidirectional
-            or self.proj_size
-            or self.plan is not None
-            or self.recompute
-            or dropout
-        ):
-            return None
-        if self._given_weights is not None:
-            return None
-        own = self._parameters  # what is parametrized is not in it
-        weights = [own.get(name) for names in self._all_weights for name in names]
-        cell = _CELLS[self.mode]
-        return single_step(
-            cell, x, hx, weights, self.num_layers, self.hidden_size, self.batch_first
-        )
-
-    def _run(
-        self,
-        operator: Any,
-        input: Any,
-        hx: Any = None,
-        lengths: Any = None,
-        resets: Any = None,
-        return_states: bool | None = None,
-    ) -> Any:
-        """`forward` by an operator like `run_layer`."""
-        layers = self._layers()
-        states_count = _CELLS[self.mode].states
-        batch = batch_of(self, states_count, input, hx, lengths, resets, layers[0][0])
-        # Under one name: torch.jit.trace looks for a tensor among the local variables
-        input = batch.x
-        D = 2 if self.bidirectional else 1
-        packed = batch.batch_sizes is not None
-        # A projection adds rows of the first step to x, and has x in order of time.
-        turned = self.batch_first and not packed and bool(self.proj_size)
-        x = own_gradient(input).transpose(0, 1) if turned else input
-        del input
-        batch_first = self.batch_first and not packed and not turned
-        last = []
-        every = []
-        alone = len(layers) == 1
-        for i, weights in enumerate(layers):
-            if i and self.dropout:
-                x = F.dropout(x, self.dropout, self.training)
-            first = batch.states
-            if first is not None and not alone:
-                first = [s[i * D : (i + 1) * D] for s in first]
-            steps, ends = self._layer(
-                operator, x, weights, first, batch, int(bool(return_states)), batch_first
-            )
-            x = steps[0]
-            every.append(steps)
-            last.append(ends)
-
-        def layout(t: Tensor) -> Tensor:
-            """[..., T, B, K], or if `batch_first` [..., B, T, K], as the input was."""
-            t = t.transpose(-3, -2) if turned else t
-            return t.squeeze(-3 if self.batch_first else -2) if batch.unbatched else t
-
-        h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
-        h_n = [h.squeeze(1) for h in h_n] if batch.unbatched else h_n
-        output: Any = layout(x)
-        if batch.batch_sizes is not None:
-            output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
-        several = states_count > 1
-        result = output, tuple(h_n) if several else h_n[0]
-        if not return_states:
-            return result
-        columns = [torch.stack([layout(t) for t in column]) for column in zip(*every)]
-        return *result, tuple(columns) if several else columns[0]
-
-    def _layer(
-        self,
-        operator: Any,
-        x: Tensor,
-        weights: Sequence[Any],
-        first: Sequence[Tensor] | None,
-        batch: Batch,
-        keep: int,
-        batch_first: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The states after every step, like x but for their width, h first and with `keep` the
-        others; and the last states [D, B, H], in the caller's order of sequences. `first` is like
-        these, zeros if None.
-
-        A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m.
-        Only the first h is of no m: it comes in as further input of the first step."""
-        cell = _CELLS[self.mode]
-        reverse = (False, True) if self.bidirectional else (False,)
-        masks = batch.lengths, batch.batch_sizes, batch.resets
-        S = cell.states
-        N = len(reverse)
-        states = first
-        if self.proj_size:
-            check_masks(x, masks, x.shape[0], x.shape[1] if batch.batch_sizes is None else None)
-            if not torch.compiler.is_compiling():
-                alive((x, *(first or ())))
-            w_ih, w_hh, b_ih, b_hh, w_hr = weights
-            down = w_hr.chunk(N)
-            inner = w_hh.chunk(N)
-            w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
-            if first is not None:
-                first = [own_gradient(first[0]), *first[1:]]
-                x = torch.cat((own_gradient(x), first_steps(x, first[0], masks, reverse)), -1)
-                w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
-                states = [torch.zeros_like(first[1]), *first[1:]]
-            weights = w_ih, w_hh, b_ih, b_hh
-        y, others, last = operator(
-            cell, x, weights, states, masks, reverse, keep, self.plan, self.recompute, batch_first
-        )
-        steps = [y]
-        if keep and others is not None:
-            shape = (
-                (S - 1, x.shape[1], x.shape[0], y.shape[-1]) if batch_first else (S - 1, *y.shape)
-            )
-            steps += [
-                other.transpose(0, 1) if batch_first else other
-                for other in others.view(shape).unbind(0)
-            ]
-        restore = batch.restore
-        ends = [*last] if restore is None else [end.index_select(1, restore) for end in last]
-        if self.proj_size:
-            steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
-            ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
-            if batch.lengths is not None:
-                none = (on_device("lengths", batch.lengths, x.device) == 0)[:, None]
-                ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
-        return steps, ends
-
-
-class RNN(_Stack):
+class RNN(Stack):
     __doc__ = layer_doc(nn.RNN)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -354,7 +23,7 @@ class RNN(_Stack):
         self.nonlinearity = nonlinearity
 
 
-class LSTM(_Stack):
+class LSTM(Stack):
     __doc__ = layer_doc(nn.LSTM)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -366,11 +35,50 @@ class LSTM(_Stack):
     permute_hidden: Any = nn.LSTM.permute_hidden
 
 
-class GRU(_Stack):
+class GRU(Stack):
     __doc__ = layer_doc(nn.GRU)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
+
+
+class Recurrent(Stack):
+    """Layers of a cell of your own, with all that RNN, LSTM and GRU have.
+
+        def step(x, r, s):
+            f = sigmoid(x[0] + r[0])
+            n = tanh(x[1] + f * r[1])
+            return (s[0] + f * (n - s[0]),)
+
+        layer = rnn.Recurrent(rnn.Cell("mgu", step, gates=2), input_size=32, hidden_size=64)
+        output, h_n = layer(x)
+
+    Args:
+        cell: the algebra of a step, a `rnn.Cell`, or one of `rnn.cells`.
+        input_size, hidden_size: I and H.
+        num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.LSTM.
+        plan, recompute, and the options of extensions: as in `rnn.LSTM`.
+
+    Parameters are named as torch.nn's: weight_ih_l0 [G*H, I], weight_hh_l0 [G*H, H], bias_ih_l0 and
+    bias_hh_l0 [G*H], gate after gate, and of a cell with P constants constants_l0 [P, H]; initial
+    values are uniform within 1 / sqrt(H). `forward` takes and returns what `rnn.LSTM`'s does: of a
+    cell of one state hx is a tensor, of more states a tuple of so many.
+
+    Raises TypeError for what is no Cell, and what torch.nn's layers raise for the other
+    arguments."""
+
+    def __init__(self, cell: Cell, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"Expected cell to be a rnn.Cell, got {type(cell).__name__}")
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not Recurrent")
+        super().__init__(cell.name, *args, cell=cell, **kwargs)
+
+    def layer_cell(self) -> Cell:
+        return self.cell
+
+    def extra_repr(self) -> str:
+        return f"{self.cell.name}, {super().extra_repr()}"
 
 
 class _Cell(nn.Module):
@@ -378,7 +86,7 @@ class _Cell(nn.Module):
 
     qconfig = interop.qconfig
     __jit_unused_properties__: ClassVar = ["qconfig"]
-    __prepare_scriptable__ = _prepare_scriptable
+    _prepare_scriptable__ = prepare_scriptable
 
 
 # In a single step there is no loop through time to be fused: torch.nn's own, under our names.

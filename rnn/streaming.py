@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import as_tensor
-from .modules import _Stack, layer_cell
+from .stack import Stack
 
 
 class _Functional(nn.Module):
@@ -17,7 +17,7 @@ class _Functional(nn.Module):
         super().__init__()
         self.layer = layer
         self.one_step = one_step
-        self.states = layer_cell(layer).states
+        self.states = layer.layer_cell().carried
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """x: [B, I] for one step, [T, B, I] ([B, T, I] if the layer is batch_first) for a chunk;
@@ -58,7 +58,7 @@ class Streaming(nn.Module):
 
     def __init__(self, layer: Any, detach: bool = True) -> None:
         super().__init__()
-        if not isinstance(layer, _Stack):
+        if not isinstance(layer, Stack):
             raise TypeError(
                 f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}"
             )
@@ -70,7 +70,7 @@ class Streaming(nn.Module):
             raise TypeError(f"Expected detach to be a bool, got {type(detach).__name__}")
         self.layer = layer
         self.detach = detach
-        self._names = [f"state_{k}" for k in range(layer_cell(layer).states)]
+        self._names = [f"state_{k}" for k in range(layer.layer_cell().carried)]
         for name in self._names:
             self.register_buffer(name, None, persistent=False)
 

@@ -176,7 +176,7 @@ def results(module: Any, case: Case, device: str = "cpu", seed: int = 1) -> dict
     states = [random_like(case.layers * D, case.B, width).requires_grad_() for width in widths]
     starts = states if case.hx else [torch.zeros_like(s) for s in states]
     given: Any = x.transpose(0, 1) if case.batch_first else x
-    ours = isinstance(module, rnn.modules._Stack)
+    ours = isinstance(module, rnn.stack.Stack)
 
     def hx(states: list[Tensor]) -> Any:
         return None if not case.hx else tuple(states) if len(states) > 1 else states[0]

@@ -130,7 +130,7 @@ def call(module: Any, case: Case, zeros: bool) -> list[Tensor]:
     keywords: dict[str, Any] = {}
     if case.form == "packed":
         given = pack_padded_sequence(x, torch.tensor([3, 2])) if not _gone(x) else _packed(x)
-    if case.form == "lengths" and isinstance(module, rnn.modules._Stack):
+    if case.form == "lengths" and isinstance(module, rnn.stack.Stack):
         keywords["lengths"] = torch.tensor([T, T])
     with torch.set_grad_enabled(trains), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         y, last = module(given, tuple(states) if case.name == "LSTM" else states[0], **keywords)

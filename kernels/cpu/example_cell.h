@@ -5,6 +5,7 @@
 #define FIXED_ORDER 0
 #define GATES 1
 #define STATES 1
+#define CARRIED 1
 #define SAVED 0
 #define SEPARATE_RECURRENT_GRAD 0
 #define FORWARD const auto t0 = (x[0]+r[0]); const auto t1 = tanh(t0); n[0] = t1;

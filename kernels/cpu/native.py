@@ -171,6 +171,7 @@ def definitions(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> st
         FIXED_ORDER=int(fixed_order),
         GATES=cell.gates,
         STATES=cell.states,
+        CARRIED=cell.carried,
         SAVED=cell.saved,
         SEPARATE_RECURRENT_GRAD=int(cell.split),
         FORWARD=statements(cell, False),

@@ -17,7 +17,7 @@ static inline void copy_or_zero(Number* to, const Number* from, i64 at, i64 byte
 static void load_first_states(const Schedule& schedule, const WorkItem& item) {
   item.for_each_state(schedule, [&](i64 k, i64 b, i64 at, Number* row, i64 bytes) {
     copy_or_zero(schedule.last[k] + at, schedule.s0[k], at, bytes);
-    const bool reset = !item.reverse && schedule.is_reset(0, b);
+    const bool reset = k < CARRIED && !item.reverse && schedule.is_reset(0, b);
     for (i64 parity = 0; parity < schedule.parities; ++parity) {
       copy_or_zero(row, reset ? nullptr : schedule.s0[k], at, bytes);
       row += STATES * item.state_size;

@@ -64,7 +64,7 @@ static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) 
               store(schedule.states + (k - 1) * plane + at + unit, n[k], lanes);
             if (ends)
               store(schedule.last[k] + item.state_offset(schedule, b) + unit, n[k], lanes);
-            store(next_state + k * item.state_size + unit, reset ? Vector{} : n[k], LANES);
+            store(next_state + k * item.state_size + unit, reset && k < CARRIED ? Vector{} : n[k], LANES);
           }
         }
       }
@@ -106,7 +106,7 @@ static void adjoint_step(const Schedule& schedule, const WorkItem& item, i64 t) 
         n[k] = load(states + at + u, lanes);
         const Number* prev = states + prev_at;
         if (!has_prev) prev = schedule.s0[k] ? schedule.s0[k] + s0_at : nullptr;
-        s[k] = reset || !prev ? Vector{} : load(prev + u, lanes);
+        s[k] = (reset && k < CARRIED) || !prev ? Vector{} : load(prev + u, lanes);
         d[k] = load(ds + k * item.state_size + u, LANES);
         if (grad) d[k] += load(grad + at + u, lanes);
       }
@@ -118,7 +118,7 @@ static void adjoint_step(const Schedule& schedule, const WorkItem& item, i64 t) 
       store(h_row + panel_offset(u, item.rows), s[0], LANES);
       // A reset cuts the gradient of h once adjoint_product has added its part to it.
       UNROLLED(k, STATES)
-        store(ds + k * item.state_size + u, reset && k ? Vector{} : p[k], LANES);
+        store(ds + k * item.state_size + u, reset && k && k < CARRIED ? Vector{} : p[k], LANES);
     });
     // Where units end within the first vector of the last panel, its second one is zero.
     static_assert(VECTORS_PER_TILE == 2, "more than one vector could be left over");

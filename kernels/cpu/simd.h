@@ -94,9 +94,12 @@ static inline Vector pin_register(Vector v) {
 static inline Vector number(Number v) { return Vector{} + v; }
 
 // NaN stays NaN.
-static inline Vector clamp(Vector x, Number limit) {
-  return x > limit ? number(limit) : x < -limit ? number(-limit) : x;
+static inline Vector clamp(Vector x, Vector limit) {
+  return x > limit ? limit : x < -limit ? -limit : x;
 }
+static inline Vector clamp(Vector x, Number limit) { return clamp(x, number(limit)); }
+// Cuts the gradient, in the adjoint.
+static inline Vector clip_grad(Vector x, Vector) { return x; }
 
 // TAYLOR[k] = 1 / k!
 struct TaylorSeries {
@@ -142,6 +145,12 @@ static inline Vector tanh(Vector x) {
 static inline Vector sigmoid(Vector x) {
   constexpr Number LARGEST = Format<Number>::LARGEST;
   return x < -LARGEST ? Vector{} : Number(1) / Exponential(-clamp(x, LARGEST)).plus(1);
+}
+
+// The square of e^(x/2), which is finite as long as e^x is.
+static inline Vector exp(Vector x) {
+  const Vector root = Exponential(clamp(x * Number(0.5), Format<Number>::LARGEST)).plus(0);
+  return root * root;
 }
 
 static inline Vector relu(Vector x) { return x < Number(0) ? Vector{} : x; }

@@ -66,7 +66,7 @@ def raises(function: Any, seen: set[Any] | None = None) -> bool:
 
 def test_the_search() -> None:
     assert {*PUBLIC} >= {"rnn.functional.recurrence", "rnn.explain.explain", "rnn.convert.patch"}
-    assert "rnn.modules._Stack.forward" in PUBLIC
+    assert "rnn.stack.Stack.forward" in PUBLIC
     assert raises(rnn.replace) and raises(rnn.unpatch) and not raises(rnn.patch)
 
 

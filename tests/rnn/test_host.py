@@ -47,7 +47,7 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = getattr(nn, name)(I, H)
     x = torch.randn(T, B, I)
     dy = torch.randn(T, B, H)
-    cell = rnn.modules._CELLS[ours.mode]
+    cell = ours.layer_cell()
     ready = list[Any]()
     S = cell.states
     A = cell.saved

@@ -371,7 +371,7 @@ def test_a_bias_may_change_before_backward(
     found = []
     for layer in pair(mode, 3, 5, 2, bidirectional=bidirectional):
         keywords: dict[str, Any] = {}
-        if isinstance(layer, rnn.modules._Stack):
+        if isinstance(layer, rnn.stack.Stack):
             layer.plan = plan
             keywords = dict(lengths=torch.tensor([4, 4])) if form == "lengths" else {}
         y = layer(torch.ones(4, 2, 3), **keywords)[0]

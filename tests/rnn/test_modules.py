@@ -200,12 +200,11 @@ REFUSED += [
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_layer_of_a_new_cell(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """A mode that torch.nn does not know: parameters by the cell's gates, and its formula."""
+def test_layer_of_a_new_cell(steps: int) -> None:
+    """A cell that torch.nn does not know: parameters by its gates, and its formula."""
     cell = Cell("mgu", mgu, mgu_backward, gates=2, states=1)
-    monkeypatch.setitem(rnn.modules._CELLS, "MGU", cell)
-    layer = rnn.modules._Stack("MGU", 3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
-    assert layer.mode == "MGU" and layer.weight_hh_l1_reverse.shape == (8, 4)
+    layer = rnn.Recurrent(cell, 3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
+    assert layer.mode == "mgu" and layer.weight_hh_l1_reverse.shape == (8, 4)
     assert all(0 < p.abs().max() <= 0.5 and p.unique().numel() > 1 for p in layer.parameters())
     x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
     hx = torch.randn(4, 2, 4, dtype=torch.float64, requires_grad=True)

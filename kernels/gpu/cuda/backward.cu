@@ -97,10 +97,11 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         EACH(k, STATES) {
           s_next[k] = half_of(now[p].s[k], e);
           ds_next[k] = d[p][k][e] + half_of(now[p].d[k], e);
+          if (k >= CARRIED) s_prev[e][k] = s_next[k];
         }
         EACH(k, SAVED) a[k] = half_of(now[p].saved[k], e);
         cell_backward(a, s_prev[e], s_next, ds_next, gx[e], gr[e], ds_prev);
-        EACH(k, STATES) if (runs) d[p][k][e] = flows ? ds_prev[k] : 0.f;
+        EACH(k, STATES) if (runs) d[p][k][e] = flows || k >= CARRIED ? ds_prev[k] : 0.f;
         EACH(g, GATES) outgoing[g][p][e] = flows ? gr[e][g] : 0.f;
       }
       now[p] = later[p];

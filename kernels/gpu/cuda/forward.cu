@@ -31,7 +31,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   // The states that enter the step just fetched, and of these h, which is multiplied.
   auto enter = [&] {
     EACH(p, P) EACH(e, 2) {
-      EACH(k, STATES) if (MASKS && cuts[p]) s[p][k][e] = 0.f;
+      EACH(k, CARRIED) if (MASKS && cuts[p]) s[p][k][e] = 0.f;
       outgoing[0][p][e] = s[p][0][e];
     }
   };

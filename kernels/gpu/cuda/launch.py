@@ -46,6 +46,7 @@ def program(
         SCOPE=plan.scope.upper(),
         GATES=cell.gates,
         STATES=cell.states,
+        CARRIED=cell.carried,
         SAVED=cell.saved,
         SEPARATE_RECURRENT_GRAD=cell.split,
         CELL=statements(cell, adjoint),

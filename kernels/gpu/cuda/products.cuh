@@ -13,7 +13,10 @@ DEVICE Loaded loaded(u32 a, u32 b) { return {a, b}; }
 DEVICE float half_of(Loaded pair, int e) { return widen((T)(e ? pair.b : pair.a)); }
 #endif
 DEVICE float number(float v) { return v; }
+// Cuts the gradient, in the adjoint.
+DEVICE float clip_grad(float x, float) { return x; }
 // NaN stays NaN
+DEVICE float clamp(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 DEVICE float relu(float x) { return x < 0.f ? 0.f : x; }
 DEVICE float relu_grad(float d, float y) { return y <= 0.f ? 0.f : d; }
 #if ADJOINT

@@ -3,6 +3,7 @@
 //   TYPE, SCOPE, ADJOINT
 //   PRECISE                   float32 products in three parts
 //   GATES, STATES, SAVED
+//   CARRIED                   states before the constants, which resets leave alone
 //   SEPARATE_RECURRENT_GRAD   dx is not dr
 //   UNITS                     of every gate, in a block
 //   BLOCKS                    that share one sequence's units

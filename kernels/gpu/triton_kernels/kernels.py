@@ -48,6 +48,23 @@ def _relu_grad(d, y):
     return tl.where(y <= 0, 0.0, d)
 
 
+@triton.jit
+def _exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def _clamp(x, limit):
+    # NaN stays NaN
+    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+
+
+@triton.jit
+def _clip_grad(x, limit):
+    # It cuts the gradient, in the adjoint.
+    return x
+
+
 @lru_cache
 def jit_cell(cell: Cell) -> tuple[Any, Any]:
     """The cell's forward and backward as Triton functions, which the kernels take as arguments."""
@@ -56,7 +73,10 @@ def jit_cell(cell: Cell) -> tuple[Any, Any]:
         sigmoid=tl.sigmoid,
         tanh=_tanh,
         relu=_relu,
+        exp=_exp,
         relu_grad=_relu_grad,
+        clamp=_clamp,
+        clip_grad=_clip_grad,
         zeros_like=tl.zeros_like,
     )
     return triton.jit(bind(cell.forward, **names)), triton.jit(bind(cell.backward, **names))
@@ -78,6 +98,7 @@ def forward_kernel(
     CELL: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
+    CARRIED: tl.constexpr,
     A: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -149,7 +170,7 @@ def forward_kernel(
         xs_next = load_tiles(
             tensors.x, step_next.row * x_pitch + x0, H, o_x, m_x & wanted, None, XN
         )
-        s = select_tiles(~step.cut[None, :], s, None, S)
+        s = select_tiles(~step.cut[None, :], s, None, CARRIED) + s[CARRIED:]
         r = zeros
         if tensors.w_ih is not None and not SEPARATE_RECURRENT_GRAD:
             r = dots(wi, xs[0], zeros, 0, 1, G, PRECISION)
@@ -196,6 +217,7 @@ def backward_kernel(
     CELL: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
+    CARRIED: tl.constexpr,
     A: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -273,8 +295,9 @@ def backward_kernel(
         dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
         ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
         a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
+        s_prev = s_prev[:CARRIED] + s_next[CARRIED:]
         gx, gr, ds_prev = CELL(a, s_prev, s_next, ds)
-        ds_prev = select_tiles(~step.cut[None, :], ds_prev, None, S)
+        ds_prev = select_tiles(~step.cut[None, :], ds_prev, None, CARRIED) + ds_prev[CARRIED:]
         d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
         row_x = step.row * (N * G * H) + tile.x0

@@ -52,6 +52,7 @@ def _constants(
         CELL=forward if isinstance(tensors, ForwardTensors) else backward,
         G=cell.gates,
         S=cell.states,
+        CARRIED=cell.carried,
         A=cell.saved,
         N=len(layout.reverse),
         REVERSE=layout.reverses,
