@@ -48,7 +48,7 @@ def _check_number(name: str, value: Any) -> None:
 
 def _memories(layer: Any) -> list[Memory]:
     """Raises ValueError for a layer of a cell that has no gate to keep a state."""
-    cell: Cell = layer.layer_cell()
+    cell = layer.layer_cell()
     found = memories(cell)
     if not found:
         raise ValueError(

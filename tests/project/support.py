@@ -5,8 +5,10 @@ device is asked of `rnn.dispatch`, for GPUs that are described and not there.
 
     python -m tests.project.support    writes them"""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +21,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import rnn
 from rnn import composite, dispatch, single_step
+from rnn.kernels import reference
+from rnn.kernels.cells import tanh
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Gpu
 from tests.cases import CELLS
@@ -28,12 +32,19 @@ BEGIN = "<!-- Written by tests/project/support.py. -->"
 END = "<!-- Here it ends. -->"
 T, B, I, H = 4, 3, 5, 6
 
+
+def own_cell(x: Any, r: Any, s: Any) -> Any:
+    return (s[0] + x[0] * tanh(r[0] - s[0]),)
+
+
 LAYERS: dict[str, Callable[..., Any]] = {
     "RNN, tanh": rnn.RNN,
     "RNN, relu": lambda *args, **options: rnn.RNN(*args, nonlinearity="relu", **options),
     "LSTM": rnn.LSTM,
     "GRU": rnn.GRU,
+    "`Recurrent`, any cell": partial(rnn.Recurrent, rnn.register(rnn.Cell("support", own_cell))),
 }
+OWN = [*LAYERS][-1]
 
 
 def train(y: Tensor) -> None:
@@ -75,11 +86,13 @@ def exported(layer: Any, x: Tensor) -> None:
 
 
 class Use(NamedTuple):
-    """What is done with a layer of these options and x [T, B, I] of a dtype."""
+    """What is done with a layer of these options and x [T, B, I] of a dtype; and whether it would
+    have to compile a cell of its own."""
 
     run: Callable[[Any, Tensor], Any]
     options: Mapping[str, Any] = MappingProxyType({})
     dtype: torch.dtype = torch.float32
+    compiles: bool = False
 
 
 def outputs(**given: Any) -> Use:
@@ -105,6 +118,13 @@ USES: dict[str, Use] = {
     "layers with `dropout=`": Use(outputs().run, dict(num_layers=2, dropout=0.5)),
     "`bias=False`": Use(outputs().run, dict(bias=False)),
     "`proj_size=`": Use(outputs().run, dict(proj_size=2)),
+    "`num_heads=`": Use(outputs().run, dict(num_heads=2)),
+    "`recurrent_dropout=`": Use(outputs().run, dict(recurrent_dropout=0.5), compiles=True),
+    "`zoneout=`": Use(outputs().run, dict(zoneout=0.5), compiles=True),
+    "`weight_drop=`": Use(outputs().run, dict(weight_drop=0.5)),
+    "`learned_state=True`": Use(outputs().run, dict(learned_state=True)),
+    "`clip_recurrent_grad=1.0`": Use(outputs().run, dict(clip_recurrent_grad=1.0), compiles=True),
+    "`layer_norm=True`": Use(outputs().run, dict(layer_norm=True)),
     "float64": Use(outputs().run, dtype=torch.float64),
     "float16, bfloat16": Use(outputs().run, dtype=torch.bfloat16),
     "autocast": Use(under_autocast),
@@ -126,15 +146,27 @@ def watched(used: set[str], name: str, function: Callable[..., Any]) -> Callable
     return call
 
 
+def spies(compiles: bool, used: set[str]) -> list[Any]:
+    """What watches a run. Where a cell would have to be compiled, which takes long, the reference
+    runs in place of the C++, as it does without a compiler."""
+    native_calls = [(native, "_call"), (single_step, "_call")]
+    if compiles:
+        native_calls = [(reference, "forward"), (reference, "backward")]
+    calls = [(owner, name, "C++") for owner, name in native_calls]
+    calls.append((composite, "_linear", "torch operations"))
+    patches: list[Any] = [
+        patch.object(owner, name, watched(used, label, getattr(owner, name)))
+        for owner, name, label in calls
+    ]
+    if compiles:
+        patches.append(patch.object(dispatch, "native_available", lambda *_: False))
+    return patches
+
+
 def served_by(layer: Callable[..., nn.Module], use: Use) -> str:
     """Runs it; what computed it, or a dash where the layer refuses it, as torch.nn's does."""
     used: set[str] = set()
-    spies = [(native, "_call", "C++"), (single_step, "_call", "C++")]
-    spies.append((composite, "_linear", "torch operations"))
-    patches = [
-        patch.object(owner, name, watched(used, label, getattr(owner, name)))
-        for owner, name, label in spies
-    ]
+    patches = spies(use.compiles or layer is LAYERS[OWN], used)
     try:
         module = layer(I, H, **use.options).to(use.dtype)
     except ValueError:
@@ -142,7 +174,8 @@ def served_by(layer: Callable[..., nn.Module], use: Use) -> str:
     for each in patches:
         each.start()
     try:
-        use.run(module, torch.randn(T, B, I, dtype=use.dtype))
+        with warnings.catch_warnings(action="ignore"):
+            use.run(module, torch.randn(T, B, I, dtype=use.dtype))
     finally:
         for each in patches:
             each.stop()

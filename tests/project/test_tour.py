@@ -42,7 +42,7 @@ def test_tour() -> None:
     assert "its step 56: True" in done.stdout
     assert "as if alone: True" in done.stdout
     assert "as in one call: True" in done.stdout
-    assert "output: (50, 1, 32) gradient of W_hh: (64, 32)" in done.stdout
+    assert "output: (8, 100, 64) gradient of W_hh: (64, 32)" in done.stdout
     assert len(re.findall(r"ratio \d", done.stdout)) == 3
     left = {k: float(v) for k, v in re.findall(r"'([^']+)': '(\S+)'", done.stdout)}
     assert left["RNN"] < left["LSTM"] < left["LSTM, chrono_"]
