@@ -80,5 +80,5 @@ def memories(cell: Cell) -> list[Memory]:
     """Of the states that one gate keeps, alone or with another one closed. Float64 on the CPU, some
     steps of a few numbers; once for each cell."""
     with torch.enable_grad(), torch.device("cpu"):
-        found = [_find(cell, state) for state in range(cell.states)]
+        found = [_find(cell, state) for state in range(cell.carried)]
     return [memory for memory in found if memory is not None]

@@ -151,6 +151,19 @@ def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
     return stack
 
 
+def _unseen(layer: nn.RNNBase) -> str:
+    """The option of a layer, if any, whose hidden states do not come from the operator's cell."""
+    if layer.proj_size:
+        return "proj_size"
+    if not isinstance(layer, Stack):
+        return ""
+    if layer.layer_norm:
+        return "layer_norm"
+    if isinstance(layer.clip_recurrent_grad, (tuple, list)):
+        return "clip_recurrent_grad by a norm"
+    return "recurrent_dropout in training" if layer.training and layer.recurrent_dropout else ""
+
+
 def _layers(model: Any) -> dict[str, nn.RNNBase]:
     """The recurrent layers of the model by name. Raises TypeError and ValueError."""
     if not isinstance(model, nn.Module):
@@ -161,10 +174,11 @@ def _layers(model: Any) -> dict[str, nn.RNNBase]:
             replace(copy.copy(module), verbose=False), Stack
         ):
             found[name] = module
-            if module.proj_size:
+            option = _unseen(module)
+            if option:
                 raise ValueError(
-                    f"Expected layers without proj_size, got {name or 'the model'}: its hidden "
-                    "state is computed outside of the recurrence"
+                    f"Expected layers without {option}, got {name or 'the model'}: its hidden "
+                    "state is not that of the recurrence"
                 )
     if not found:
         raise ValueError("Expected a model with a layer of rnn or torch.nn, RNN, LSTM or GRU")
@@ -184,10 +198,11 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
     step t, through all later steps and layers, for each recurrent layer and direction of a model.
 
     Args:
-        model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU, whatever options but
-            proj_size; own classes derived from ours, but not those derived from torch.nn's). It
-            runs once, in the mode (train or eval) that it is in, without torch.compile. Its
-            parameters and their gradients stay as they are.
+        model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU; own classes derived
+            from ours, but not those derived from torch.nn's), whatever their options but
+            proj_size, layer_norm, clip_recurrent_grad by a norm, and recurrent_dropout in
+            training. It runs once, in the mode (train or eval) that it is in, without
+            torch.compile. Its parameters and their gradients stay as they are.
         x: what the model is called with: a tensor or PackedSequence, or a tuple of arguments.
         loss_fn: from the model's output to the loss, a tensor of one number.
 
@@ -197,8 +212,8 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
     Source of the diagnostic: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent
     neural networks, 2013, https://arxiv.org/abs/1211.5063.
     Raises TypeError for a model that is no module and a loss_fn that cannot be called, ValueError
-    for a model without such layers, layers with proj_size, a call that reaches none of the layers,
-    and a loss that is not one number or does not depend on them."""
+    for a model without such layers, layers with those options, a call that reaches none of the
+    layers, and a loss that is not one number or does not depend on them."""
     layers = _layers(model)
     if not callable(loss_fn):
         raise TypeError(f"Expected loss_fn to be callable, got {type(loss_fn).__name__}")
@@ -216,5 +231,9 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
         raise ValueError("Expected a loss that depends on the recurrent layers of the model")
     states = [h for sweep in sweeps for h in sweep.states]
     grads = iter(torch.autograd.grad(loss, states, torch.ones_like(loss), allow_unused=True))
-    norms = {s.name: torch.stack([_norm(next(grads)) for _ in s.states]) for s in sweeps}
+    norms: dict[str, Tensor] = {}
+    for sweep in sweeps:
+        found = torch.stack([_norm(next(grads)) for _ in sweep.states])
+        # Of several heads together
+        norms[sweep.name] = torch.hypot(norms.get(sweep.name, torch.zeros_like(found)), found)
     return GradientFlow(loss.item(), norms)

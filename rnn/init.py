@@ -20,8 +20,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def _blocks(layer: Any, kind: str) -> list[tuple[Tensor, ...]]:
-    """The blocks of each gate, of all parameters of that kind. Raises TypeError for what is none of
-    our layers, ValueError where it has no parameters of the kind to be set."""
+    """The blocks of each gate, of all heads of all parameters of that kind. Raises TypeError for
+    what is none of our layers, ValueError where it has no parameters of the kind to be set."""
     if not isinstance(layer, Stack):
         raise TypeError(
             f"Expected a layer of rnn, got {type(layer).__module__}.{type(layer).__qualname__}"
@@ -36,7 +36,10 @@ def _blocks(layer: Any, kind: str) -> list[tuple[Tensor, ...]]:
             "pruning, which has to come after the initial values"
         )
     gates = layer.layer_cell().gates
-    return [getattr(layer, name).detach().chunk(gates) for name in names]
+    heads = [
+        head for name in names for head in getattr(layer, name).detach().chunk(layer.num_heads)
+    ]
+    return [head.chunk(gates) for head in heads]
 
 
 def _check_number(name: str, value: Any) -> None:

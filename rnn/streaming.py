@@ -113,14 +113,20 @@ class Streaming(nn.Module):
             self._buffers[name] = s.detach() if self.detach and s.requires_grad else s
 
     def initial_state(self, batch_size: int) -> tuple[Tensor, ...]:
-        """Zeros [L, batch_size, H] for each state, with the layer's dtype and device: the first
-        state for what `step_module` and `chunk_module` make."""
-        like = next(self.layer.parameters())
+        """Each state [L, batch_size, H] before the first step, zeros or what is learned, with the
+        layer's dtype and device: the first state for what `step_module` and `chunk_module`
+        make."""
+        layer: Any = self.layer
+        if layer.learned_state:
+            rows = [getattr(layer, f"initial_states_l{k}") for k in range(layer.num_layers)]
+            learned = torch.stack(rows, 1)[:, :, None].expand(-1, -1, batch_size, -1)
+            return tuple(state.contiguous() for state in learned.detach())
+        like = next(layer.parameters())
         return tuple(like.new_zeros(shape) for shape in self._shapes(batch_size))
 
     def reset(self, mask: Any = None) -> None:
         """Begin anew: all sequences, of which there may then be another number, or those of `mask`,
-        bool [B] or a list, whose state becomes 0.
+        bool [B] or a list, whose state becomes what it was before the first call.
 
         Raises TypeError for a mask that is no tensor or list of bools, ValueError for one of
         another shape."""
@@ -135,9 +141,10 @@ class Streaming(nn.Module):
             return
         if cut.shape != first.shape[1:2]:
             raise ValueError(f"Expected mask of shape [{first.shape[1]}], got {list(cut.shape)}")
-        for name in self._names:
+        new = self.initial_state(first.shape[1])
+        for name, initial in zip(self._names, new):
             s: Any = self._buffers[name]
-            self._buffers[name] = s.masked_fill(cut.to(s.device).unsqueeze(-1), 0)
+            self._buffers[name] = torch.where(cut.to(s.device).unsqueeze(-1), initial, s)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take in the next step or steps of every sequence.

@@ -243,3 +243,30 @@ def test_errors() -> None:
 
     with pytest.raises(ValueError, match="calls"):
         flow(Unused(), x, lambda y: y)
+
+
+def test_heads() -> None:
+    """The heads of a layer count as one state: as layers of their own, with a norm of both."""
+    torch.manual_seed(0)
+    whole = rnn.GRU(I, 2 * H, num_heads=2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    squares: dict[str, Any] = {"l0": 0, "l0_reverse": 0}
+    for head in range(2):
+        part = rnn.GRU(I, H, bidirectional=True, dtype=torch.float64)
+        with torch.no_grad():
+            for name, weight in part.named_parameters():
+                weight.copy_(whole.get_parameter(name).chunk(2)[head])
+        norms = rnn.gradient_flow(part, x, lambda output: output[0].sin().sum()).norms
+        squares = {name: squares[name] + norms[name].square() for name in squares}
+    found = rnn.gradient_flow(whole, x, lambda output: output[0].sin().sum()).norms
+    torch.testing.assert_close({k: v.square() for k, v in found.items()}, squares)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(layer_norm=True), dict(clip_recurrent_grad=("norm", 1.0)), dict(recurrent_dropout=0.1)],
+    ids=str,
+)
+def test_options_that_hide_the_state(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        rnn.gradient_flow(rnn.GRU(I, H, **options), torch.randn(T, B, I), lambda out: out[0].sum())

@@ -8,39 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import rnn
+from rnn import cells
 from rnn.gates import Memory, Side, memories
-from rnn.kernels.cells import Cell, sigmoid, tanh, zeros_like
 from tests.small import LAYERS
 
 H = 6
 # For arguments of wrong kinds
 init: Any = rnn.init
-
-
-def _minimal_gated(x, r, s):
-    f = sigmoid(x[0] + r[0])
-    n = tanh(x[1] + f * r[1])
-    return (s[0] + f * (n - s[0]),), (f, n, r[1])
-
-
-def _minimal_gated_backward(saved, s, s_next, ds):
-    f, n, rn = saved
-    dn = ds[0] * (f * (1 - n * n))
-    df = (ds[0] * (n - s[0]) + dn * rn) * (f * (1 - f))
-    return (df, dn), (df, dn * f), (ds[0] * (1 - f),)
-
-
-def _coupled(x, r, s):
-    f = sigmoid(x[2] + r[2])
-    g = tanh(x[0] + r[0])
-    o = sigmoid(x[1] + r[1])
-    c = f * s[1] + (1 - f) * g
-    return (o * tanh(c), c), (f, g, o)
-
-
-def _nothing_backward(saved, s, s_next, ds):
-    d = (zeros_like(ds[0]), zeros_like(ds[0]), zeros_like(ds[0]))
-    return d, d, (zeros_like(ds[0]), zeros_like(ds[0]))
 
 
 def blocks(layer: Any, kind: str) -> list[Tensor]:
@@ -146,10 +120,22 @@ def test_chrono(name: str) -> None:
 
 def test_other_cells() -> None:
     """The gate is found in the algebra, with its sign: not by its name or place."""
-    minimal = Cell("minimal", _minimal_gated, _minimal_gated_backward, gates=2, states=1)
-    assert memories(minimal) == [Memory(Side(0, -1), None)]
-    coupled = Cell("coupled", _coupled, _nothing_backward, gates=3, states=2)
-    assert memories(coupled) == [Memory(Side(2, 1), None)]
+    assert memories(cells.mgu) == [Memory(Side(0, -1), None)]
+    assert memories(cells.cifg) == [Memory(Side(0, 1), None)]
+    assert memories(cells.peephole_lstm) == [Memory(Side(1, 1), Side(0, -1))]
+    assert memories(cells.indrnn) == []
+    layer: Any = rnn.init.forget_bias_(rnn.Recurrent(cells.mgu, 3, H), 2.0)
+    assert (layer.bias_ih_l0[:H] == -2).all() and not layer.bias_hh_l0[:H].any()
+
+
+def test_heads() -> None:
+    """The gates of each head by themselves."""
+    layer: Any = rnn.init.chrono_(rnn.init.orthogonal_(rnn.LSTM(3, 2 * H, num_heads=2)), 20)
+    for w, b in zip(layer.weight_hh_l0.detach().chunk(2), layer.bias_ih_l0.detach().chunk(2)):
+        for block in w.chunk(4):
+            torch.testing.assert_close(block @ block.T, torch.eye(H))
+        i, f, _, _ = b.chunk(4)
+        assert torch.equal(i, -f) and (f >= 0).all()
 
 
 @pytest.mark.parametrize(

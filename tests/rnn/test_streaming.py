@@ -154,6 +154,24 @@ def test_reset(name: str) -> None:
     assert streaming(x[0, :2]).shape == (2, H)
 
 
+def test_learned_state() -> None:
+    """Where a stream and a sequence that is reset begin."""
+    layer: Any = rnn.LSTM(I, H, num_layers=2, learned_state=True, dtype=torch.float64)
+    for k in range(2):
+        nn.init.normal_(layer.get_parameter(f"initial_states_l{k}"))
+    streaming = rnn.Streaming(layer)
+    x = torch.randn(2, B, I, dtype=torch.float64)
+    streaming(x[0])
+    streaming.reset([True, False, False, False])
+    whole, _ = layer(x)
+    alone, _ = layer(x[1:])
+    y = streaming(x[1])
+    torch.testing.assert_close(y[0], alone[0, 0])
+    torch.testing.assert_close(y[1:], whole[1, 1:])
+    first = streaming.initial_state(B)
+    torch.testing.assert_close(layer(x, first)[0], whole)
+
+
 @LAYERS
 def test_state(name: str) -> None:
     """Read, put elsewhere, and put back: of some sequences, in another module."""
@@ -168,6 +186,18 @@ def test_state(name: str) -> None:
     torch.testing.assert_close(other(x[2, 1:3]), want)
     other.state = None
     assert other.state is None
+
+
+@LAYERS
+def test_output_of_its_own(name: str) -> None:
+    """What is done to an output in place does not reach the state."""
+    streaming = rnn.Streaming(getattr(rnn, name)(I, H))
+    with torch.no_grad():
+        for x in (torch.randn(B, I), torch.randn(3, B, I)):
+            y = streaming(x)
+            before = [s.clone() for s in flat(streaming.state)]
+            y.zero_()
+            assert all(map(torch.equal, flat(streaming.state), before))
 
 
 def test_gradients() -> None:
