@@ -199,10 +199,6 @@ def load_fixed_order(cell: Cell, dtype: torch.dtype) -> Any:
     return _load(program(cell, dtype, fixed_order=True), cell)
 
 
-def _library(cell: Cell, dtype: torch.dtype, precision: str) -> Any:
-    return load_fixed_order(cell, dtype) if precision == "fixed" else load(cell, dtype)
-
-
 def _load(text: str, cell: Cell) -> Any:
     functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
     library: Any = load_library(text, _FLAGS, SOURCES, functions)
@@ -236,7 +232,8 @@ def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
     if dtype not in NUMBERS or not w_hh.is_cpu:
         got = f"{dtype} on {w_hh.device}"
         raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
-    library = _library(cell, dtype, plan.precision)
+    fixed_order = plan.precision == "fixed"
+    library = load_fixed_order(cell, dtype) if fixed_order else load(cell, dtype)
     tensors: list[Any] = [*arguments[:_FIRST_STATES_FIELD]]
     for states in arguments[_FIRST_STATES_FIELD:-1]:
         tensors += states or [None] * cell.states
@@ -256,22 +253,20 @@ def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
     # All numbers of 8 bytes. Sizes ends with `window`, a pair.
     count = len(addresses) + len(sizes) - 1 + 2
     packed = _pack(count)(*addresses, *sizes[:-1], *sizes.window)
-    needed = (
-        _needed(cell, dtype, plan.precision, sizes)
-        if arguments.offsets is None
-        else library.needed(packed)
-    )
+    if arguments.offsets is None and not fixed_order:
+        needed = _needed(cell, dtype, sizes)
+    else:
+        needed = library.needed(packed)
     memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
 
 
 @lru_cache(4096)
-def _needed(cell: Cell, dtype: torch.dtype, precision: str, sizes: Sizes) -> int:
+def _needed(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> int:
     """How many numbers of memory a call needs without offsets, where only its sizes matter."""
     pointers = words(Arguments, cell.states) - words(Sizes, cell.states)
     pack = _pack(words(Arguments, cell.states))
-    library = _library(cell, dtype, precision)
-    needed: int = library.needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
+    needed: int = load(cell, dtype).needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))
     return needed
 
 

@@ -170,6 +170,18 @@ def test_state(name: str) -> None:
     assert other.state is None
 
 
+@LAYERS
+def test_output_of_its_own(name: str) -> None:
+    """What is done to an output in place does not reach the state."""
+    streaming = rnn.Streaming(getattr(rnn, name)(I, H))
+    with torch.no_grad():
+        for x in (torch.randn(B, I), torch.randn(3, B, I)):
+            y = streaming(x)
+            before = [s.clone() for s in flat(streaming.state)]
+            y.zero_()
+            assert all(map(torch.equal, flat(streaming.state), before))
+
+
 def test_gradients() -> None:
     """End at the calls; with detach=False they are those of the whole sequence."""
     theirs, ours = pair("LSTM")
