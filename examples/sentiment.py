@@ -140,19 +140,31 @@ def rate_prefixes(model: nn.Module, encoder: Encoder, text: str) -> list[tuple[s
 def bag_of_words(known: Sequence[Sentence], asked: Sequence[Sentence], ridge: float) -> Tensor:
     """Ridge regression on which words a sentence has, scaled to length 1."""
     vocabulary = Vocabulary([word for sentence in known for word in sentence.words])
-
-    def features(sentences: Sequence[Sentence]) -> Tensor:
-        made = torch.zeros(len(sentences), len(vocabulary))
-        for row, sentence in zip(made, sentences):
-            row[vocabulary.encode(sentence.words)] = 1
-        made[:, PADDING] = 1  # the intercept
-        return made / made.norm(dim=1, keepdim=True)
-
-    x = features(known)
+    x = word_features(vocabulary, known)
     target = torch.tensor([sentence.rating for sentence in known])
-    # In the dual form, as there are more words than sentences.
-    dual = torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)), target)
-    return features(asked) @ (x.T @ dual)
+    weights = torch.zeros(len(vocabulary))
+    # (x'x + ridge) weights = x' target, by conjugate gradients.
+    residual = x.t() @ target
+    direction = residual
+    enough = 1e-6 * residual.norm()
+    while residual.norm() > enough:
+        image = x.t() @ (x @ direction) + ridge * direction
+        square = residual.dot(residual)
+        step = square / direction.dot(image)
+        weights = weights + step * direction
+        residual = residual - step * image
+        direction = residual + residual.dot(residual) / square * direction
+    return word_features(vocabulary, asked) @ weights
+
+
+def word_features(vocabulary: Vocabulary, sentences: Sequence[Sentence]) -> Tensor:
+    """Sparse [sentences, vocabulary]; the number of padding is the intercept."""
+    words = [sorted({PADDING, *vocabulary.encode(s.words).tolist()}) for s in sentences]
+    rows = [row for row, numbers in enumerate(words) for _ in numbers]
+    values = [len(numbers) ** -0.5 for numbers in words for _ in numbers]
+    indices = torch.tensor([rows, [number for numbers in words for number in numbers]])
+    size = (len(sentences), len(vocabulary))
+    return torch.sparse_coo_tensor(indices, torch.tensor(values), size, check_invariants=True)
 
 
 def score(predicted: Tensor, sentences: Sequence[Sentence]) -> Score:
@@ -197,7 +209,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = training.parser(__doc__, cell="lstm", steps=1000, rate=3e-3)
     option = parser.add_argument
     positive = training.positive
-    option("--hidden", type=positive, default=64, help="hidden units (default: %(default)s)")
+    option("--hidden", type=positive, default=96, help="hidden units (default: %(default)s)")
     option("--batch", type=positive, default=64, help="sentences in a step (default: %(default)s)")
     option("--sentence", default="I love coding", help="to be rated (default: %(default)s)")
     return training.parse(parser, arguments, steps=30, hidden=16)
@@ -233,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         "the more frequent side": torch.full(
             [held], sum(s.rating > 0 for s in known) - len(known) / 2
         ),
-        "bag of words": bag_of_words(known, test, ridge=2.0),
+        "bag of words": bag_of_words(known, test, ridge=0.5),
         **{run.name: predict(run.model, encoder, test) for run in runs},
     }
     rows = []

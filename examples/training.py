@@ -95,7 +95,7 @@ def fetch(requirement: str, source: bool = False) -> Path:
     archives = [*folder.glob("*")]
     if archives:
         return archives[0]
-    print(f"Downloading {requirement} from the package index to {folder}", file=sys.stderr)
+    print(f"Downloading {requirement} from the package index to {folder}", flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE.expanduser()) as made:
@@ -209,7 +209,8 @@ def train(
         runs.append(Run(f"torch.nn.{name}", torch_twin(model), options))
     source: Iterator[Any] = iter(batches)
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    model.train()
+    for run in runs:
+        run.model.train()
     with tqdm(range(options.steps), unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
         for step in bar:
             batch = next(source)
@@ -218,7 +219,8 @@ def train(
                 torch.manual_seed(options.seed + step)
                 run.step(loss, batch)
             bar.set_postfix_str(f"loss {runs[0].losses[-1]:.3f}", refresh=False)
-    model.eval()
+    for run in runs:
+        run.model.eval()
     return runs
 
 

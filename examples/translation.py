@@ -28,7 +28,7 @@ import training
 PADDING, UNKNOWN, BEGIN, END = range(4)
 PACKAGES = ("wagtail==8.0.1", "django==5.2.19", "django-oscar==4.2.1")
 WORD = re.compile(r" ?(?:%\(\w+\)\w|\{\w*\}|\w+|[^\w ])")
-LONGEST = 20  # words of a message
+LONGEST = 12  # words of a message
 
 
 class Pair(NamedTuple):
@@ -180,7 +180,7 @@ def translate(
     # At first all texts of a beam are the same: one of them may go on.
     total = torch.full([B, width], -torch.inf, device=device)
     total[:, 0] = 0
-    lengths = torch.ones_like(total)
+    lengths = torch.zeros_like(total)
     for _ in range(limit):
         scores, _, state = model.decode(memory, written[:, -1][None], state)
         step = scores[:, -1].log_softmax(-1).view(B, width, -1)
@@ -307,7 +307,7 @@ def read_pairs(path: Path | None) -> list[Pair]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, cell="gru", steps=1500, rate=2e-3)
+    parser = training.parser(__doc__, cell="gru", steps=1000, rate=3e-3)
     option = parser.add_argument
     positive = training.positive
     option("--hidden", type=positive, default=192, help="hidden units (default: %(default)s)")

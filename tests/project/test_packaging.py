@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -215,6 +216,17 @@ def copy_source(folder: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", "rnn", "kernels"):
         subprocess.run(["cp", "-R", ROOT / name, source], check=True)
     return source
+
+
+def test_citation_and_release() -> None:
+    """They have the package's version, and name files and targets that there are."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    scripts = re.findall(r"tests/project/\w+\.py", workflow)
+    assert scripts and all((ROOT / script).exists() for script in scripts)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{name}:" in makefile for name in re.findall(r"make (\w+)", workflow))
 
 
 @pytest.mark.slow
