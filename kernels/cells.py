@@ -203,7 +203,7 @@ class Cell:
         return self._step(x, r, s, k) if self.constants else self._step(x, r, s)
 
     def recorded(self) -> adjoint.Step:
-        """The step's operations."""
+        """The step's operations. Raises TypeError, with the line, where it fails."""
         return recorded_step(self._step, *self._sizes)
 
     def text(self) -> str:

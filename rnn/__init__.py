@@ -9,6 +9,7 @@ from .kernels.cells import Cell, register
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
 from .streaming import Streaming
 from .tbptt import tbptt
+from .time_parallel import TimeParallel
 
 __all__ = [
     "GRU",
@@ -21,6 +22,7 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "Streaming",
+    "TimeParallel",
     "cells",
     "explain",
     "functional",

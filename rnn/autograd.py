@@ -236,7 +236,10 @@ def to_dense(grad: Any) -> Any:
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    return [None if t is None or t.is_inference() else t._version for t in tensors]
+    try:
+        return [None if t is None else t._version for t in tensors]
+    except RuntimeError:  # tensors of inference mode have none
+        return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def check_versions(biases: Sequence[Tensor | None], before: Sequence[int | None]) -> None:

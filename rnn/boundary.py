@@ -19,11 +19,17 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
     Raises RuntimeError, as torch's operations do, where a storage was freed or is too small for a
     shape, and for another dtype or device."""
     found = [*tensors]
-    if like is not None:
-        _check_alike(tensors, like)
+    dtype = None if like is None else like.dtype
+    on_cpu = like is not None and like.is_cpu
     for k, t in enumerate(tensors):
         if t is None:
             continue
+        if like is not None and (
+            t.dtype is not dtype or (not t.is_cpu if on_cpu else t.device != like.device)
+        ):
+            raise RuntimeError(
+                f"Expected a tensor of {dtype} on {like.device}, got {t.dtype} on {t.device}"
+            )
         whole = t.is_contiguous()
         if not whole or t.storage_offset() or t.untyped_storage().nbytes() < t.nbytes:
             _check_memory(t)
@@ -34,18 +40,6 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
         elif not whole:
             found[k] = t.contiguous()
     return found
-
-
-def _check_alike(tensors: Sequence[Any], like: Tensor) -> None:
-    dtype = like.dtype
-    on_cpu = like.is_cpu
-    for t in tensors:
-        if t is not None and (
-            t.dtype is not dtype or (not t.is_cpu if on_cpu else t.device != like.device)
-        ):
-            raise RuntimeError(
-                f"Expected a tensor of {dtype} on {like.device}, got {t.dtype} on {t.device}"
-            )
 
 
 def alive(tensors: Sequence[Any]) -> None:

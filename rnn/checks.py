@@ -156,10 +156,10 @@ def check_layer(
             f"biases or none, got {list(size)} and {list(w_hh.shape)}"
         )
     per = cell.gates * N * 4 // len(weights)
-    H = w_hh.shape[1]
+    rows, H = w_hh.shape
     if states:
         H = states[-1].shape[-1] if states[-1].dim() else 0
-    elif per and not (per * H == w_hh.shape[0] and weights[0].shape == (per * H, size[-1])):
+    elif per and not (per * H == rows and weights[0].shape == (rows, size[-1])):
         H = _rows_of_most(weights) // per
     dtype = x.dtype
     strided = x.layout is torch.strided

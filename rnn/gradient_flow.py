@@ -125,14 +125,14 @@ class _Watch:
 
 
 @contextmanager
-def _assigned(module: nn.Module, **methods: Any) -> Iterator[None]:
-    """Methods of one module, for a while."""
-    before = {name: vars(module)[name] for name in methods if name in vars(module)}
-    vars(module).update(methods)
+def _assigned(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Methods and attributes of one module, for a while."""
+    before = {name: vars(module)[name] for name in values if name in vars(module)}
+    vars(module).update(values)
     try:
         yield
     finally:
-        for name in methods:
+        for name in values:
             del vars(module)[name]
         vars(module).update(before)
 
@@ -147,7 +147,9 @@ def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
             ours = replace(copy.copy(layer), verbose=False)
             stack.enter_context(_assigned(layer, forward=ours.forward))
         watch = _Watch(ours, name, sweeps)
-        stack.enter_context(_assigned(ours, _run=watch, _single_step=lambda x, hx: None))
+        stack.enter_context(
+            _assigned(ours, _run=watch, _single_step=lambda x, hx: None, time_parallel=False)
+        )
     return stack
 
 

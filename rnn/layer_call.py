@@ -92,11 +92,11 @@ class LayerCall:
         self.reverse = [*map(int, reverse)]
         self.batch_first = batch_first
         shape = x.shape
-        B = batch_size(x, batch_sizes, batch_first)
         if batch_sizes is None:
-            T = shape[1] if batch_first else shape[0]
+            T, B = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
             self.total = T * B
         else:
+            B = batch_size(x, batch_sizes)
             T = len(batch_sizes)
             self.total = shape[0]
         self.leading = (T, B) if batch_sizes is None else (self.total,)
@@ -219,9 +219,12 @@ def forward(
     ready_weights = Weights(w_ih, w_hh, b_ih, b_hh)
     backend = call.backend()
     with call.context(x):
-        y, others, last, saved = backend.forward(
+        outputs: Outputs = backend.forward(
             call.cell, call.plan, call.layout, rows, ready_weights, s0, save
         )
+    if call.rows_are_given:
+        return outputs
+    y, others, last, saved = outputs
     return Outputs(
         call.from_rows(y),
         call.scatter_rows(others),
@@ -246,19 +249,18 @@ def backward(
         saved = forward(call, x, weights, states, Save.ACTIVATIONS).saved
     S = call.cell.states
     given_last = [None] * S if grads.last is None else grads.last
-    given = (
-        call.to_rows(x),
-        weights.w_ih,
-        weights.w_hh,
-        call.to_rows(outputs.y),
-        call.gather_rows(outputs.states),
-        call.gather_rows(saved),
-        grads.y if grads.y is None else call.to_rows(grads.y),
-        call.gather_rows(grads.states),
-        *given_last,
-        *(states or ()),
-    )
-    rows, w_ih, w_hh, y, others, saved, dy, dothers, *ends = ready(given, like=x)
+    of_steps = x, outputs.y, outputs.states, saved, grads.y, grads.states
+    if not call.rows_are_given:
+        of_steps = (
+            call.to_rows(x),
+            call.to_rows(outputs.y),
+            call.gather_rows(outputs.states),
+            call.gather_rows(saved),
+            grads.y if grads.y is None else call.to_rows(grads.y),
+            call.gather_rows(grads.states),
+        )
+    given = weights.w_ih, weights.w_hh, *of_steps, *given_last, *(states or ())
+    w_ih, w_hh, rows, y, others, saved, dy, dothers, *ends = ready(given, like=x)
     s0 = call.initial_states(ends[S:])
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)

@@ -5,6 +5,7 @@ In C++, with gradients and without, in float32 and float64; where that cannot be
 operators, as torch.nn does it. What is not a plain tensor is left to the general path of the
 layers. Gradients that are to be differentiated again come from the differentiable formula."""
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,35 +16,19 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from . import dispatch
-from .autograd import check_versions, to_dense, versions
+from .autograd import check_versions, to_dense, trains, versions
 from .boundary import PLAIN, ready
 from .composite import aliases, composite, differentiate
 from .kernels.cells import Cell
 from .kernels.cpu import native
 from .kernels.cpu.workspace import scratch
 from .kernels.plan import STEP_PRODUCT
-from .transforms import active_transform, any_autocast, needs_composite, traced, without_autocast
+from .transforms import needs_composite, only_autograd, without_autocast
 
 # A tensor of each dtype of the C++, for what is to be like it.
 _LIKE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in native.NUMBERS}
 # What the C++ is told: B, I, H, L, how many parameters a layer has, and threads.
 Sizes = tuple[int, int, int, int, int, int]
-
-
-@lru_cache(1024)
-def _shapes(
-    cell: Cell, x: tuple[int, ...], batch: int, hidden: int, layers: int, parameters: int
-) -> list[tuple[int, ...]]:
-    """Of x, the states, and w_ih, w_hh (and b_ih, b_hh) of each layer."""
-    gates = cell.gates * hidden
-    found = [x, *[(layers, batch, hidden)] * cell.states]
-    for layer in range(layers):
-        found += [
-            (gates, hidden if layer else x[2]),
-            (gates, hidden),
-            *[(gates,)] * (parameters - 2),
-        ]
-    return found
 
 
 @lru_cache
@@ -55,61 +40,98 @@ def _pack(struct_type: type, states: int, before: int, after: int) -> Callable[.
     return struct.Struct(f"{before + len(native.StepSizes._fields) + after}q").pack
 
 
+class _Step(NamedTuple):
+    """What calls of the same sizes have in common: shapes and memory, in bytes, of x, the states,
+    and w_ih, w_hh (and b_ih, b_hh) of each layer; sizes for one thread, and whether several are
+    worth it; whether y has the shape of a state; the C++, None where it is not compiled, and what
+    packs its struct."""
+
+    shapes: list[tuple[int, ...]]
+    memory: list[int]
+    sizes: Sizes
+    large: bool
+    y_is_state: bool
+    function: Any
+    pack: Callable[..., bytes]
+
+
+@lru_cache(1024)
+def _step(
+    cell: Cell,
+    dtype: torch.dtype,
+    x: tuple[int, ...],
+    batch: int,
+    hidden: int,
+    layers: int,
+    parameters: int,
+    compiled: bool,
+) -> _Step:
+    inputs = x[2]
+    gates = cell.gates * hidden
+    shapes = [x, *[(layers, batch, hidden)] * cell.states]
+    for layer in range(layers):
+        shapes += [
+            (gates, hidden if layer else inputs),
+            (gates, hidden),
+            *[(gates,)] * (parameters - 2),
+        ]
+    return _Step(
+        shapes,
+        [dtype.itemsize * math.prod(shape) for shape in shapes],
+        (batch, inputs, hidden, layers, parameters, 1),
+        batch * gates * (hidden + inputs) > STEP_PRODUCT,
+        layers == 1 and x[0] == 1,
+        native.load(cell, dtype).step if compiled else None,
+        _pack(native.Step, cell.states, 2 * cell.states + 3, layers * parameters),
+    )
+
+
 def _call(
     function: Any,
-    struct_type: type,
-    states: int,
-    before: list[int],
-    sizes: Sizes,
-    after: list[int],
+    pack: Callable[..., bytes],
+    before: Sequence[int],
+    after: Sequence[int],
     dtype: torch.dtype,
 ) -> None:
-    """Calls it with that struct of native.py, whose pointers are `before`, but for memory, and with
-    the pointers `after` it."""
-    pack = _pack(struct_type, states, len(before), len(after))
-    needed = function(pack(*before, 0, 0, *sizes, *after))
+    """Calls it with a struct of native.py: its numbers `before` those of the memory, which it gets
+    where it needs some, and `after` them, and the pointers that follow the struct."""
+    needed = function(pack(*before, 0, 0, *after))
     if needed:
         memory = scratch(_LIKE[dtype], needed)  # held while it is in use
-        function(pack(*before, memory.data_ptr(), needed, *sizes, *after))
+        function(pack(*before, memory.data_ptr(), needed, *after))
 
 
-class _Pointers(NamedTuple):
-    """The addresses of tensors, the contiguous copies that some of these are of, and whether a
-    gradient is wanted."""
-
-    addresses: list[int]
-    copies: list[Tensor]
-    train: bool
-
-
-def _pointers(
-    given: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-) -> _Pointers | None:
-    """None where a tensor is not a plain one of that shape and dtype on the CPU, with all of its
-    memory. May raise RuntimeError for one that has none."""
+def _addresses(
+    given: Sequence[Any],
+    shapes: Sequence[tuple[int, ...]],
+    memory: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[list[int], list[Tensor]] | None:
+    """The addresses of tensors, and the contiguous copies that some of these are of. None where a
+    tensor is not a plain one of that shape and dtype on the CPU, with all of its memory, in bytes.
+    May raise RuntimeError for one that has none."""
     addresses = []
     copies = []
-    grad = torch.is_grad_enabled()
-    train = False
-    for t, size in zip(given, shapes):
+    itemsize = dtype.itemsize
+    # A tensor is asked as little as possible: each answer takes as long as a row of a small W
+    for t, shape, size in zip(given, shapes, memory):
         # A parametrized weight is None.
-        if type(t) not in PLAIN or t.dtype is not dtype or t.size() != size:
+        if type(t) not in PLAIN or t.dtype is not dtype or t.shape != shape:
             return None
-        if t.is_neg() or not t.is_cpu:
+        if not t.is_cpu or t.is_neg():
             return None
-        if grad and t.requires_grad:
-            train = True
         if not t.is_contiguous():
             t = ready([t])[0]
             copies.append(t)
-        offset = t.storage_offset()
         address = t.data_ptr()
-        if t.untyped_storage().nbytes() < t.nbytes + t.itemsize * offset:
+        start = itemsize * t.storage_offset()
+        if t.untyped_storage().nbytes() < start + size:
             return None
-        if (offset or not address) and t._is_zerotensor():
+        # At 0 or so many bytes from it is a tensor that is empty, or a zero tensor
+        if address == start and t._is_zerotensor():
             return None
         addresses.append(address)
-    return _Pointers(addresses, copies, train)
+    return addresses, copies
 
 
 def single_step(
@@ -123,7 +145,7 @@ def single_step(
 ) -> Any:
     """What a layer returns for x [1, B, I], or [B, 1, I] if `batch_first`, from its parameters,
     w_ih, w_hh (and b_ih, b_hh) of each layer. None where the general path has to look at it."""
-    if active_transform() or traced() or has_torch_function_unary(x) or any_autocast():
+    if not only_autograd() or has_torch_function_unary(x) or not x.is_cpu:
         return None
     shape = x.size()
     batch = shape[0] if batch_first else shape[1]
@@ -138,14 +160,16 @@ def single_step(
     dtype = x.dtype
     parameters = len(weights) // layers
     given = [x, *states, *weights]
-    shapes = _shapes(cell, shape, batch, hidden, layers, parameters)
+    compiled = dispatch.native_available(cell, dtype)
+    step = _step(cell, dtype, shape, batch, hidden, layers, parameters, compiled)
     try:
-        pointers = _pointers(given, shapes, dtype)
+        found = _addresses(given, step.shapes, step.memory, dtype)
     except RuntimeError:  # a sparse tensor, or another that has no memory
         return None
-    if pointers is None:
+    if found is None:
         return None
-    if not dispatch.native_available(cell, dtype):
+    addresses, _copies = found
+    if not compiled:
         operator = dispatch.OPERATORS.get(cell)
         if operator is None or (dtype is not torch.float32 and dtype is not torch.float64):
             return None
@@ -154,17 +178,16 @@ def single_step(
             x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first
         )
         return y, tuple(last) if count > 1 else last[0]
-    large = batch * cell.gates * hidden * (hidden + shape[2]) > STEP_PRODUCT
-    sizes = batch, shape[2], hidden, layers, parameters, native.threads() if large else 1
-    if pointers.train:
-        y, *last = _apply(cell, sizes, pointers.addresses, *given)
+    sizes = (*step.sizes[:5], native.threads()) if step.large else step.sizes
+    if trains(given):
+        y, *last = _apply(cell, step, sizes, addresses, *given)
     else:
-        y, last, _ = _forward(cell, sizes, pointers.addresses, x, False)
+        y, last, _ = _forward(cell, step, sizes, addresses, x, False)
     return y, tuple(last) if count > 1 else last[0]
 
 
 def _forward(
-    cell: Cell, sizes: Sizes, addresses: list[int], x: Tensor, save: bool
+    cell: Cell, step: _Step, sizes: Sizes, addresses: list[int], x: Tensor, save: bool
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once
     more: what is returned may be edited in place. `addresses` are of x, the states and the
@@ -172,30 +195,30 @@ def _forward(
     batch, _, hidden, layers, _, _ = sizes
     first = cell.states + 1
     h = x.new_empty(layers, batch, hidden)
-    last = [h] if first == 2 else [h, *[torch.empty_like(h) for _ in range(first - 2)]]
-    shape = x.size()
-    if layers == 1 and shape[0] == 1:
-        y = torch.empty_like(h)
+    last = [h]
+    while len(last) < cell.states:
+        last.append(torch.empty_like(h))
+    y = torch.empty_like(h) if step.y_is_state else x.new_empty(*x.shape[:2], hidden)
+    results = [y.data_ptr()]
+    for s in last:
+        results.append(s.data_ptr())
+    saved = None
+    if save:
+        saved = x.new_empty(layers, cell.saved + cell.states, batch, hidden)
+        results.append(saved.data_ptr())
     else:
-        y = x.new_empty(shape[0], shape[1], hidden)
-    saved = x.new_empty(layers, cell.saved + cell.states, batch, hidden) if save else None
-    results = [
-        y.data_ptr(),
-        *[s.data_ptr() for s in last],
-        0 if saved is None else saved.data_ptr(),
-    ]
+        results.append(0)
     before = addresses[:first] + results
-    function = native.load(cell, x.dtype).step
-    _call(function, native.Step, cell.states, before, sizes, addresses[first:], x.dtype)
+    _call(step.function, step.pack, before, (*sizes, *addresses[first:]), x.dtype)
     return y, last, saved
 
 
 class _SingleStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, sizes: Sizes, addresses: list[int], *given: Any
+        ctx: Any, cell: Cell, step: _Step, sizes: Sizes, addresses: list[int], *given: Any
     ) -> tuple[Tensor, ...]:
-        y, last, saved = _forward(cell, sizes, addresses, given[0], True)
+        y, last, saved = _forward(cell, step, sizes, addresses, given[0], True)
         first = cell.states + 1
         kept = given
         ctx.biases = []
@@ -216,13 +239,13 @@ class _SingleStep(torch.autograd.Function):
         cell, sizes, dtype = ctx.choices
         d = tuple(map(to_dense, d))
         tensors = ctx.saved_tensors  # once: hooks would unpack them once more
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if needs_composite(d) or not all(t is None or type(t) is Tensor for t in d):
             check_versions(ctx.biases, ctx.versions)
             found = _differentiable(cell, sizes, tensors[:-1], ctx.biases, needs, d)
         else:
             found = _backward(cell, sizes, dtype, tensors, needs, d)
-        return None, None, None, *found
+        return None, None, None, None, *found
 
 
 # Function.apply without its handling of transforms: `single_step` has ruled them out before this
@@ -275,7 +298,8 @@ def _backward(
     before += [0 if t is None else t.data_ptr() for t in (*dlast, *grads[:first])]
     after = [0 if t is None else t.data_ptr() for t in (*given[first:], *grads[first:])]
     function = native.load(cell, dtype).step_backward
-    _call(function, native.StepAdjoint, cell.states, before, sizes, after, dtype)
+    pack = _pack(native.StepAdjoint, cell.states, len(before), len(after))
+    _call(function, pack, before, (*sizes, *after), dtype)
     return grads
 
 

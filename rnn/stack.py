@@ -32,6 +32,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .projection import check_projected, first_steps
 from .single_step import single_step
+from .time_parallel import check_time_parallel, parallel_layer
 from .transforms import tracing_state
 
 # By the modes of nn.RNNBase
@@ -66,6 +67,9 @@ class Stack(nn.RNNBase):
     layer_norm = False
     learned_state = False
     clip_recurrent_grad: Any = None
+    # Chunks of time side by side, a `TimeParallel`, and what the last call reported
+    time_parallel: Any = False
+    last_time_parallel: Sequence[Any] = ()
     # Whether any of them is on, or the cell has constants
     extended = False
     # What was assigned to _flat_weights, which is a property: Dynamo of torch 2.10 cannot read
@@ -78,6 +82,7 @@ class Stack(nn.RNNBase):
         *args: Any,
         plan: Plan | None = None,
         recompute: bool = False,
+        time_parallel: Any = False,
         cell: Cell | None = None,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +105,8 @@ class Stack(nn.RNNBase):
             del self.__dict__["under_construction"]
         self.plan = plan
         self.recompute = recompute
+        if time_parallel:
+            self.time_parallel = time_parallel
 
     def _make_parameters(self) -> None:
         """In place of those of nn.RNNBase, which knows neither other cells nor extensions."""
@@ -137,6 +144,8 @@ class Stack(nn.RNNBase):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "plan":
             check_plan(value)
+        elif name == "time_parallel":
+            check_time_parallel(value)
         elif name in OPTIONS:
             check_option(self, name, value)
         super().__setattr__(name, value)
@@ -253,12 +262,10 @@ class Stack(nn.RNNBase):
     def _single_step(self, x: Any, hx: Any) -> Any:
         """One step, where all that `_run` does would take longer than the step; None where `_run`
         has to look at it."""
-        if (
-            not isinstance(x, Tensor)
-            or x.dim() != 3
-            or x.is_nested
-            or x.shape[1 if self.batch_first else 0] != 1
-        ):
+        if not isinstance(x, Tensor) or x.is_nested:
+            return None
+        size = x.shape
+        if len(size) != 3 or size[1 if self.batch_first else 0] != 1:
             return None
         dropout = self.dropout and self.training and self.num_layers > 1
         if (
@@ -272,7 +279,7 @@ class Stack(nn.RNNBase):
         if self._given_weights is not None or self.extended:
             return None
         own = self._parameters  # what is parametrized is not in it
-        weights = [own.get(name) for names in self._all_weights for name in names]
+        weights = [*map(own.get, self._flat_weights_names)]
         return single_step(
             self.layer_cell(), x, hx, weights, self.num_layers, self.hidden_size, self.batch_first
         )
@@ -288,6 +295,8 @@ class Stack(nn.RNNBase):
     ) -> Any:
         """`forward` by an operator like `run_layer`."""
         layers = self._layers()
+        if self.time_parallel:
+            self.last_time_parallel = []
         states_count = self.layer_cell().carried
         batch = batch_of(self, states_count, input, hx, lengths, resets, layers[0][0])
         # Under one name: torch.jit.trace looks for a tensor among the local variables
@@ -308,7 +317,11 @@ class Stack(nn.RNNBase):
             first = batch.states
             if first is not None and not alone:
                 first = [s[i * D : (i + 1) * D] for s in first]
-            run = partial(extended_layer, self, i, operator) if self.extended else operator
+            run = operator
+            if self.time_parallel:
+                run = partial(parallel_layer, self, run)
+            if self.extended:
+                run = partial(extended_layer, self, i, run)
             steps, ends = self._layer(
                 run, x, weights, first, batch, int(bool(return_states)), batch_first
             )

@@ -91,6 +91,19 @@ def active_transform() -> Any:
     )
 
 
+def only_autograd() -> bool:
+    """Whether nothing but autograd sees or changes what is computed now: no compiler, transform,
+    dispatch mode, tracer or autocast. All questions in one, for what takes as long as they do."""
+    return (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and not functorch.get_dynamic_layer_stack_depth()
+        and not torch._C._len_torch_dispatch_stack()
+        and tracing_state() is None
+        and not any_autocast()
+    )
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """What ran in one precision stays in it going backward."""
     return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()

@@ -29,10 +29,12 @@ def forward(
     N = len(layout.reverse)
     S = cell.states
     H = weights.w_hh.shape[1]
-    *leading, _ = x.shape
+    leading = x.shape[:-1]
     # The caller's: torch's own memory, which can be resized
     y = x.new_empty(*leading, N * H)
-    last = [x.new_empty(N, layout.sequences, H) for _ in range(S)]
+    last = [x.new_empty(N, layout.sequences, H)]
+    while len(last) < S:
+        last.append(torch.empty_like(last[0]))
     states = None
     saved = None
     if save:

@@ -277,14 +277,13 @@ def _pack(count: int) -> Callable[..., bytes]:
 
 
 def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
-    B = layout.sequences
-    H = w_hh.shape[1]
-    N = len(layout.reverse)
-    R = layout.steps * B if layout.offsets is None else x.shape[0]
+    steps, reverse, sizes, _, offsets, _, B = layout
+    rows, H = w_hh.shape
+    shape = x.shape
+    R = steps * B if offsets is None else shape[0]
     # Of numbers of 4 bytes.
-    width = N * cell.gates * H * w_hh.itemsize // 4
-    windows = _windows(layout.sizes[0], width, cell.split)
-    return Sizes(layout.steps, B, R, x.shape[-1], H, N, layout.reverses, threads(), windows)
+    windows = _windows(sizes[0], rows * w_hh.itemsize // 4, cell.split)
+    return Sizes(steps, B, R, shape[-1], H, len(reverse), layout.reverses, threads(), windows)
 
 
 @lru_cache(4096)
@@ -311,20 +310,31 @@ def forward(
     outputs: Outputs,
 ) -> None:
     """Writes `outputs`."""
+    sizes = _sizes(cell, layout, x, weights.w_hh)
+    # By position: with names this takes as long as asking each tensor for its address
     arguments = Arguments(
-        x=x,
-        w_ih=weights.w_ih,
-        w_hh=weights.w_hh,
-        b_ih=weights.b_ih,
-        b_hh=weights.b_hh,
-        y=outputs.y,
-        states=outputs.states,
-        saved=outputs.saved,
-        offsets=layout.offsets,
-        resets=layout.resets,
-        s0=s0,
-        last=outputs.last,
-        sizes=_sizes(cell, layout, x, weights.w_hh),
+        x,
+        weights.w_ih,
+        weights.w_hh,
+        weights.b_ih,
+        weights.b_hh,
+        None,  # dy
+        None,  # dstates
+        outputs.y,
+        outputs.states,
+        outputs.saved,
+        None,  # x_grad
+        None,  # w_ih_grad
+        None,  # w_hh_grad
+        None,  # b_ih_grad
+        None,  # b_hh_grad
+        layout.offsets,
+        layout.resets,
+        s0,
+        None,  # dlast
+        outputs.last,
+        None,  # s0_grad
+        sizes,
     )
     _call("forward", cell, plan, arguments)
 
@@ -342,25 +352,30 @@ def backward(
 ) -> None:
     """Writes those of `gradients` that are not None; with more than one recurrence it adds to that
     of x."""
+    w_hh = weights.w_hh
+    sizes = _sizes(cell, layout, x, w_hh)
     arguments = Arguments(
-        x=x,
-        w_ih=weights.w_ih,
-        w_hh=weights.w_hh,
-        dy=grads.y,
-        dstates=grads.states,
-        y=outputs.y,
-        states=outputs.states,
-        saved=outputs.saved,
-        x_grad=gradients.x,
-        w_ih_grad=gradients.w_ih,
-        w_hh_grad=gradients.w_hh,
-        b_ih_grad=gradients.b_ih,
-        b_hh_grad=gradients.b_hh,
-        offsets=layout.offsets,
-        resets=layout.resets,
-        s0=s0,
-        dlast=grads.last,
-        s0_grad=gradients.s0,
-        sizes=_sizes(cell, layout, x, weights.w_hh),
+        x,
+        weights.w_ih,
+        w_hh,
+        None,  # b_ih
+        None,  # b_hh
+        grads.y,
+        grads.states,
+        outputs.y,
+        outputs.states,
+        outputs.saved,
+        gradients.x,
+        gradients.w_ih,
+        gradients.w_hh,
+        gradients.b_ih,
+        gradients.b_hh,
+        layout.offsets,
+        layout.resets,
+        s0,
+        grads.last,
+        None,  # last
+        gradients.s0,
+        sizes,
     )
     _call("backward", cell, plan, arguments)

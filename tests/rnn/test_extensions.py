@@ -281,9 +281,9 @@ def test_heads_are_separate_layers(name: str, form: str) -> None:
     want = [y, *(torch.cat(column, -1) for column in zip(*(part[1:] for part in parts)))]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     leaves = [x, *ours.parameters()]
-    grads = torch.autograd.grad(sum(t.sin().sum() for t in got), leaves)
+    grads = torch.autograd.grad([t.sin().sum() for t in got], leaves)
     separate = torch.autograd.grad(
-        sum(t.sin().sum() for t in want), [x, *(p for layer in apart for p in layer.parameters())]
+        [t.sin().sum() for t in want], [x, *(p for layer in apart for p in layer.parameters())]
     )
     count = len(leaves) - 1
     joined = [torch.cat(pair) for pair in zip(separate[1 : 1 + count], separate[1 + count :])]
@@ -426,7 +426,7 @@ def test_says_that_layer_norm_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_ready_made(cell: Cell, steps: int) -> None:
     """By their formulas in torch, with resets, which leave constants alone."""
-    layer = rnn.Recurrent(cell, 4, 6, dtype=DOUBLE, plan=Plan("numpy"))
+    layer: Any = rnn.Recurrent(cell, 4, 6, dtype=DOUBLE, plan=Plan("numpy"))
     x = torch.randn(steps, 3, 4, dtype=DOUBLE, requires_grad=True)
     resets = torch.rand(steps, 3) < 0.3
     w_ih, w_hh, b_ih, b_hh = layer.parameters() if not cell.constants else [*layer.parameters()][:4]
@@ -447,7 +447,7 @@ def test_ready_made(cell: Cell, steps: int) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     leaves = [x, *layer.parameters()]
     grads, right = (
-        torch.autograd.grad(sum(t.sin().sum() for t in some), leaves, allow_unused=True)
+        torch.autograd.grad([t.sin().sum() for t in some], leaves, allow_unused=True)
         for some in (got, expected)
     )
     for one, other, leaf in zip(grads, right, leaves):

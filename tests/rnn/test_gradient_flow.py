@@ -245,6 +245,17 @@ def test_errors() -> None:
         flow(Unused(), x, lambda y: y)
 
 
+def test_time_parallel() -> None:
+    """The steps are measured one after another all the same."""
+    layer = rnn.GRU(I, H, dtype=torch.float64, time_parallel=True)
+    plain = rnn.GRU(I, H, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(300, B, I, dtype=torch.float64)
+    found = [rnn.gradient_flow(one, x, lambda out: out[0].sum()).norms for one in (layer, plain)]
+    torch.testing.assert_close(*found)
+    assert layer.time_parallel is True
+
+
 def test_heads() -> None:
     """The heads of a layer count as one state: as layers of their own, with a norm of both."""
     torch.manual_seed(0)

@@ -88,8 +88,8 @@ def test_host_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_num_threads(threads)
     # An RNN call is so short that looking at the memory of each tensor before a kernel reads it, 2
-    # us, is seen: 0.97 and 1.0 of torch.nn's time alone on a machine, 1.03 and 1.05 beside others.
-    forward_limit, training_limit = (1.05, 1.1) if name == "RNN" else (0.9, 1.0)
+    # us, is seen: 0.94 to 0.96 and 1.05 to 1.08 of torch.nn's time beside ten other processes.
+    forward_limit, training_limit = (1.0, 1.1) if name == "RNN" else (0.9, 1.0)
     # Whose own part takes up to a sixth less time
     if TORCH != (2, 13) or sys.version_info >= (3, 12):
         forward_limit = forward_limit * 1.2

@@ -7,14 +7,19 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rnn.kernels.cells import Cell
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
 
 COMPILER = shutil.which("g++")
+_compilers = ThreadPoolExecutor(2)
+_builds: dict[Path, Future[None]] = {}
 # Every argument is an address or a whole number of 64 bits, so one signature serves both kernels.
 ENTRY = """
 extern "C" long emulate_shared() { return sizeof(Shared); }
@@ -37,8 +42,13 @@ def _compile(*arguments: str | Path) -> None:
     subprocess.run([COMPILER or "g++", "-O1", "-std=c++20", "-w", "-fPIC", *arguments], check=True)
 
 
-def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
-    """The kernel as a shared library; `fault` replaces a piece of its text."""
+def _build(path: Path, program: str) -> None:
+    path.with_suffix(".cpp").write_text(program)
+    _compile("-shared", "-o", path, path.with_suffix(".cpp"))
+
+
+def _start(folder: Path, fault: tuple[str, str], *choices: Any) -> Path:
+    """Has the kernel compiled in the background, if it is not. Returns where it will be."""
     header = folder / "fibers.h"
     if not header.exists():  # compiled once
         shutil.copy(Path(__file__).parent / "fibers.h", header)
@@ -47,9 +57,15 @@ def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
     assert fault[0] in program
     program = '#include "fibers.h"\n' + program.replace(*fault) + ENTRY
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()}.so"
-    if not path.exists():
-        path.with_suffix(".cpp").write_text(program)
-        _compile("-shared", "-o", path, path.with_suffix(".cpp"))
+    if path not in _builds:
+        _builds[path] = _compilers.submit(_build, path, program)
+    return path
+
+
+def library(folder: Path, fault: tuple[str, str], *choices: Any) -> ctypes.CDLL:
+    """The kernel as a shared library; `fault` replaces a piece of its text."""
+    path = _start(folder, fault, *choices)
+    _builds[path].result()
     return ctypes.CDLL(str(path))
 
 
@@ -57,9 +73,12 @@ def loader(folder: Path, fault: tuple[str, str] = ("", "")) -> Callable[..., Cal
     """What takes the place of `cuda.load`."""
 
     def load(
-        cell: Cell, plan: Plan, *choices: Any
+        cell: Cell, plan: Plan, dtype: torch.dtype, adjoint: bool, *choices: Any
     ) -> Callable[[tuple[int, int, int], Sequence[int]], None]:
-        run = library(folder, fault, cell, plan, *choices[:-1]).emulate_run
+        # After a forward pass comes mostly a backward pass: both compile at once
+        for other in (adjoint, True):
+            _start(folder, fault, cell, plan, dtype, other, *choices[:-1])
+        run = library(folder, fault, cell, plan, dtype, adjoint, *choices[:-1]).emulate_run
         run.restype = ctypes.c_bool
 
         def launch(grid: tuple[int, int, int], arguments: Sequence[int]) -> None:

@@ -1,0 +1,430 @@
+"""A sequence cut into chunks that run as further sequences of the batch, from guesses of the states
+that enter them; the states in which the chunks end are the next guesses, until they change no more.
+
+With C chunks the states that enter chunk c + 1 solve e[c+1] = F(e[c]). A pass computes F of all
+chunks at once, and moves every guess by
+
+    d[c+1] = F(e[c]) - e[c+1] + D[c] d[c]
+
+with D the product of the step's elementwise derivative over the chunk (the forget gate of an LSTM's
+c, the update gate of a GRU; 0 where a step has none): a Newton step with a diagonal Jacobian. (Lim
+et al., 2024, https://arxiv.org/abs/2309.12252; Gonzalez et al., 2024,
+https://arxiv.org/abs/2407.19115.) The adjoint is solved likewise, from the last chunk to the first;
+after as many passes as there are chunks it is exact in any case."""
+
+import operator as arithmetic
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import cells
+from .kernels.adjoint import elementwise_jacobian
+from .kernels.cells import Cell
+from .kernels.states import join_weights
+from .transforms import active_transform, traced
+
+# Changes that are rounding, relative to the largest state
+_NOISE = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+}
+_ARITHMETIC = dict(
+    add=arithmetic.add,
+    subtract=arithmetic.sub,
+    multiply=arithmetic.mul,
+    divide=arithmetic.truediv,
+)
+
+
+class TimeParallel(NamedTuple):
+    """How to cut a sequence: the steps of a chunk; after how many passes to give up and run one
+    step after the other; and the change of a state, relative to the largest, that counts as none,
+    of the dtype if None (float64 1e-11, float32 2e-6, float16 2e-3, bfloat16 2e-2)."""
+
+    chunk: int = 64
+    max_passes: int = 8
+    tol: float | None = None
+
+
+class Report(NamedTuple):
+    """Of one layer's call: the passes of the forward pass, the last change of a state, whether it
+    converged (else the sequential kernel ran), and the passes of the backward pass, when it has
+    run."""
+
+    passes: int
+    residual: float
+    converged: bool
+    backward_passes: int = 0
+
+
+def check_time_parallel(value: Any) -> TimeParallel | None:
+    """What `time_parallel=` of a layer means; None if it is off. Raises TypeError and
+    ValueError."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return TimeParallel()
+    if not isinstance(value, TimeParallel):
+        raise TypeError(
+            f"Expected time_parallel to be a bool or a TimeParallel, got {type(value).__name__}"
+        )
+    for name in ("chunk", "max_passes"):
+        size = getattr(value, name)
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"Expected time_parallel's {name} to be an integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"Expected time_parallel's {name} to be positive, got {size}")
+    if value.tol is not None and not isinstance(value.tol, (int, float)):
+        raise TypeError(f"Expected time_parallel's tol to be a number, got {value.tol!r}")
+    if value.tol is not None and not 0 < value.tol < 1:
+        raise ValueError(f"Expected time_parallel's tol between 0 and 1, got {value.tol}")
+    return value
+
+
+class _Group(NamedTuple):
+    """N recurrences that all run forward, over C chunks of L steps of B sequences, by `operator`,
+    which is like `functional.run_layer`."""
+
+    operator: Callable[..., Any]
+    cell: Cell
+    N: int
+    C: int
+    L: int
+    B: int
+    keep: int
+    plan: Any
+    recompute: bool
+    limits: TimeParallel
+
+    def run(
+        self, cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], keep: int
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """One pass over x [L, C*B, I] from states [N, C, B, H], which come back like these."""
+        reverse = (False,) * self.N
+        flat = [s.flatten(1, 2) for s in states]
+        masks = (None, None, None)
+        y, others, last = self.operator(
+            cell, x, weights, flat, masks, reverse, keep, self.plan, self.recompute, False
+        )
+        return y, others, [s.unflatten(1, (self.C, self.B)) for s in last]
+
+    def to_chunks(self, t: Tensor) -> Tensor:
+        """[T, B, K] to [L, C*B, K]."""
+        return t.reshape(self.C, self.L, self.B, -1).transpose(0, 1).flatten(1, 2)
+
+    def from_chunks(self, t: Tensor) -> Tensor:
+        """The inverse."""
+        return t.reshape(self.L, self.C, self.B, -1).transpose(0, 1).flatten(0, 1)
+
+    def rows_to_chunks(self, t: Tensor) -> Tensor:
+        """The other states [S-1, T*B, K], likewise."""
+        return torch.stack([self.to_chunks(rows).flatten(0, 1) for rows in t])
+
+    def rows_from_chunks(self, t: Tensor) -> Tensor:
+        return torch.stack([self.from_chunks(rows).flatten(0, 1) for rows in t])
+
+
+class _Solution(NamedTuple):
+    """The states that enter the chunks, [N, C, B, H] each; the product of the elementwise
+    derivatives of each state over a chunk, or None; and how they were found."""
+
+    entering: list[Tensor]
+    products: list[Tensor | None]
+    passes: int
+    residual: float
+
+
+def parallel_layer(  # noqa: PLR0913  as run_layer
+    layer: Any,
+    operator: Callable[..., Any],
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor] | None,
+    masks: Sequence[Any],
+    reverse: Sequence[int],
+    keep: int,
+    plan: Any,
+    recompute: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `operator`, in chunks where that is possible: for whole sequences of two chunks or more,
+    outside of transforms and compilers."""
+    limits = check_time_parallel(layer.time_parallel) or TimeParallel()
+    arguments = (cell, x, weights, states, masks, reverse, keep, plan, recompute, batch_first)
+    T = x.shape[1 if batch_first else 0]
+    whole = all(mask is None for mask in masks)
+    if not whole or traced(x, weights[1]) or active_transform() or 2 * limits.chunk > T:
+        if not whole:
+            _say(layer, "time_parallel takes whole sequences alone: lengths, packed sequences and")
+        found: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)
+        return found
+    rows = x.transpose(0, 1) if batch_first else x
+    joined = join_weights(weights)
+    N = len(reverse)
+    H = joined.w_hh.shape[1]
+    if states is None:
+        states = [rows.new_zeros(N, rows.shape[1], H)] * cell.states
+    parts: dict[int, Any] = {}
+    for back in sorted({*map(int, reverse)}):
+        chosen = [n for n, way in enumerate(reverse) if way == back]
+        own = [_of_recurrences(w, chosen, N) for w in joined]
+        first = [s[chosen] for s in states]
+        given = rows.flip(0) if back else rows
+        result = _one_way(layer, limits, operator, arguments, given, own, first)
+        if result is None:
+            _say(layer, "the states of the chunks did not settle:")
+            sequential: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)
+            return sequential
+        for k, n in enumerate(chosen):
+            parts[n] = _part(result, k, len(chosen), bool(back))
+    y = torch.cat([parts[n][0] for n in range(N)], -1)
+    others = None
+    if keep and cell.states > 1:
+        others = torch.cat([parts[n][1] for n in range(N)], -1)
+    last = [torch.stack(column) for column in zip(*(parts[n][2] for n in range(N)))]
+    return y.transpose(0, 1) if batch_first else y, others, last
+
+
+def _of_recurrences(w: Tensor | None, chosen: Sequence[int], N: int) -> Tensor | None:
+    if w is None or len(chosen) == N:
+        return w
+    own: Tensor = w.unflatten(0, (N, -1))[chosen].flatten(0, 1)
+    return own
+
+
+def _part(result: Any, k: int, count: int, back: bool) -> tuple[Tensor, Any, list[Tensor]]:
+    """Recurrence k of `count`, in order of time."""
+    y, others, last = result
+    T, B, _ = y.shape
+    own = y.chunk(count, -1)[k]
+    rest = None
+    if others is not None:
+        rest = others.chunk(count, -1)[k]
+        if back:
+            rest = rest.unflatten(1, (T, B)).flip(1).flatten(1, 2)
+    return own.flip(0) if back else own, rest, [s[k] for s in last]
+
+
+def _one_way(
+    layer: Any,
+    limits: TimeParallel,
+    operator: Callable[..., Any],
+    arguments: Sequence[Any],
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor],
+) -> Any:
+    """y, the other states and the last ones of recurrences that run forward over x; None where the
+    states do not settle. What is less than a chunk comes last, one step after the other."""
+    cell = arguments[0]
+    keep, plan, recompute = arguments[6:9]
+    T, B, _ = x.shape
+    N = len(states[0])
+    C = T // limits.chunk
+    L = limits.chunk
+    group = _Group(operator, cell, N, C, L, B, keep, plan, recompute, limits)
+    body = x[: C * L]
+    with torch.no_grad():
+        solution = _solve(group, group.to_chunks(body), weights, states)
+    report = _report(layer, solution, limits)
+    if solution is None:
+        return None
+    y, others, *last = _Chunked.apply(group, solution, report, body, *weights, *states)  # type: ignore[no-untyped-call]
+    if C * L < T:
+        masks = (None, None, None)
+        reverse = (False,) * N
+        rest, rest_others, last = operator(
+            cell, x[C * L :], weights, last, masks, reverse, keep, plan, recompute, False
+        )
+        y = torch.cat((y, rest))
+        if others is not None:
+            others = torch.cat((others, rest_others), 1)
+    return y, others, last
+
+
+def _report(layer: Any, solution: _Solution | None, limits: TimeParallel) -> Any:
+    """Appends to the layer's report. Returns what sets the passes of backward."""
+    reports = layer.last_time_parallel
+    if solution is None:
+        reports.append(Report(limits.max_passes, float("inf"), False))
+    else:
+        reports.append(Report(solution.passes, solution.residual, True))
+    place = len(reports) - 1
+
+    def backward_passes(count: int) -> None:
+        reports[place] = reports[place]._replace(backward_passes=count)
+
+    return backward_passes
+
+
+def _tolerance(limits: TimeParallel, like: Tensor) -> float:
+    return _NOISE[like.dtype] if limits.tol is None else limits.tol
+
+
+def _solve(
+    group: _Group, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor]
+) -> _Solution | None:
+    """None if the states do not settle."""
+    entering = [s.new_zeros(group.N, group.C, group.B, s.shape[-1]) for s in states]
+    for e, s in zip(entering, states):
+        e[:, 0] = s
+    extended, gated = with_products(group.cell)
+    ones = [torch.ones_like(entering[k]) for k in gated]
+    S = group.cell.states
+    tolerance = _tolerance(group.limits, x)
+    for count in range(1, group.limits.max_passes + 1):
+        _, _, last = group.run(extended, x, weights, [*entering, *ones], 0)
+        products: list[Tensor | None] = [None] * S
+        for place, k in enumerate(gated):
+            products[k] = last[S + place]
+        gaps = [end[:, :-1] - e[:, 1:] for end, e in zip(last, entering)]
+        residual = _largest(gaps) / max(1.0, _largest(last[:S]))
+        if residual <= tolerance:
+            return _Solution(entering, products, count, residual)
+        for e, gap, product in zip(entering, gaps, products):
+            moves = gap if product is None else _scan(gap, product[:, 1:-1])
+            e[:, 1:] += moves
+    return None
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest absolute value, NaN if there is one."""
+    return float(torch.stack([t.abs().max() for t in tensors]).max())
+
+
+def _scan(gaps: Tensor, products: Tensor) -> Tensor:
+    """d[c+1] = gap[c+1] + product[c] d[c], over the chunks in dimension 1."""
+    moves = [gaps[:, 0]]
+    for c in range(products.shape[1]):
+        moves.append(gaps[:, c + 1] + products[:, c] * moves[-1])
+    return torch.stack(moves, 1)
+
+
+class _Chunked(torch.autograd.Function):
+    """All chunks from the states that enter them. Inputs by position: the group, its solution, what
+    takes the passes of backward, x [T, B, I], four weights, and the S states before the first step.
+    Outputs: y, the other states or None, and the S last states."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+        group, solution, report, x, *rest = inputs
+        needs = ctx.needs_input_grad
+        with torch.enable_grad():
+            own = [
+                None if t is None else t.detach().requires_grad_(need)
+                for t, need in zip((x, *rest[:4]), needs[3:])
+            ]
+            entering = [e.detach().requires_grad_(any(needs)) for e in solution.entering]
+            outputs = group.run(group.cell, group.to_chunks(own[0]), own[1:], entering, group.keep)
+        y, others, last = outputs
+        if any(needs):
+            ctx.graph = group, solution, report, own, entering, outputs
+        ctx.set_materialize_grads(False)
+        every = None if others is None else group.rows_from_chunks(others.detach())
+        ends = [s.detach()[:, -1].contiguous() for s in last]
+        return group.from_chunks(y.detach()), every, *ends
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any, dothers: Any, *dlast: Any) -> tuple[Any, ...]:
+        group, solution, report, own, entering, (y, others, last) = ctx.graph
+        outputs = [y, *([] if others is None else [others]), *last]
+        d_y = torch.zeros_like(y) if dy is None else group.to_chunks(dy)
+        d_outputs = [d_y]
+        if others is not None:
+            none = dothers is None
+            d_outputs.append(torch.zeros_like(others) if none else group.rows_to_chunks(dothers))
+        ends = [torch.zeros_like(s) for s in last]
+        for end, d in zip(ends, dlast):
+            if d is not None:
+                end[:, -1] = d
+
+        def gradients(inputs: Sequence[Tensor]) -> list[Any]:
+            return [
+                *torch.autograd.grad(
+                    outputs, inputs, [*d_outputs, *ends], retain_graph=True, allow_unused=True
+                )
+            ]
+
+        passes = _solve_adjoint(group, solution, ends, lambda: gradients(entering))
+        report(passes)
+        inputs = [t for t in own if t is not None and t.requires_grad]
+        found = gradients([*inputs, *entering])
+        remaining = iter(found)
+        of_own = [next(remaining) if t is not None and t.requires_grad else None for t in own]
+        of_states = [None if d is None else d[:, 0].contiguous() for d in remaining]
+        return None, None, None, *of_own, *of_states
+
+
+def _solve_adjoint(
+    group: _Group,
+    solution: _Solution,
+    ends: Sequence[Tensor],
+    gradients: Callable[[], Sequence[Tensor | None]],
+) -> int:
+    """Writes the gradients of the states in which the chunks end. Returns the passes."""
+    tolerance = _tolerance(group.limits, ends[0])
+    for count in range(1, group.C + 1):
+        found = gradients()
+        into = [torch.zeros_like(end) if d is None else d for d, end in zip(found, ends)]
+        gaps = [d[:, 1:] - end[:, :-1] for d, end in zip(into, ends)]
+        if _largest(gaps) <= tolerance * _largest(into):
+            return count
+        for end, gap, product in zip(ends, gaps, solution.products):
+            moves = gap
+            if product is not None:
+                moves = _scan(gap.flip(1), product[:, 1:-1].flip(1)).flip(1)
+            end[:, :-1] += moves
+    return group.C
+
+
+def with_products(cell: Cell) -> tuple[Cell, list[int]]:
+    """The cell with further states, the products of the elementwise derivatives of those of its
+    states that have any; and which these are."""
+    step = cell.recorded()
+    try:
+        diagonal = elementwise_jacobian(step)[: cell.carried]
+    except TypeError:
+        diagonal = []
+    gated = [k for k, factor in enumerate(diagonal) if factor != 0]
+    if not gated or cell.constants:
+        return cell, []
+    found = cell.variants.get("products")
+    if found is None:
+
+        def product_step(x: Any, r: Any, s: Any) -> Any:
+            known = dict(zip((*step.x, *step.r, *step.s), (*x, *r, *s)))
+            for operation, arguments, result in step.tape.lines:
+                values = [known.get(a, a) for a in arguments]
+                function = _ARITHMETIC.get(operation) or getattr(cells, operation)
+                known[result] = function(*values)
+            products = [
+                s[cell.states + place] * known.get(diagonal[k], diagonal[k])
+                for place, k in enumerate(gated)
+            ]
+            return (*(known.get(v, v) for v in step.s_next), *products)
+
+        states = cell.states + len(gated)
+        found = Cell(f"{cell.name}-products", product_step, gates=cell.gates, states=states)
+        cell.variants["products"] = found
+    return found, gated
+
+
+_said: set[tuple[type, str]] = set()
+
+
+def _say(layer: Any, why: str) -> None:
+    """Once for a class of layers and a reason."""
+    if (type(layer), why) not in _said:
+        _said.add((type(layer), why))
+        ending = " resets run" if why.endswith("and") else " it ran"
+        warnings.warn(
+            f"rnn.{type(layer).__name__}: {why}{ending} one step after the other", stacklevel=5
+        )
