@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(BIN)/python examples/language_model.py --compare
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -m "not slow and not examples"
+	$(BIN)/python -m pytest -q -m "not slow and not examples" --numprocesses 2 --dist worksteal
 
 # Each example, small and for seconds; their data comes from the package index.
 examples: .venv/test

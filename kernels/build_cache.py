@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -69,7 +69,7 @@ def _use_kept(
     for folder in (shared, _private.get(os.getpid())):
         for path in () if folder is None else folder.glob(f"{name}.*{suffix}"):
             try:
-                if _hash(path.read_bytes()) == path.name.split(".")[1]:
+                if intact(path):
                     return use(path)
             except OSError:
                 pass
@@ -81,6 +81,17 @@ def _use_kept(
 def _use_new(
     folder: Path, name: str, suffix: str, content: bytes, use: Callable[[Path], Used]
 ) -> Used:
+    path = write(folder, name, suffix, content)
+    try:
+        return use(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write(folder: Path, name: str, suffix: str, content: bytes) -> Path:
+    """The file of that name and content, which is there as a whole or not at all. Raises OSError if
+    it cannot be written."""
     path = folder / f"{name}.{_hash(content)}{suffix}"
     descriptor, unfinished = tempfile.mkstemp(dir=folder, prefix=".")
     try:
@@ -93,11 +104,13 @@ def _use_new(
     except BaseException:
         os.unlink(unfinished)
         raise
-    try:
-        return use(path)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+    return path
+
+
+def intact(path: Path) -> bool:
+    """Whether a file's content has the hash that its name says. Raises OSError if it cannot be
+    read."""
+    return path.name.split(".")[1:2] == [_hash(path.read_bytes())]
 
 
 def _hash(content: bytes) -> str:
@@ -111,9 +124,9 @@ def _trusted(folder: Path | None, name: str, suffix: str) -> Path | None:
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)
         for path in (folder, *folder.glob(f"{name}.*{suffix}")):
-            if trouble := _trouble(path):
-                _say(
-                    f"rnn does not use compiled programs in {folder}, as {path} {trouble}; they "
+            if why := trouble(path):
+                say(
+                    f"rnn does not use compiled programs in {folder}, as {path} {why}; they "
                     "are compiled for this "
                     "process alone"
                 )
@@ -123,18 +136,20 @@ def _trusted(folder: Path | None, name: str, suffix: str) -> Path | None:
     return folder
 
 
-def _trouble(path: Path) -> str:
-    """Why somebody else may have written it."""
+def trouble(path: Path, owners: Collection[int] = ()) -> str:
+    """Why somebody other than its `owners`, this user if none are named, may have written it; ""
+    if nobody may."""
     if not hasattr(os, "geteuid"):
         return ""
     status = path.stat()
-    if {status.st_uid, path.lstat().st_uid} != {os.geteuid()}:
+    if not {status.st_uid, path.lstat().st_uid} <= {*(owners or (os.geteuid(),))}:
         return "belongs to another user"
     return "can be written to by others" if status.st_mode & 0o022 else ""
 
 
 @cache
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A warning, once."""
     warnings.warn(text, stacklevel=2)
 
 

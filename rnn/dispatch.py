@@ -55,14 +55,19 @@ class Decision(NamedTuple):
     reason: str
 
 
+def use_library(library: str) -> None:
+    """Raises whatever is wrong with Triton or CuPy, as it is installed on this machine."""
+    found = import_module(library)
+    if library == "cupy":
+        found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
+        found.cuda.runtime.getDeviceCount()  # raises where its CUDA does not fit the driver
+
+
 def _available(library: str) -> bool:
     """Whether it can be imported. One that is there, and cannot, is reported once."""
     if _FOUND[library] and not torch.compiler.is_compiling():
         try:
-            found = import_module(library)
-            if library == "cupy":
-                found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
-                found.cuda.runtime.getDeviceCount()  # raises where its CUDA does not fit the driver
+            use_library(library)
         except Exception as error:
             _FOUND[library] = False
             warnings.warn(
@@ -112,28 +117,28 @@ def module(name: str) -> Any:
 
 @lru_cache
 def native_available(cell: Cell, dtype: torch.dtype) -> bool:
-    """Whether there is C++ for the dtype, and the cell's can be compiled. A compiler that fails, or
-    that $CXX names and is not there, is reported once."""
+    """Whether there is C++ for the dtype, and the cell's is prebuilt or can be compiled. A compiler
+    that fails, or that $CXX names and is not there, is reported once."""
     native = module("native")
     if dtype not in native.NUMBERS:
         return False
-    command = native.compiler()
-    named = os.environ.get("CXX")
-    if command:
-        try:
-            return native.load(cell, dtype) is not None
-        except RuntimeError as error:
+    try:
+        return native.load(cell, dtype) is not None
+    except RuntimeError as error:
+        command = native.compiler()
+        named = os.environ.get("CXX")
+        if command:
             _report(
                 command[0],
                 f"rnn does without {command[0]}, which is installed and fails: {error}",
                 UserWarning,
             )
-    elif named:
-        _report(
-            named,
-            f"rnn does without a C++ compiler: $CXX is {named!r}, which is no program",
-            RuntimeWarning,
-        )
+        elif named:
+            _report(
+                named,
+                f"rnn does without a C++ compiler: $CXX is {named!r}, which is no program",
+                RuntimeWarning,
+            )
     return False
 
 

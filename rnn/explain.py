@@ -41,6 +41,14 @@ def _prediction(
     )
 
 
+def _compiler_words(cell: Cell, plan: Plan, dtype: torch.dtype) -> str:
+    if plan.backend != "native":
+        return "there is no C++ compiler"
+    if dispatch.module("native").load(cell, dtype).prebuilt:
+        return "there is a prebuilt library"
+    return "there is a C++ compiler"
+
+
 def _words(
     cell: Cell,
     x: Tensor,
@@ -57,8 +65,7 @@ def _words(
     if chosen is None:
         return f"{start}the formula in torch operations, slow ({why})"
     if x.is_cpu and not plan:
-        compiler = "a" if chosen.backend == "native" else "no"
-        whys.append(f"there is {compiler} C++ compiler")
+        whys.append(_compiler_words(cell, chosen, dtype))
     if operator is not None:
         words = "; ".join(filter(None, [why, *whys]))
         return f"{start}torch's own operator, {operator.__name__} ({words})"

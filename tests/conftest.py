@@ -26,6 +26,10 @@ GPU = _devices() > 0
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes side by side: threads of all of them would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import torch
 from triton.runtime import interpreter

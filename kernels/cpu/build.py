@@ -40,23 +40,34 @@ def compiler() -> list[str]:
     return []
 
 
+def required_compiler() -> list[str]:
+    """The command. Raises RuntimeError if there is none."""
+    command = compiler()
+    if not command:
+        raise RuntimeError('The plan "native" needs a C++ compiler: c++, or what $CXX names')
+    return command
+
+
+def open_library(path: Path, names: Sequence[str]) -> ctypes.CDLL:
+    """Raises OSError if it is none, or does not have functions of these names."""
+    library = ctypes.CDLL(str(path))
+    for name in names:
+        if not hasattr(library, name):
+            raise OSError(f"{path} has no function {name}")
+    return library
+
+
 def load_library(
     code: str, flags: Sequence[str], sources: Path, names: Sequence[str]
 ) -> ctypes.CDLL:
     """The library of that text, which may include files of the folder `sources`, with functions of
     these names: as it was compiled before, or compiled now. Raises RuntimeError if that cannot
     be."""
-    command = compiler()
-    if not command:
-        raise RuntimeError('The plan "native" needs a C++ compiler: c++, or what $CXX names')
-    folder = _cache_folder()
+    command = required_compiler()
+    folder = cache_folder()
 
     def use(path: Path) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(path))
-        for name in names:
-            if not hasattr(library, name):
-                raise OSError(f"{path} has no function {name}")
-        return library
+        return open_library(path, names)
 
     try:
         key = hashlib.sha256(
@@ -64,14 +75,14 @@ def load_library(
         ).hexdigest()[:32]
         options = [*flags, "-I", str(sources)]
         return build_cache.build_once(
-            key, ".so", folder, lambda: _build(command, code, options, folder), use
+            key, ".so", folder, lambda: compile_library(command, code, options, folder), use
         )
     except OSError as error:
         raise RuntimeError(f"{shlex.join(command)}: {error}") from error
 
 
-def _cache_folder() -> Path | None:
-    """None for a user without a home."""
+def cache_folder() -> Path | None:
+    """Where this user's libraries are kept; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as its specification says
         base = os.path.expanduser("~/.cache")
@@ -90,12 +101,19 @@ def _identity(command: Sequence[str], folder: Path | None) -> str:
 def _described(
     command: tuple[str, ...], program: str, size: int, time: int, folder: Path | None
 ) -> str:
+    return f"{program} {size} {time} {macros(command, 'native', folder)}"
+
+
+def macros(command: Sequence[str], march: str, folder: Path | None = None) -> str:
+    """What a compiler defines for `-march=`. Raises RuntimeError if it does not know it."""
     with _workshop(folder) as place:
-        macros = _run(command, ["-march=native", "-dM", "-E", "-x", "c++", os.devnull], place)
-    return f"{program} {size} {time} {macros}"
+        return _run(command, [f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull], place)
 
 
-def _build(command: Sequence[str], code: str, flags: Sequence[str], folder: Path | None) -> bytes:
+def compile_library(
+    command: Sequence[str], code: str, flags: Sequence[str], folder: Path | None
+) -> bytes:
+    """Its content. Raises RuntimeError if the compiler fails, or makes none that can be loaded."""
     with _workshop(folder) as place:
         source = place / "cell.cpp"
         made = place / "cell.so"

@@ -17,19 +17,21 @@ from ..codegen import statements
 from ..forks import forked
 from ..plan import Plan, window
 from ..types import Gradients, Layout, OutputGrads, Outputs, States, Weights
+from . import shipping
 from .build import compiler as compiler
 from .build import load_library
 from .workspace import scratch
 
-_FLAGS = [
+_FLAGS_OF_ANY_CPU = [
     "-O3",
-    "-march=native",
     "-std=gnu++17",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
     "-fPIC",
 ]
+_FLAGS = [*_FLAGS_OF_ANY_CPU, "-march=native"]
+_FUNCTIONS = "needed", "forward", "backward", "step", "step_backward", "struct_size"
 SOURCES = Path(__file__).parent
 # The dtypes that are computed in, and the type of number in C++.
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
@@ -189,8 +191,8 @@ def program(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
 
 @cache
 def load(cell: Cell, dtype: torch.dtype) -> Any:
-    """A cell's library for float32 or float64, compiled if it is not on disk. Raises RuntimeError
-    if that cannot be."""
+    """A cell's library for float32 or float64: one that was compiled ahead, or compiled here if it
+    is not on disk. `library.prebuilt` says which. Raises RuntimeError if that cannot be."""
     return _load(program(cell, dtype), cell)
 
 
@@ -200,9 +202,33 @@ def load_fixed_order(cell: Cell, dtype: torch.dtype) -> Any:
     return _load(program(cell, dtype, fixed_order=True), cell)
 
 
-def _load(text: str, cell: Cell) -> Any:
-    functions = "needed", "forward", "backward", "step", "step_backward", "struct_size"
-    library: Any = load_library(text, _FLAGS, SOURCES, functions)
+def _load(code: str, cell: Cell) -> Any:
+    library, refused = shipping.find(code, _FLAGS_OF_ANY_CPU, _FUNCTIONS)
+    prebuilt = library is not None
+    if library is None:
+        try:
+            library = load_library(code, _FLAGS, SOURCES, _FUNCTIONS)
+        except RuntimeError as error:
+            reasons = refused or shipping.missed()
+            raise RuntimeError("; ".join([str(error), *reasons])) from error
+    return _typed(library, cell, prebuilt)
+
+
+def prebuilt_files(cell: Cell, dtype: torch.dtype) -> list[Path]:
+    """The libraries of a cell that were compiled ahead, for whatever CPU."""
+    return shipping.files(program(cell, dtype), _FLAGS_OF_ANY_CPU)
+
+
+def prebuild(cell: Cell, dtype: torch.dtype, march: str, folder: Path) -> Path:
+    """Compile a cell's library for CPUs of `-march=`, for machines without a compiler: its file in
+    `folder`. Raises RuntimeError if it cannot be compiled, OSError if not written."""
+    return shipping.write(program(cell, dtype), _FLAGS_OF_ANY_CPU, march, SOURCES, folder)
+
+
+def _typed(library: Any, cell: Cell, prebuilt: bool) -> Any:
+    """The library, with the types of its functions. Raises RuntimeError if its structs are not
+    ours."""
+    library.prebuilt = prebuilt
     library.struct_size.restype = ctypes.c_int64
     compiled = [library.struct_size(i) for i in range(len(STRUCTS))]
     expected = [8 * words(struct_type, cell.states) for struct_type in STRUCTS]

@@ -70,8 +70,8 @@ def run(name: str) -> str:
         python = install(name)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"could not be made: {error}"
-    chosen = "not slow and not examples or index"
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "(not slow and not examples) or index", "-n", "2", "--dist", "worksteal"]
     done = subprocess.run(command, cwd=ROOT)
     return "" if done.returncode == 0 else f"pytest exited with {done.returncode}"
 

@@ -28,6 +28,7 @@ FLOORS = [
         "kernels.gpu.tensors",
         "kernels.types",
         "kernels.costs",
+        "kernels.cpu.targets",
     ],
     [
         "kernels.plan",
@@ -46,6 +47,7 @@ FLOORS = [
         "kernels.prediction",
     ],
     ["kernels.cpu", "kernels.planner"],
+    ["kernels.cpu.shipping"],
     ["kernels.cpu.native", "kernels.gpu.triton_kernels.launch", "kernels.gpu.cuda.launch"],
     ["kernels.gpu", "kernels.gpu.cuda.occupancy"],
     ["kernels.gpu.device"],
@@ -63,6 +65,17 @@ FLOORS = [
     ["modules"],
     ["layers", "convert", "explain", "init", "streaming"],
     ["gradient_flow"],
+    ["command_line.arguments", "command_line.machine", "command_line.timing"],
+    ["command_line.backends", "command_line.cache"],
+    [
+        "command_line.bench",
+        "command_line.build",
+        "command_line.doctor",
+        "command_line.explain",
+        "command_line.info",
+    ],
+    ["command_line.main"],
+    ["__main__"],
 ]
 
 
@@ -76,8 +89,14 @@ def python(code: str, *options: str, path: Path = ROOT) -> str:
 
 def source(module: str) -> Path:
     """The file of a module of rnn."""
-    path = ROOT / (module.replace(".", "/") if module.startswith("kernels") else f"rnn/{module}")
+    name = module.replace(".", "/")
+    path = ROOT / (name if module.startswith("kernels") else f"rnn/{name}")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules() -> list[Path]:
+    """Those beside the kernels."""
+    return [*(ROOT / "rnn").glob("*.py"), *(ROOT / "rnn" / "command_line").glob("*.py")]
 
 
 def imported(module: str) -> set[str]:
@@ -101,7 +120,7 @@ def test_floors() -> None:
             uses = imported(module) & every - {module}
             assert uses <= below, f"{module} imports {uses - below}"
         below |= {*floor}
-    paths = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "rnn").glob("*.py")]
+    paths = [*(ROOT / "kernels").rglob("*.py"), *modules()]
     empty = {
         ROOT / "kernels/__init__.py",
         ROOT / "rnn/__init__.py",
@@ -163,9 +182,17 @@ def test_import_is_light() -> None:
         "rnn.kernels.cells",
         "rnn.kernels.codegen",
         "rnn.kernels.costs",
+        "rnn.cells",
+        "rnn.extensions",
+        "rnn.kernels.adjoint",
+        "rnn.kernels.tracing",
+        "rnn.stack",
+        "rnn.time_parallel",
         "rnn.kernels.cpu",
         "rnn.kernels.cpu.build",
         "rnn.kernels.cpu.native",
+        "rnn.kernels.cpu.shipping",
+        "rnn.kernels.cpu.targets",
         "rnn.kernels.cpu.workspace",
         "rnn.kernels.forks",
         "rnn.kernels.plan",
@@ -287,7 +314,7 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = (
-        {f"rnn/{p.name}" for p in (ROOT / "rnn").glob("*.py")}
+        {str(p.relative_to(ROOT)) for p in modules()}
         | {
             f"rnn/{p.relative_to(ROOT)}"
             for p in (ROOT / "kernels").rglob("*.*")

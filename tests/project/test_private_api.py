@@ -51,7 +51,9 @@ def names(tree: ast.Module) -> Iterator[str]:
 
 
 def found() -> set[tuple[str, str]]:
-    paths = [*(ROOT / "rnn").glob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    folders = ROOT / "rnn", ROOT / "rnn" / "command_line"
+    paths = [path for folder in folders for path in folder.glob("*.py")]
+    paths += (ROOT / "kernels").rglob("*.py")
     return {
         (str(path.relative_to(ROOT)), name)
         for path in paths

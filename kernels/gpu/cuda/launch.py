@@ -88,19 +88,23 @@ def build(code: str, capability: int) -> tuple[bytes, str]:
         nvrtc.destroyProgram(handle)
 
 
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept: in a folder of its own, as other users may be allowed to
+    write to CuPy's. None without a home."""
+    base = os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
+    return None if base.startswith("~") else Path(base).absolute() / "fused_rnn"
+
+
 def _cubin(code: str, capability: int) -> Path:
     """Where a compiled program lies on disk; compiled now if it does not yet."""
     from cupy.cuda import nvrtc
 
     key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
-    base = os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
-    # In a folder of its own, as other users may be allowed to write to CuPy's; None without a home.
-    folder = None if base.startswith("~") else Path(base).absolute() / "fused_rnn"
 
     def make() -> bytes:
         return build(code, capability)[0]
 
-    return build_once(key[:32], ".cubin", folder, make, lambda path: path)
+    return build_once(key[:32], ".cubin", cache_folder(), make, lambda path: path)
 
 
 def on_stream(cuda: Any, device: torch.device) -> Any:
