@@ -43,7 +43,7 @@ def parser(description: str | None, cell: str, steps: int, rate: float) -> argpa
     option = made.add_argument
     option("--cell", choices=CELLS, default=cell, help="(default: %(default)s)")
     option("--compare", action="store_true", help="train torch.nn's layer on the same batches too")
-    option("--data", metavar="PATH", type=Path, help="your own data (default: what is said below)")
+    option("--data", metavar="PATH", type=Path, help="your own data (default: see above)")
     option("--steps", type=positive, default=steps, help="training steps (default: %(default)s)")
     option("--rate", type=float, default=rate, help="learning rate of Adam (default: %(default)s)")
     option("--quick", action="store_true", help="a small model and a few steps: does it run?")

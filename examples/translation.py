@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ class Translator(nn.Module):
     def __init__(self, layer: Callable[..., Any], pieces: int, hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(pieces, hidden)
-        self.dropout = nn.Dropout(0.3)
+        self.dropout = nn.Dropout(0.2)
         self.encoder = layer(hidden, hidden // 2, bidirectional=True)
         self.decoder = layer(hidden, hidden)
         self.attention = nn.Linear(hidden, hidden, bias=False)
@@ -125,9 +125,8 @@ class Translator(nn.Module):
         """source [S, B] -> what to attend to, and the decoder's first state [1, B, hidden]."""
         y, state = self.encoder(self.embed(source), lengths=lengths)
         memory = Memory(y.transpose(0, 1), (source == PADDING).t())
-        if isinstance(state, tuple):
-            return memory, tuple(join_directions(s) for s in state)
-        return memory, join_directions(state)
+        # Of each state both directions, one after the other.
+        return memory, map_state(lambda s: torch.cat([*s], -1)[None], state)
 
     def decode(self, memory: Memory, text: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """text [T, B] -> scores of what follows [B, T, pieces], weights [B, T, S], state."""
@@ -144,24 +143,15 @@ class Translator(nn.Module):
         return self.decode(memory, batch.target[:-1], state)[0]
 
 
-def join_directions(state: Tensor) -> Tensor:
-    """[2, B, hidden / 2] -> [1, B, hidden]"""
-    return torch.cat([*state], -1)[None]
-
-
-def select(state: Any, rows: Tensor) -> Any:
-    """Of each state [1, B, hidden] the rows [R]."""
-    if isinstance(state, tuple):
-        return tuple(s.index_select(1, rows) for s in state)
-    return state.index_select(1, rows)
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Of an LSTM's state, function of both tensors."""
+    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     scores = model(batch).flatten(0, 1)
     wanted = batch.target[1:].t().flatten()
-    return nn.functional.cross_entropy(
-        scores, wanted, ignore_index=PADDING, label_smoothing=0.1 if model.training else 0.0
-    )
+    return nn.functional.cross_entropy(scores, wanted, ignore_index=PADDING, label_smoothing=0.1)
 
 
 @torch.no_grad()
@@ -175,7 +165,7 @@ def translate(
     memory, state = model.encode(batch.source, batch.lengths)
     rows = torch.arange(B, device=device).repeat_interleave(width)
     memory = Memory(*(part[rows] for part in memory))
-    state = select(state, rows)
+    state = map_state(partial(torch.index_select, dim=1, index=rows), state)
     written = torch.full([B * width, 1], BEGIN, device=device)
     # At first all texts of a beam are the same: one of them may go on.
     total = torch.full([B, width], -torch.inf, device=device)
@@ -193,7 +183,7 @@ def translate(
         total, best = (total[..., None] + step).flatten(1).topk(width)
         parent = best // step.shape[-1]
         rows = (torch.arange(B, device=device)[:, None] * width + parent).flatten()
-        state = select(state, rows)
+        state = map_state(partial(torch.index_select, dim=1, index=rows), state)
         lengths = (lengths + ~ended).gather(1, parent)
         piece = (best % step.shape[-1]).view(-1, 1)
         written = torch.cat([written[rows], piece], 1)
@@ -218,6 +208,18 @@ def make_batch(pieces: Pieces, pairs: Sequence[Pair], device: Any) -> Batch:
     return Batch(*(tensor.to(device) for tensor in made))
 
 
+def train_batches(
+    pieces: Pieces, known: Sequence[Pair], options: argparse.Namespace
+) -> Iterator[Batch]:
+    """Forever: batches of pairs of about the same length, which have little padding."""
+    size = min(options.batch, len(known))
+    for indices in training.minibatches(len(known), 16 * size, options.seed):
+        chosen = sorted((known[i] for i in indices.tolist()), key=lambda pair: len(pair.target))
+        for start in torch.randperm(len(chosen) // size).tolist():
+            part = chosen[start * size : (start + 1) * size]
+            yield make_batch(pieces, part, options.device)
+
+
 def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
     """The chrF2 of a corpus, 0 to 100 (Popovic 2015): precision and recall of characters' n-grams
     for n of 1 to 6, without spaces; recall counts twice."""
@@ -226,8 +228,8 @@ def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
     for n in range(1, 7):
         shared = given = wanted = 0
         for translation, reference in zip(translations, references):
-            found = ngrams(translation, n)
-            right = ngrams(reference, n)
+            found = ngrams(translation.replace(" ", ""), n)
+            right = ngrams(reference.replace(" ", ""), n)
             shared += (found & right).total()
             given += found.total()
             wanted += right.total()
@@ -237,7 +239,6 @@ def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
 
 
 def ngrams(text: str, n: int) -> Counter[str]:
-    text = text.replace(" ", "")
     return Counter(text[i : i + n] for i in range(len(text) - n + 1))
 
 
@@ -307,7 +308,7 @@ def read_pairs(path: Path | None) -> list[Pair]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, cell="gru", steps=1000, rate=3e-3)
+    parser = training.parser(__doc__, cell="gru", steps=1800, rate=3e-3)
     option = parser.add_argument
     positive = training.positive
     option("--hidden", type=positive, default=192, help="hidden units (default: %(default)s)")
@@ -339,11 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = Translator(training.layer(options.cell), len(pieces.names), options.hidden)
     print(f"{len(known):,} pairs of up to {LONGEST} words; {len(pieces.names):,} pieces of words")
 
-    def batches() -> Iterator[Batch]:
-        for indices in training.minibatches(len(known), options.batch, options.seed):
-            yield make_batch(pieces, [known[i] for i in indices.tolist()], options.device)
-
-    runs = training.train(model, loss, batches(), options)
+    runs = training.train(model, loss, train_batches(pieces, known, options), options)
     if options.compare:
         training.print_comparison(runs)
     sources = [pair.source for pair in test]

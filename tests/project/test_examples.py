@@ -26,11 +26,14 @@ each_reader = pytest.mark.parametrize("name", sorted({*EXAMPLES} - MADE))
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # Where pip finds the package index is this machine's.
+    kept = re.compile(r"PIP_\w+|HOME|SSL_CERT_FILE|\w+_proxy|OMP_NUM_THREADS", re.I)
+    environment = {name: value for name, value in os.environ.items() if kept.fullmatch(name)}
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
         text=True,
         capture_output=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env={**environment, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )
 
 
