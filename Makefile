@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := rnn tests bench examples
 
-.PHONY: demo test examples check matrix lint bench gpu clean
+.PHONY: demo test examples check matrix lint bench gpu docs docs-serve dist clean
 
 demo: .venv/demo
 	$(BIN)/python examples/language_model.py --compare
@@ -33,8 +33,25 @@ bench: .venv/test
 gpu:
 	$(PYTHON) bench/prove.py
 
+# The site, in site/: a warning is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The source distribution, and the wheel that is made of it, tried where there is no source tree.
+dist: .venv/dist
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	.venv-dist/bin/python -I tests/project/try_wheel.py
+	rm -rf .venv-dist
+
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -47,3 +64,11 @@ clean:
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@ .venv/demo
+
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+.venv/dist: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dist]"
+	touch $@

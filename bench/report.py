@@ -1,4 +1,5 @@
-"""Writes the tables of docs/performance.md, docs/speed.svg and its caption in README.md.
+"""Writes the tables of docs/performance.md, the pictures docs/speed.svg and docs/growth.svg, and
+their captions in README.md and docs/index.md.
 
 They come from the newest results under bench/results/, of each device and suite.
 
@@ -13,6 +14,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from pictures import Curve, curves
+
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- These figures are written by bench/report.py. -->"
 END = "<!-- Here they end. -->"
@@ -20,6 +23,7 @@ CELLS = {"tanh": "RNN", "relu": "RNN, relu", "lstm": "LSTM", "gru": "GRU"}
 KINDS = ("forward", "training")
 COLORS = ("#1f77b4", "#e6750a")
 MIB = 2**20
+LITTLE = 1.1  # a gain that noise may be
 Results = dict[str, Any]
 Row = dict[str, Any]
 
@@ -132,6 +136,28 @@ def summary(suites: dict[str, list[Row]]) -> list[str]:
     )
 
 
+def losses(suites: dict[str, list[Row]]) -> list[str]:
+    """A line for each case in which one of the ratios is below `LITTLE`."""
+    body = []
+    for suite, rows in suites.items():
+        for row in rows:
+            times = [ratio(row, kind) for kind in KINDS]
+            if any(value is not None and value < LITTLE for value in times):
+                sizes = [str(row[size]) for size in "BTHI"]
+                name = column(row, rows)
+                form = "" if row["form"] == "padded" else f", {row['form']}"
+                shown = ["" if value is None else number(value) for value in times]
+                body.append([f"{suite}, {name}{form}", *sizes, *shown])
+    if not body:
+        return [f"In no case is the ratio below {LITTLE}."]
+    return [
+        f"The {len(body)} cases in which a ratio is below {LITTLE}: `torch.nn` is faster, or as "
+        "fast within noise.",
+        "",
+        *table(["suite", *"BTHI", *KINDS], body),
+    ]
+
+
 def section(by_suite: dict[tuple[str, str], Results], kind: str) -> list[str]:
     name = {"cpu": "CPU", "cuda": "GPU"}[kind]
     core = by_suite.get((kind, "core"))
@@ -142,6 +168,11 @@ def section(by_suite: dict[tuple[str, str], Results], kind: str) -> list[str]:
         ]
     versions = ", ".join(f"{k} {v}" for k, v in core["versions"].items() if v)
     commit = f"{core['commit']}{' with changes' if core['modified'] else ''}"
+    suites = {
+        suite: results["rows"]
+        for (device, suite), results in sorted(by_suite.items())
+        if device == kind
+    }
     return [
         f"**{name}: {core['device']}**, {versions}; {core['date'][:10]}, at {commit}. "
         "Microseconds a step "
@@ -155,13 +186,9 @@ def section(by_suite: dict[tuple[str, str], Results], kind: str) -> list[str]:
         "divided by "
         "torch.nn's.",
         "",
-        *summary(
-            {
-                suite: results["rows"]
-                for (device, suite), results in sorted(by_suite.items())
-                if device == kind
-            }
-        ),
+        *summary(suites),
+        "",
+        *losses(suites),
     ]
 
 
@@ -185,9 +212,9 @@ def bars(rows: list[Row]) -> list[tuple[str, list[list[float]]]]:
 
 def picture(results: Results) -> str:
     """An SVG on a logarithmic axis: bars go from 1 to the geometric mean, lines over all ratios."""
-    left = 130
+    left = 120
     top = 58
-    width = 720
+    width = 520
     height = 14  # of a bar
     groups = bars(results["rows"])
     most = max(value for _, kinds in groups for values in kinds for value in values)
@@ -235,13 +262,13 @@ def picture(results: Results) -> str:
     title = f"torch.nn's time divided by ours ({results['device']}; suite core)"
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 24}" '
-        f'font-family="sans-serif" font-size="11">'
+        f'viewBox="0 0 {width} {y + 24}" font-family="sans-serif" font-size="12">'
     )
     return "\n".join(
         [
             head,
             f'<rect width="{width}" height="{y + 24}" fill="#fff"/>',
-            f'<text x="{left}" y="18" font-size="13">{title}</text>',
+            f'<text x="8" y="18" font-size="13">{title}</text>',
             *legend,
             *ticks,
             *shapes,
@@ -251,16 +278,67 @@ def picture(results: Results) -> str:
     )
 
 
+def growth(results: Results) -> str:
+    """Time of a training step over the length of the sequence, of the most usual sizes."""
+    rows = [row for row in results["rows"] if row["form"] == "padded" and row["B"] == 16]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        for name in ("rnn", "torch.nn"):
+            seconds = row["training"].get(name)
+            if seconds:
+                points = found.setdefault((row["cell"], name), [])
+                points.append((row["T"], 1e6 * seconds / row["T"]))
+    lines = []
+    for (cell, name), points in found.items():
+        label = f"{CELLS[cell]}, {'ours' if name == 'rnn' else name}"
+        color = ["tanh", "lstm", "gru"].index(cell)
+        lines.append(Curve(label, sorted(points), color, name != "rnn"))
+    title = f"Training, microseconds a step ({results['device']}; B 16, H 64)"
+    return curves(title, ("steps of the sequence, T", "µs a step"), lines)
+
+
+def conditions(results: Results) -> str:
+    """Where the figures of a picture were measured."""
+    what = results["device"], "float32", f"torch {results['versions']['torch']}"
+    return f"{', '.join([*what, results['date'][:10]])}, commit {results['commit']}"
+
+
+def captions(by_suite: dict[tuple[str, str], Results]) -> list[str]:
+    """Both pictures, and below each what was measured."""
+    lines = []
+    core = by_suite.get(("cpu", "core"))
+    long = by_suite.get(("cpu", "growth"))
+    if core is not None:
+        lines += [
+            "![Geometric means of torch.nn's time divided by ours](speed.svg)",
+            "",
+            f"*{conditions(core)}; suite core.",
+            "Bars are geometric means over its shapes, lines go from the least favourable shape to",
+            "the most. Right of 1, ours is faster.*",
+            "",
+        ]
+    if long is not None:
+        lines += [
+            "![Microseconds a step in training, by the length of the sequence](growth.svg)",
+            "",
+            f"*{conditions(long)}; suite growth.",
+            "Forward and backward of one layer, divided by the steps; both axes are logarithmic.*",
+            "",
+        ]
+    if ("cuda", "core") not in by_suite:
+        lines.append("**No GPU has been measured yet.**")
+    return lines or ["Nothing has been measured yet."]
+
+
 def caption(by_suite: dict[tuple[str, str], Results]) -> list[str]:
     """What the picture shows, and of what nothing is known."""
     core = by_suite.get(("cpu", "core"))
     if core is None:
         return ["Nothing has been measured yet."]
-    what = core["device"], "float32", f"torch {core['versions']['torch']}", core["date"][:10]
     lines = [
         "![Geometric means of torch.nn's time divided by ours](docs/speed.svg)",
         "",
-        f"{', '.join(what)}, commit {core['commit']};",
+        f"{conditions(core)};",
         "bars are geometric means, lines go from the least favourable shape to the most.",
     ]
     if ("cuda", "core") not in by_suite:
@@ -286,13 +364,18 @@ def outputs() -> dict[Path, str]:
     by_suite = newest(folder)
     readme = ROOT / "README.md"
     performance = ROOT / "docs/performance.md"
+    index = ROOT / "docs/index.md"
     texts = {
+        index: between_marks(index.read_text(), captions(by_suite)),
         readme: between_marks(readme.read_text(), caption(by_suite)),
         performance: render(performance.read_text(), folder),
     }
     core = by_suite.get(("cpu", "core"))
     if core is not None:
         texts[ROOT / "docs/speed.svg"] = picture(core)
+    long = by_suite.get(("cpu", "growth"))
+    if long is not None:
+        texts[ROOT / "docs/growth.svg"] = growth(long)
     return texts
 
 

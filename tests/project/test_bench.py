@@ -36,7 +36,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     modes = [backend.fp32_precision for backend in backends]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    names = ("suites", "peers", "measure", "report", "run", "microbench", "prove")
+    names = ("suites", "peers", "measure", "pictures", "report", "run", "microbench", "prove")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for backend, mode in zip(backends, modes):
         backend.fp32_precision = mode
@@ -54,7 +54,8 @@ def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_documentation_is_what_report_writes(bench: Any) -> None:
     outputs = bench.report.outputs()
-    assert {path.name for path in outputs} == {"README.md", "performance.md", "speed.svg"}
+    pictures = {"speed.svg", "growth.svg"}
+    assert {path.name for path in outputs} == {"README.md", "index.md", "performance.md"} | pictures
     for path, text in outputs.items():
         assert path.read_text() == text, "run python bench/report.py"
 
@@ -67,6 +68,26 @@ def test_picture(bench: Any) -> None:
     text = bench.report.picture(json.loads(made_results("cpu", "2031-02-03", rows)))
     words = {element.text for element in ElementTree.fromstring(text)}
     assert {"RNN", "LSTM", "2.00", "6.00", "0.50"} <= words
+
+
+def test_growth(bench: Any) -> None:
+    """Curves go through their points: twice as long is as far to the right for every cell, and
+    twice the time a step as far up."""
+    rows = [
+        made_row(bench, 1e-6 * T * us, 4e-6 * T * us, 500, T=T, B=16, H=64, cell=cell)
+        for cell, us in (("tanh", 1), ("gru", 2))
+        for T in (64, 256)
+    ]
+    text = bench.report.growth(json.loads(made_results("cpu", "2031-02-03", rows)))
+    elements = [*ElementTree.fromstring(text)]
+    words = {element.text for element in elements}
+    assert {"RNN, ours", "GRU, torch.nn", "64", "256", "µs a step"} <= words
+    paths = [e.attrib["d"][1:].split("L") for e in elements if "stroke-width" in e.attrib]
+    points = [[tuple(map(float, point.split())) for point in path] for path in paths]
+    assert [[x for x, _ in line] for line in points] == [[56.0, 400.0]] * 4
+    heights = [line[0][1] for line in points]  # ours 1, torch.nn's 12, ours 2, torch.nn's 24 us
+    assert heights[0] - heights[2] == pytest.approx(heights[1] - heights[3], abs=0.2)
+    assert bench.pictures.apart([10, 12, 50], 14) == [10, 24, 50]
 
 
 def made_results(kind: str, date: str, rows: list[dict[str, Any]], **more: Any) -> str:
@@ -126,6 +147,9 @@ def test_report(bench: Any, tmp_path: Path) -> None:
     assert "|  | 77 | 100 | 8 | 8 |  |  | 10.0 (0.50) | 10.0 (1.50) |" in text
     root = math.sqrt(0.5)
     assert f"| core, LSTM | 2 | {root:.2f} | 0.50 | {3 * root:.2f} | 1.50 | 1.20 | 2.00 |" in text
+    assert "The 2 cases in which a ratio is below 1.1:" in text
+    assert "| core, LSTM | 77 | 100 | 8 | 8 | 0.50 | 1.50 |" in text
+    assert "| core, RNN | 2 | 100 | 8 | 8 |" not in text
 
     (tmp_path / "cuda-core-a.json").write_text(
         made_results(

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -256,6 +257,17 @@ def copy_source(folder: Path) -> Path:
     return source
 
 
+def test_citation_and_release() -> None:
+    """They have the package's version, and name files and targets that there are."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    scripts = re.findall(r"tests/project/\w+\.py", workflow)
+    assert scripts and all((ROOT / script).exists() for script in scripts)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{name}:" in makefile for name in re.findall(r"make (\w+)", workflow))
+
+
 @pytest.mark.slow
 @pytest.mark.index
 def test_pins_resolve(tmp_path: Path) -> None:
@@ -275,7 +287,7 @@ def test_pins_resolve(tmp_path: Path) -> None:
         str(report),
         "--constraint",
         str(ROOT / "constraints.txt"),
-        f"{copy_source(tmp_path)}[test]",
+        f"{copy_source(tmp_path)}[test,docs,dist]",
     ]
     done = subprocess.run(command, text=True, capture_output=True, env=index_alone())
     assert done.returncode == 0, done.stderr
