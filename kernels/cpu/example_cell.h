@@ -27,6 +27,7 @@ struct Arguments {
   NUMBER* w_hh_grad;
   NUMBER* b_ih_grad;
   NUMBER* b_hh_grad;
+  NUMBER* group_grads;
   const int64_t* offsets;
   const bool* resets;
   const NUMBER* s0[STATES];
@@ -41,6 +42,8 @@ struct Arguments {
   int64_t N;
   int64_t reverses;
   int64_t threads;
+  int64_t continues;
+  int64_t continued;
   int64_t window[2];
 };
 struct Step {

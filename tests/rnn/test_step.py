@@ -43,7 +43,7 @@ def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
         found.append(plain(*given))
         return found[-1]
 
-    monkeypatch.setattr(rnn.modules, "single_step", watched)
+    monkeypatch.setattr(rnn.stack, "single_step", watched)
     return found
 
 
