@@ -130,10 +130,12 @@ class _Group(NamedTuple):
 
 class _Solution(NamedTuple):
     """The states that enter the chunks, [N, C, B, H] each; the product of the elementwise
-    derivatives of each state over a chunk, or None; and how they were found."""
+    derivatives of each state over a chunk, or None; what the last pass gave, y, the other states
+    and the last ones; and how they were found."""
 
     entering: list[Tensor]
     products: list[Tensor | None]
+    outputs: tuple[Tensor, Tensor | None, list[Tensor]] | None
     passes: int
     residual: float
 
@@ -279,14 +281,15 @@ def _solve(
     S = group.cell.states
     tolerance = _tolerance(group.limits, x)
     for count in range(1, group.limits.max_passes + 1):
-        _, _, last = group.run(extended, x, weights, [*entering, *ones], 0)
+        y, others, last = group.run(extended, x, weights, [*entering, *ones], group.keep)
         products: list[Tensor | None] = [None] * S
         for place, k in enumerate(gated):
             products[k] = last[S + place]
         gaps = [end[:, :-1] - e[:, 1:] for end, e in zip(last, entering)]
         residual = _largest(gaps) / max(1.0, _largest(last[:S]))
         if residual <= tolerance:
-            return _Solution(entering, products, count, residual)
+            own = None if others is None or S == 1 else others[: S - 1]
+            return _Solution(entering, products, (y, own, last[:S]), count, residual)
         for e, gap, product in zip(entering, gaps, products):
             moves = gap if product is None else _scan(gap, product[:, 1:-1])
             e[:, 1:] += moves
@@ -315,20 +318,18 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
         group, solution, report, x, *rest = inputs
         needs = ctx.needs_input_grad
+        if not any(needs):
+            return _in_time(group, solution.outputs)
         with torch.enable_grad():
             own = [
                 None if t is None else t.detach().requires_grad_(need)
                 for t, need in zip((x, *rest[:4]), needs[3:])
             ]
-            entering = [e.detach().requires_grad_(any(needs)) for e in solution.entering]
+            entering = [e.detach().requires_grad_() for e in solution.entering]
             outputs = group.run(group.cell, group.to_chunks(own[0]), own[1:], entering, group.keep)
-        y, others, last = outputs
-        if any(needs):
-            ctx.graph = group, solution, report, own, entering, outputs
+        ctx.graph = group, solution._replace(outputs=None), report, own, entering, outputs
         ctx.set_materialize_grads(False)
-        every = None if others is None else group.rows_from_chunks(others.detach())
-        ends = [s.detach()[:, -1].contiguous() for s in last]
-        return group.from_chunks(y.detach()), every, *ends
+        return _in_time(group, outputs)
 
     @staticmethod
     @once_differentiable
@@ -360,6 +361,14 @@ class _Chunked(torch.autograd.Function):
         of_own = [next(remaining) if t is not None and t.requires_grad else None for t in own]
         of_states = [None if d is None else d[:, 0].contiguous() for d in remaining]
         return None, None, None, *of_own, *of_states
+
+
+def _in_time(group: _Group, outputs: Any) -> tuple[Any, ...]:
+    """The outputs of the chunks as those of the sequence."""
+    y, others, last = outputs
+    every = None if others is None else group.rows_from_chunks(others.detach())
+    ends = [s.detach()[:, -1].contiguous() for s in last]
+    return group.from_chunks(y.detach()), every, *ends
 
 
 def _solve_adjoint(
