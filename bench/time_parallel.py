@@ -1,7 +1,7 @@
 """Chunks of time side by side (`time_parallel=`) against the same layer step after step: passes and
 time, with fresh weights and with those that the example of a language model trains.
 
-python bench/time_parallel.py [--cell rnn] [--steps 300] [--time 4096] [--hidden 128] [--chunk 64]"""
+python bench/time_parallel.py [--cell rnn] [--steps 300] [--time 4096] [--hidden 128]"""
 
 import argparse
 import statistics
