@@ -101,7 +101,6 @@ def backward(
     xp = _library(plan)
     function = _on_arrays(cell.backward, xp)
     G = cell.gates
-    S = cell.states
     H = weights.w_hh.shape[1]
     x, w_ih, w_hh, y, dy = _arrays(xp, x, weights.w_ih, weights.w_hh, y, grads.y)
     dx, *dweights = _arrays(xp, gradients.x, *gradients.of_weights())
@@ -109,8 +108,8 @@ def backward(
     activations = _split(xp, saved)
     d_states = [dy, *_split(xp, grads.states)]
     zeros = xp.zeros((layout.sequences, H), x.dtype)
-    s0_arrays = _arrays(xp, *(s0 or (None,) * S))
-    ds_last = _arrays(xp, *(grads.last or (None,) * S))
+    s0_arrays = _arrays(xp, *(s0 or (None,) * cell.states))
+    ds_last = _arrays(xp, *(grads.last or (None,) * cell.states))
     for n in range(len(layout.reverse)):
         units = slice(n * H, (n + 1) * H)
         gates = slice(n * G * H, (n + 1) * G * H)

@@ -35,6 +35,41 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return x @ w.mT if b is None else torch.baddbmm(b.unsqueeze(-2), x, w.mT)
 
 
+def _parts(bias: Tensor | None, N: int) -> Sequence[Tensor | None]:
+    return [None] * N if bias is None else bias.chunk(N, -1)
+
+
+def _step_of(
+    cell: Cell,
+    step: Callable[..., Any] | None,
+    weights: Sequence[Tensor],
+    input_biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> Callable[[int, Tensor, Any], Any]:
+    """What takes recurrence n from its input pre-activations and its states to the next states."""
+    G = cell.gates
+
+    def by_cell(n: int, x: Tensor, s: Any) -> Any:
+        r = _linear(s[0], weights[n], biases[n])
+        return cell.forward(x.chunk(G, -1), r.chunk(G, -1), s)[0]
+
+    def by_step(n: int, x: Tensor, s: Any) -> Any:
+        assert step is not None
+        return step(n, x, _linear(s[0], weights[n], None), s, (input_biases[n], biases[n]))
+
+    return by_cell if step is None else by_step
+
+
+def _unpacked(x: Tensor, batch_sizes: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed rows [R, I] as x [T, B, I], the lengths, and which of the T * B rows are packed."""
+    b = torch.arange(B, device="cpu")
+    runs = batch_sizes[:, None] > b
+    rows = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + b
+    taken = on_device("batch_sizes", (rows * runs).flatten(), x.device)
+    packed = on_device("batch_sizes", runs.flatten().nonzero().squeeze(1), x.device)
+    return x.index_select(-2, taken).unflatten(-2, rows.shape), runs.sum(0), packed
+
+
 def composite(
     cell: Cell,
     operands: Sequence[Any],
@@ -56,14 +91,7 @@ def composite(
     B = s0.shape[-2]
     packed: Any = slice(None)
     if batch_sizes is not None:
-        b = torch.arange(B, device="cpu")
-        runs = batch_sizes[:, None] > b
-        rows = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + b
-        x = x.index_select(
-            -2, on_device("batch_sizes", (rows * runs).flatten(), x.device)
-        ).unflatten(-2, rows.shape)
-        lengths = runs.sum(0)
-        packed = on_device("batch_sizes", runs.flatten().nonzero().squeeze(1), x.device)
+        x, lengths, packed = _unpacked(x, batch_sizes, B)
     T = x.shape[-3]
     ends = (
         torch.full((B, 1), T, device=x.device)
@@ -73,14 +101,9 @@ def composite(
     # A NaN in the padding would come back in the gradients of the choices below
     if lengths is not None:
         x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends.unsqueeze(-3), x, 0)
-    gates = (
-        _linear(x.flatten(-3, -2), w_ih, b_ih if step is None else None)
-        .unflatten(-2, (T, B))
-        .chunk(N, -1)
-    )
-    weights = w_hh.chunk(N, -2)
-    biases = [None] * N if b_hh is None else b_hh.chunk(N, -1)
-    input_biases = [None] * N if b_ih is None else b_ih.chunk(N, -1)
+    gates = _linear(x.flatten(-3, -2), w_ih, b_ih if step is None else None)
+    gates = gates.unflatten(-2, (T, B)).chunk(N, -1)
+    new_states = _step_of(cell, step, w_hh.chunk(N, -2), _parts(b_ih, N), _parts(b_hh, N))
     sweeps = []
     for n, backwards in enumerate(reverse):
         s: Sequence[Any] = s0.narrow(-3, n * S, S).unbind(-3)
@@ -90,12 +113,7 @@ def composite(
             if resets is not None and t + backwards < T:
                 cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
                 s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
-            if step is None:
-                r = _linear(s[0], weights[n], biases[n])
-                out[t] = cell.forward(steps[t].chunk(cell.gates, -1), r.chunk(cell.gates, -1), s)[0]
-            else:
-                r = _linear(s[0], weights[n], None)
-                out[t] = step(n, steps[t], r, s, (input_biases[n], biases[n]))
+            out[t] = new_states(n, steps[t], s)
             if lengths is None:
                 s = out[t]
             else:

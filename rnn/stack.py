@@ -333,12 +333,11 @@ class Stack(nn.RNNBase):
         output: Any = layout(x)
         if batch.batch_sizes is not None:
             output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
-        several = states_count > 1
-        result = output, tuple(h_n) if several else h_n[0]
+        result = output, tuple(h_n) if states_count > 1 else h_n[0]
         if not return_states:
             return result
         columns = [torch.stack([layout(t) for t in column]) for column in zip(*every)]
-        return *result, tuple(columns) if several else columns[0]
+        return *result, tuple(columns) if states_count > 1 else columns[0]
 
     def _layer(
         self,

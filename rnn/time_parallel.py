@@ -12,7 +12,6 @@ et al., 2024, https://arxiv.org/abs/2309.12252; Gonzalez et al., 2024,
 https://arxiv.org/abs/2407.19115.) The adjoint is solved likewise, from the last chunk to the first;
 after as many passes as there are chunks it is exact in any case."""
 
-import operator as arithmetic
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .functional import BATCH_FIRST
-from .kernels import cells
-from .kernels.adjoint import elementwise_jacobian
+from .gate_products import with_products
 from .kernels.cells import Cell
 from .kernels.states import join_weights
 from .transforms import active_transform, traced
@@ -35,12 +33,6 @@ _NOISE = {
     torch.float16: 2e-3,
     torch.bfloat16: 2e-2,
 }
-_ARITHMETIC = dict(
-    add=arithmetic.add,
-    subtract=arithmetic.sub,
-    multiply=arithmetic.mul,
-    divide=arithmetic.truediv,
-)
 
 
 class TimeParallel(NamedTuple):
@@ -391,38 +383,6 @@ def _solve_adjoint(
                 moves = _scan(gap.flip(1), product[:, 1:-1].flip(1)).flip(1)
             end[:, :-1] += moves
     return group.C
-
-
-def with_products(cell: Cell) -> tuple[Cell, list[int]]:
-    """The cell with further states, the products of the elementwise derivatives of those of its
-    states that have any; and which these are."""
-    step = cell.recorded()
-    try:
-        diagonal = elementwise_jacobian(step)[: cell.carried]
-    except TypeError:
-        diagonal = []
-    gated = [k for k, factor in enumerate(diagonal) if factor != 0]
-    if not gated or cell.constants:
-        return cell, []
-    found = cell.variants.get("products")
-    if found is None:
-
-        def product_step(x: Any, r: Any, s: Any) -> Any:
-            known = dict(zip((*step.x, *step.r, *step.s), (*x, *r, *s)))
-            for operation, arguments, result in step.tape.lines:
-                values = [known.get(a, a) for a in arguments]
-                function = _ARITHMETIC.get(operation) or getattr(cells, operation)
-                known[result] = function(*values)
-            products = [
-                s[cell.states + place] * known.get(diagonal[k], diagonal[k])
-                for place, k in enumerate(gated)
-            ]
-            return (*(known.get(v, v) for v in step.s_next), *products)
-
-        states = cell.states + len(gated)
-        found = Cell(f"{cell.name}-products", product_step, gates=cell.gates, states=states)
-        cell.variants["products"] = found
-    return found, gated
 
 
 _said: set[tuple[type, str]] = set()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import rnn
+from rnn.gate_products import with_products
 from rnn.kernels.plan import Plan
-from rnn.time_parallel import with_products
 from tests.cases import LAYER_NAMES
 
 DOUBLE = torch.float64
