@@ -13,7 +13,7 @@ test: .venv/test
 
 # Each example, small and for seconds; their data comes from the package index.
 examples: .venv/test
-	$(BIN)/python -m pytest -q -m examples
+	$(BIN)/python -m pytest -q -m examples --numprocesses 2 --dist worksteal
 
 check: .venv/test
 	$(BIN)/python -m pytest -q --cases 2000
