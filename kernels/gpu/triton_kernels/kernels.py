@@ -23,6 +23,7 @@ from .tiles import (
     load_step,
     load_tiles,
     product,
+    rows_of,
     select_tiles,
     step_info,
     store_states,
@@ -207,7 +208,8 @@ def forward_kernel(
         written = tile.mask & step.runs[None, :]
         row = step.row * (N * H) + tile.y0
         s = select_tiles(written, s_next, s, S)
-        m_rows = tile.mask & step.rows[None, :]
+        rows = rows_of(step, tile, tensors, B)
+        m_rows = tile.mask & rows[None, :]
         found = zero_past_ends(s, step.runs, tensors, S)
         a = zero_past_ends(a, step.runs, tensors, A)
         store_tiles(tensors.y, row, 0, tile.o_y, found, m_rows, 1)
@@ -327,7 +329,8 @@ def backward_kernel(
         d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
         gx = zero_past_ends(gx, step.runs, tensors, G)
-        m_rows = tile.mask & step.rows[None, :]
+        rows = rows_of(step, tile, tensors, B)
+        m_rows = tile.mask & rows[None, :]
         row_x = step.row * (N * G * H) + tile.x0
         store_tiles(tensors.dx, row_x, H, tile.o_x, gx, m_rows, G)
         store_tiles(tensors.dr, row_x, H, tile.o_x, gr, m_rows, G)
@@ -336,7 +339,7 @@ def backward_kernel(
         if tensors.ran is not None:
             once = tl.program_id(0) + tl.program_id(2) == 0
             bits = tl.where(step.runs, -1, 0)
-            tl.store(tensors.ran + step.row + tile.o_b, bits, mask=step.rows & once)
+            tl.store(tensors.ran + step.row + tile.o_b, bits, mask=rows & once)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step

@@ -44,11 +44,11 @@ class Step(NamedTuple):
 
     # first row
     row: Any
-    # [BB] sequences that run in it, those of them whose incoming state is reset, and those that
-    # have a row of it, which past their end is 0
+    # whether there is such a step
+    inside: Any
+    # [BB] sequences that run in it, and those of them whose incoming state is reset
     runs: Any
     cut: Any
-    rows: Any
 
 
 @triton.jit
@@ -82,16 +82,23 @@ def step_info(u, descending, tile, T, B, tensors):
     if tensors.offsets is not None:
         row = tl.load(tensors.offsets + t, mask=inside, other=0)
     runs = inside & (t < end)
-    rows = runs
-    if tensors.lengths is not None and tensors.offsets is None:
-        rows = inside & (tile.o_b < B)
     cut = runs & False
     if tensors.resets is not None:
         # A reset at t lies between t - 1 and t: in reverse it cuts off step t - 1.
         boundary = t + tile.reverse
         o_reset = boundary.to(tl.int64) * B + tile.o_b
         cut = tl.load(tensors.resets + o_reset, mask=runs & (boundary < end), other=0) != 0
-    return Step(row, runs, cut, rows)
+    return Step(row, inside, runs, cut)
+
+
+@triton.jit
+def rows_of(step, tile, tensors, B):
+    """[BB] the sequences that have a row of the step, which past their end is 0. (Not carried from
+    step to step: as a second mask it would cost two barriers in each.)"""
+    rows = step.runs
+    if tensors.lengths is not None and tensors.offsets is None:
+        rows = step.inside & (tile.o_b < B)
+    return rows
 
 
 @triton.jit

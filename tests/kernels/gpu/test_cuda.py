@@ -232,7 +232,7 @@ PADDING_FAULTS = {
     "rows that are not set to 0": ("* H + unit] = 0;", "* H + unit];"),
     "rows of another sequence": ("for (i64 t = lengths[b]; t", "for (i64 t = lengths[0]; t"),
     "padding marked as steps": ("t < lengths[b] ? (Bits)~0 : (Bits)0", "(Bits)~0"),
-    "a row of another sequence marked": ("ran[t * B + b] = ", "ran[t * B] = "),
+    "a row of another sequence marked": ("ran[t * B + b] = ", "ran[t * B + (b + 1) % B] = "),
 }
 
 
