@@ -175,8 +175,7 @@ def _resets(
         )
     if unbatched:
         return resets.unsqueeze(1)
-    if not torch.compiler.is_compiling():
-        alive([resets])
+    alive([resets])
     resets = resets.T if turned else resets
     return resets if order is None else resets.index_select(1, order)
 
@@ -223,8 +222,7 @@ def _check_packed(input: PackedSequence) -> None:
                 f"Expected input, a PackedSequence, to have {name} of one dimension and "
                 f"{dtypes[0]}, got {list(t.shape)}, {t.dtype} and on {t.device}"
             )
-    if not torch.compiler.is_compiling():
-        alive([order, restore])
+    alive([order, restore])
     if order is not None and restore is not None and order.shape != restore.shape:
         raise RuntimeError(
             "Expected input, a PackedSequence, to have as many sorted_indices as unsorted_indices, "

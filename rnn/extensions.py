@@ -184,8 +184,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `operator`, which is like `functional.run_layer`, for the layer of that index with all its
     options. Its states are those of all heads together, [D, B, heads * H]."""
-    if not torch.compiler.is_compiling():
-        alive((x, *weights, *(states or ()), *layer.parameters()))
+    alive((x, *weights, *(states or ()), *layer.parameters()))
     heads = layer.num_heads
     batch_first = options[BATCH_FIRST]
     B = batch_size(x, masks[1], batch_first)

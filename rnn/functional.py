@@ -214,7 +214,7 @@ def _run_in(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `run_layer`, whose other arguments are `options`, in another dtype: the results have it
     under autocast, else that of x."""
-    if not traced(x, weights[1]) and not active_transform():
+    if not traced(x, weights[1]):
         alive((x, *weights, *(states or ())))
     autocast = autocast_dtype(x.device.type) is not None
 

@@ -195,8 +195,7 @@ class Stack(nn.RNNBase):
         pairs = zip(weights[::2], weights[1::2])
         if not self.proj_size:
             return [[*one, *other] for one, other in pairs]
-        if not torch.compiler.is_compiling():
-            alive([t for some in weights for t in some])
+        alive([t for some in weights for t in some])
         return [
             [
                 None if one is None else torch.cat((own_gradient(one), own_gradient(other)))
@@ -363,8 +362,7 @@ class Stack(nn.RNNBase):
         states = first
         if self.proj_size:
             check_masks(x, masks, x.shape[0], x.shape[1] if batch.batch_sizes is None else None)
-            if not torch.compiler.is_compiling():
-                alive((x, *(first or ())))
+            alive((x, *(first or ())))
             w_ih, w_hh, b_ih, b_hh, w_hr = weights
             down = w_hr.chunk(N)
             inner = w_hh.chunk(N)

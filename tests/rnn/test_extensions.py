@@ -519,3 +519,33 @@ def test_batch_first_and_return_states() -> None:
         found.append([*turned, *last])
     for a, b in itertools.zip_longest(*found):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "make_layer",
+    [
+        lambda: rnn.GRU(4, 6, num_heads=2, learned_state=True, dtype=DOUBLE),
+        lambda: rnn.Recurrent(rnn.cells.peephole_lstm, 4, 6, dtype=DOUBLE),
+        lambda: rnn.LSTM(4, 6, layer_norm=True, dtype=DOUBLE),
+        lambda: rnn.RNN(4, 6, clip_recurrent_grad=0.1, dtype=DOUBLE),
+        lambda: rnn.RNN(4, 6, clip_recurrent_grad=("norm", 0.1), dtype=DOUBLE),
+        lambda: rnn.GRU(4, 6, zoneout=0.2, dtype=DOUBLE),
+        lambda: rnn.LSTM(4, 6, proj_size=2, bidirectional=True, dtype=DOUBLE),
+    ],
+    ids=["heads", "own cell", "norm", "clip", "clip by norm", "zoneout", "projected"],
+)
+def test_transforms(make_layer: Any) -> None:
+    """torch.func: gradients as autograd's, for each sample too."""
+    layer = make_layer().eval()
+    weights = dict(layer.named_parameters())
+    x = torch.randn(2, 5, 3, 4, dtype=DOUBLE)
+
+    def loss(weights: Any, x: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, weights, (x,))[0]
+        return y.sin().sum()
+
+    want = [torch.autograd.grad(loss(weights, one), [*weights.values()]) for one in x]
+    single = torch.func.grad(loss)(weights, x[0])
+    torch.testing.assert_close([*single.values()], [*want[0]])
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    torch.testing.assert_close([*each.values()], [torch.stack(pair) for pair in zip(*want)])
