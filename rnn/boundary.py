@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .transforms import unwrapped
+
 # Tensors that are what they seem to be: no subclass, no wrapper of a transform.
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -46,8 +48,9 @@ def alive(tensors: Sequence[Any]) -> None:
     """Raises RuntimeError where a storage was freed or is too small for its tensor: torch's
     operations that read several tensors do not all look."""
     for t in tensors:
-        if t is not None and type(t) in PLAIN:
-            _check_memory(t)
+        plain = None if t is None else unwrapped(t)
+        if type(plain) in PLAIN:
+            _check_memory(plain)
 
 
 def _check_memory(t: Tensor) -> None:
