@@ -7,6 +7,7 @@ step's own values. So a gradient meets one product, whose factors are known befo
 What the adjoint needs of the step is, in this order: a state before or after it, which is kept in
 any case; computed once more, where states and saved values are enough; or saved."""
 
+import builtins
 import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -328,4 +329,5 @@ def _function(signature: str, body: Sequence[str], names: Mapping[str, Any]) -> 
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = compile(source, file, "exec")
     code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
-    return FunctionType(code, {**names}, code.co_name)
+    # Dynamo looks for the built-in names in a function's globals
+    return FunctionType(code, {"__builtins__": builtins, **names}, code.co_name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transforms import active_transform
+from .transforms import unwrapped
 
 # Tensors that are what they seem to be: no subclass, no wrapper of a transform.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -46,13 +46,13 @@ def ready(tensors: Sequence[Any], like: Tensor | None = None) -> list[Any]:
 
 def alive(tensors: Sequence[Any]) -> None:
     """Raises RuntimeError where a storage was freed or is too small for its tensor: torch's
-    operations that read several tensors do not all look. Under a transform of functions tensors
-    have no storage that could be asked."""
-    if torch.compiler.is_compiling() or active_transform():
+    operations that read several tensors do not all look."""
+    if torch.compiler.is_compiling():
         return
     for t in tensors:
-        if t is not None and type(t) in PLAIN:
-            _check_memory(t)
+        plain = None if t is None else unwrapped(t)
+        if type(plain) in PLAIN:
+            _check_memory(plain)
 
 
 def _check_memory(t: Tensor) -> None:

@@ -194,7 +194,7 @@ class _Adjoint:
         dy = None if dy is None else call.to_rows(dy)
         self.dy, self.dothers, *ends = ready((dy, call.gather_rows(dothers), *dlast), like=x)
         if self.dy is not None:
-            self.dy = self.dy.view(rows.starts[-1], -1)
+            self.dy = self.dy.view(rows.starts[-1], self.dy.shape[-1])
         N = len(call.reverse)
         last = call.last_grads(ends)
         # The gradients of the states that leave the window that is next, [1, B, H] each.
@@ -284,7 +284,7 @@ class _Adjoint:
         call = self.call
         x = self.x
         if x is not None and call.rows_are_given:
-            x = x.view(*call.leading, -1)
+            x = x.view(*call.leading, x.shape[-1])
         elif x is not None:
             x = call.from_rows(x)
         yield x

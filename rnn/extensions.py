@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .autograd import own_gradient
 from .boundary import alive
+from .checks import check_layer
 from .composite import composite, composite_layer
 from .functional import BATCH_FIRST
 from .kernels import cells
@@ -249,6 +250,7 @@ def _composite(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `functional.run_layer`, by a step of its own in torch's operations."""
     batch_first = options[BATCH_FIRST]
+    check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
     return composite_layer(
         cell, x, weights, states, masks, reverse, keep, batch_first, partial(composite, step=step)
     )
@@ -289,16 +291,16 @@ def _split_heads(s: Tensor, heads: int) -> Tensor:
     """[D, B, heads * H] to [D * heads, B, H]."""
     if heads == 1:
         return s.contiguous()
-    D, B, _ = s.shape
-    return s.reshape(D, B, heads, -1).transpose(1, 2).reshape(D * heads, B, -1)
+    H = s.shape[-1]
+    return s.unflatten(-1, (heads, H // heads)).transpose(1, 2).flatten(0, 1)
 
 
 def _join_heads(s: Tensor, heads: int) -> Tensor:
     """The inverse."""
     if heads == 1:
         return s
-    N, B, _ = s.shape
-    return s.reshape(N // heads, heads, B, -1).transpose(1, 2).reshape(N // heads, B, -1)
+    N = len(s)
+    return s.unflatten(0, (N // heads, heads)).transpose(1, 2).flatten(2)
 
 
 def _like_output(rows: Tensor, y: Tensor, batch_first: bool) -> Tensor:
@@ -307,5 +309,5 @@ def _like_output(rows: Tensor, y: Tensor, batch_first: bool) -> Tensor:
         return rows
     if batch_first:
         B, T, _ = y.shape
-        return rows.view(T, B, -1).transpose(0, 1)
+        return rows.view(T, B, rows.shape[-1]).transpose(0, 1)
     return rows.view(y.shape)

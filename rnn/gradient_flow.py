@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_layer
 from .composite import composite_layer
 from .convert import replace
 from .functional import BATCH_FIRST
@@ -99,6 +100,7 @@ class _Operator:
     ) -> Any:
         record: list[Tensor] = []
         batch_first = options[BATCH_FIRST]
+        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
         recording: Any = _Recording(cell, record)
         found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
         steps = len(record) // len(reverse)

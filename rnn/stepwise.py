@@ -85,6 +85,10 @@ class _ClipNorm(torch.autograd.Function):
         norm = d.norm(dim=-1, keepdim=True)
         return d * (ctx.limit / norm.clamp(min=ctx.limit)), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, _: Any) -> Any:
+        return tangent.view_as(tangent)
+
 
 _clip_norm: Any = _ClipNorm.apply
 _said: set[type] = set()

@@ -106,11 +106,11 @@ class _Group(NamedTuple):
 
     def to_chunks(self, t: Tensor) -> Tensor:
         """[T, B, K] to [L, C*B, K]."""
-        return t.reshape(self.C, self.L, self.B, -1).transpose(0, 1).flatten(1, 2)
+        return t.reshape(self.C, self.L, self.B, t.shape[-1]).transpose(0, 1).flatten(1, 2)
 
     def from_chunks(self, t: Tensor) -> Tensor:
         """The inverse."""
-        return t.reshape(self.L, self.C, self.B, -1).transpose(0, 1).flatten(0, 1)
+        return t.reshape(self.L, self.C, self.B, t.shape[-1]).transpose(0, 1).flatten(0, 1)
 
     def rows_to_chunks(self, t: Tensor) -> Tensor:
         """The other states [S-1, T*B, K], likewise."""
@@ -151,7 +151,8 @@ def parallel_layer(
     batch_first = options[BATCH_FIRST]
     T = x.shape[1 if batch_first else 0]
     whole = all(mask is None for mask in masks)
-    if not whole or traced(x, weights[1]) or active_transform() or 2 * limits.chunk > T:
+    short = 2 * limits.chunk > T or not x.numel()
+    if not whole or short or traced(x, weights[1]) or active_transform():
         if not whole:
             _say(layer, "time_parallel takes whole sequences alone: lengths, packed sequences and")
         found: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)

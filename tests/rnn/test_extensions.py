@@ -549,3 +549,54 @@ def test_transforms(make_layer: Any) -> None:
     torch.testing.assert_close([*single.values()], [*want[0]])
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
     torch.testing.assert_close([*each.values()], [torch.stack(pair) for pair in zip(*want)])
+
+
+FORMS: dict[str, Any] = {
+    "heads": dict(num_heads=2),
+    "norms": dict(layer_norm=True, clip_recurrent_grad=("norm", 10.0)),
+    "rest": dict(zoneout=0.2, learned_state=True, clip_recurrent_grad=10.0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["LSTM", "Recurrent"])
+def test_transforms_of_functions(name: str, form: str) -> None:
+    """grad against a backward pass, vmap against a loop, jvp against differences."""
+    layer = make(name, 4, 6, bidirectional=True, plan=Plan("numpy"), **FORMS[form]).eval()
+    weights = {key: weight.detach() for key, weight in layer.named_parameters()}
+    x = torch.randn(3, 5, 2, 4, dtype=DOUBLE)
+
+    def run(weights: Any, x: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(layer, weights, (x,))[0]
+        return found
+
+    each = torch.func.vmap(run, in_dims=(None, 0))(weights, x)
+    torch.testing.assert_close(each, torch.stack([layer(one)[0] for one in x]))
+    found = torch.func.grad(lambda weights: run(weights, x[0]).sin().sum())(weights)
+    wanted = torch.autograd.grad(layer(x[0])[0].sin().sum(), [*layer.parameters()])
+    torch.testing.assert_close([*found.values()], [*wanted])
+    _, slope = torch.func.jvp(lambda x: run(weights, x), (x[0],), (x[1],))
+    ahead, behind = (run(weights, x[0] + step * x[1]) for step in (1e-6, -1e-6))
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_empty(option: str) -> None:
+    """Batches of no sequences are computed; sequences of no steps are refused as torch.nn does."""
+    layer = make("LSTM", 4, 6, batch_first=True, plan=Plan("numpy"), **OPTIONS[option])
+    x = torch.zeros(0, 5, 4, dtype=DOUBLE, requires_grad=True)
+    y, (h, c), states = layer(x, return_states=True)
+    y.sum().backward()
+    assert y.shape == (0, 5, 6) and h.shape == c.shape == (1, 0, 6)
+    assert states[1].shape == (1, 0, 5, 6)
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        layer(torch.zeros(3, 0, 4, dtype=DOUBLE))
+
+
+def test_compiled_without_a_name() -> None:
+    """A cell that is not registered is recorded step by step."""
+    layer = rnn.Recurrent(OWN, 4, 6)
+    x = torch.randn(3, 2, 4)
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))

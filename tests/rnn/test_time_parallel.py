@@ -155,6 +155,14 @@ def test_compiled() -> None:
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
+def test_no_sequences() -> None:
+    layer = rnn.GRU(4, 6, bidirectional=True, time_parallel=rnn.TimeParallel(2))
+    x = torch.zeros(9, 0, 4, requires_grad=True)
+    y, last = layer(x)
+    y.sum().backward()
+    assert y.shape == (9, 0, 12) and last.shape == (2, 0, 6)
+
+
 def test_never_by_itself() -> None:
     layer = rnn.RNN(4, 8)
     layer(torch.randn(200, 1, 4))
