@@ -50,7 +50,9 @@ def alive(tensors: Sequence[Any]) -> None:
     if torch.compiler.is_compiling():
         return
     for t in tensors:
-        plain = None if t is None else unwrapped(t)
+        if t is None:
+            continue
+        plain = unwrapped(t)
         if type(plain) in PLAIN:
             _check_memory(plain)
 

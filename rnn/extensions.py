@@ -292,7 +292,8 @@ def _split_heads(s: Tensor, heads: int) -> Tensor:
     if heads == 1:
         return s.contiguous()
     H = s.shape[-1]
-    return s.unflatten(-1, (heads, H // heads)).transpose(1, 2).flatten(0, 1)
+    parts: Tensor = s.unflatten(-1, (heads, H // heads)).transpose(1, 2)
+    return parts.flatten(0, 1)
 
 
 def _join_heads(s: Tensor, heads: int) -> Tensor:
@@ -300,7 +301,8 @@ def _join_heads(s: Tensor, heads: int) -> Tensor:
     if heads == 1:
         return s
     N = len(s)
-    return s.unflatten(0, (N // heads, heads)).transpose(1, 2).flatten(2)
+    parts: Tensor = s.unflatten(0, (N // heads, heads)).transpose(1, 2)
+    return parts.flatten(2)
 
 
 def _like_output(rows: Tensor, y: Tensor, batch_first: bool) -> Tensor:
