@@ -28,7 +28,7 @@ from .regularisers import (
     zoneout_masks,
     zoneout_rates,
 )
-from .stepwise import say_stepwise, stepwise
+from .stepwise import reason, say_stepwise, stepwise
 
 OPTIONS = (
     "num_heads",
@@ -196,8 +196,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     call = _regularised(layer, Arguments(cell, x, w_ih, w_hh, b_ih, b_hh, parts))
     dropped = call.cell.constants > cell.constants
     run = operator
-    clip = layer.clip_recurrent_grad
-    if layer.layer_norm or isinstance(clip, (tuple, list)):
+    if reason(layer):
         say_stepwise(layer)
         step = stepwise(layer, index, dropped)
         run = partial(_composite, step)

@@ -501,6 +501,16 @@ def test_explained() -> None:
     assert text.count("lstm-zoneout01") == 2 and "N=2" in text
 
 
+@pytest.mark.parametrize("option", ["layer_norm", "clip by norm"])
+def test_explained_step_by_step(option: str) -> None:
+    layer = rnn.LSTM(4, 6, 2, **OPTIONS[option])
+    lines = rnn.explain(layer, torch.randn(5, 3, 4)).splitlines()
+    assert len(lines) == 2
+    for k, line in enumerate(lines):
+        assert line.startswith(f"layer {k}: lstm") and "torch operations" in line
+        assert next(iter(OPTIONS[option])) in line
+
+
 def test_batch_first_and_return_states() -> None:
     """As the layer with the same weights in the other layout."""
     options = dict(recurrent_dropout=0.3, zoneout=0.2, num_heads=2, plan=Plan("numpy"))
