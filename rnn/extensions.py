@@ -291,16 +291,16 @@ def _split_heads(s: Tensor, heads: int) -> Tensor:
     """[D, B, heads * H] to [D * heads, B, H]."""
     if heads == 1:
         return s.contiguous()
-    H = s.shape[-1]
-    return s.unflatten(-1, (heads, H // heads)).transpose(1, 2).flatten(0, 1)
+    D, B, H = s.shape
+    return s.reshape(D, B, heads, H // heads).transpose(1, 2).flatten(0, 1)
 
 
 def _join_heads(s: Tensor, heads: int) -> Tensor:
     """The inverse."""
     if heads == 1:
         return s
-    N = len(s)
-    return s.unflatten(0, (N // heads, heads)).transpose(1, 2).flatten(2)
+    N, B, H = s.shape
+    return s.reshape(N // heads, heads, B, H).transpose(1, 2).flatten(2)
 
 
 def _like_output(rows: Tensor, y: Tensor, batch_first: bool) -> Tensor:
