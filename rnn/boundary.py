@@ -50,11 +50,15 @@ def alive(tensors: Sequence[Any]) -> None:
     if torch.compiler.is_compiling():
         return
     for t in tensors:
-        if t is None:
+        if t is None or type(t) not in PLAIN:
             continue
-        plain = unwrapped(t)
-        if type(plain) in PLAIN:
-            _check_memory(plain)
+        try:
+            _check_memory(t)
+        except NotImplementedError:
+            # A transform's wrapper has no storage; asking every tensor first takes long
+            inner = unwrapped(t)
+            if inner is not t:
+                alive((inner,))
 
 
 def _check_memory(t: Tensor) -> None:

@@ -13,6 +13,7 @@ from .kernels.plan import Plan
 from .kernels.prediction import predict
 from .layer_call import batch_size
 from .stack import Stack
+from .stepwise import reason
 
 _WORDS = {
     "numpy": "NumPy, step by step",
@@ -135,4 +136,10 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     devices = [p.device for p in layer.parameters() if p.is_cuda][:1]
     with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws
         layer._run(operator, *args, **kwargs)
+    # These do not ask the operator
+    why = reason(layer)
+    if why:
+        name = layer.layer_cell().name
+        words = f"{name} H={layer.hidden_size}: the formula in torch operations, slow ({why})"
+        lines = [f"layer {k}: {words}" for k in range(layer.num_layers)]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from .regularisers import (
     zoneout_masks,
     zoneout_rates,
 )
-from .stepwise import say_stepwise, stepwise
+from .stepwise import reason, say_stepwise, stepwise
 
 OPTIONS = (
     "num_heads",
@@ -195,8 +195,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     call = _regularised(layer, Arguments(cell, x, w_ih, w_hh, b_ih, b_hh, parts))
     dropped = call.cell.constants > cell.constants
     run = operator
-    clip = layer.clip_recurrent_grad
-    if layer.layer_norm or isinstance(clip, (tuple, list)):
+    if reason(layer):
         say_stepwise(layer)
         step = stepwise(layer, index, dropped)
         run = partial(_composite, step)
@@ -291,18 +290,16 @@ def _split_heads(s: Tensor, heads: int) -> Tensor:
     """[D, B, heads * H] to [D * heads, B, H]."""
     if heads == 1:
         return s.contiguous()
-    H = s.shape[-1]
-    parts: Tensor = s.unflatten(-1, (heads, H // heads)).transpose(1, 2)
-    return parts.flatten(0, 1)
+    D, B, H = s.shape
+    return s.reshape(D, B, heads, H // heads).transpose(1, 2).flatten(0, 1)
 
 
 def _join_heads(s: Tensor, heads: int) -> Tensor:
     """The inverse."""
     if heads == 1:
         return s
-    N = len(s)
-    parts: Tensor = s.unflatten(0, (N // heads, heads)).transpose(1, 2)
-    return parts.flatten(2)
+    N, B, H = s.shape
+    return s.reshape(N // heads, heads, B, H).transpose(1, 2).flatten(2)
 
 
 def _like_output(rows: Tensor, y: Tensor, batch_first: bool) -> Tensor:

@@ -13,6 +13,14 @@ from .kernels import cells
 from .regularisers import clip_limit, extended_step, zoned_states
 
 
+def reason(layer: Any) -> str:
+    """The options for which a layer runs step by step, if there are any."""
+    by_norm = isinstance(layer.clip_recurrent_grad, (tuple, list))
+    options = ["layer_norm"] if layer.layer_norm else []
+    options += ["clip_recurrent_grad by a norm"] if by_norm else []
+    return " and ".join(options)
+
+
 def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
     """The step of recurrence n, for `composite`: with layer norm (Ba, Kiros and Hinton, 2016,
     https://arxiv.org/abs/1607.06450) of W_ih x, W_hh h and of an LSTM's c, and with the gradient of

@@ -501,6 +501,16 @@ def test_explained() -> None:
     assert text.count("lstm-zoneout01") == 2 and "N=2" in text
 
 
+@pytest.mark.parametrize("option", ["layer_norm", "clip by norm"])
+def test_explained_step_by_step(option: str) -> None:
+    layer = rnn.LSTM(4, 6, 2, **OPTIONS[option])
+    lines = rnn.explain(layer, torch.randn(5, 3, 4)).splitlines()
+    assert len(lines) == 2
+    for k, line in enumerate(lines):
+        assert line.startswith(f"layer {k}: lstm") and "torch operations" in line
+        assert next(iter(OPTIONS[option])) in line
+
+
 def test_batch_first_and_return_states() -> None:
     """As the layer with the same weights in the other layout."""
     options = dict(recurrent_dropout=0.3, zoneout=0.2, num_heads=2, plan=Plan("numpy"))
@@ -575,8 +585,7 @@ def test_transforms_of_functions(name: str, form: str) -> None:
     found = torch.func.grad(lambda weights: run(weights, x[0]).sin().sum())(weights)
     wanted = torch.autograd.grad(layer(x[0])[0].sin().sum(), [*layer.parameters()])
     torch.testing.assert_close([*found.values()], [*wanted])
-    jvp: Any = torch.func.jvp
-    _, slope = jvp(lambda x: run(weights, x), (x[0],), (x[1],))
+    slope = torch.func.jvp(lambda x: run(weights, x), (x[0],), (x[1],))[1]
     ahead, behind = (run(weights, x[0] + step * x[1]) for step in (1e-6, -1e-6))
     torch.testing.assert_close(slope, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-7)
 
