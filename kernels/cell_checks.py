@@ -29,8 +29,8 @@ class StandIn:
         raise TypeError("an array has no truth value, so a cell has no branches")
 
 
-class _CellError(TypeError):
-    """Has the line of the cell already."""
+class CellError(TypeError):
+    """What is wrong with a cell's function: its text has the line."""
 
 
 def _error(function: FunctionType, line: int, problem: str) -> TypeError:
@@ -38,7 +38,7 @@ def _error(function: FunctionType, line: int, problem: str) -> TypeError:
     file = function.__code__.co_filename
     text = linecache.getline(file, line).strip()
     shown = f"\n    {text}" if text else ""
-    return _CellError(f"{function.__qualname__} ({file}, line {line}) {problem}{shown}")
+    return CellError(f"{function.__qualname__} ({file}, line {line}) {problem}{shown}")
 
 
 def _failure(function: FunctionType, error: Exception) -> TypeError:
@@ -95,7 +95,7 @@ def recorded_step(step: Any, gates: int, states: int, constants: int) -> adjoint
 
     try:
         return adjoint.record(checked, gates, states, constants)
-    except _CellError:
+    except CellError:
         raise
     except Exception as error:
         raise _failure(step, error) from error
