@@ -107,19 +107,22 @@ def composite(
     sweeps = []
     for n, backwards in enumerate(reverse):
         s: Sequence[Any] = s0.narrow(-3, n * S, S).unbind(-3)
-        out: list[Any] = [None] * T
+        # Only added to: Dynamo of torch 2.10 does not trace an assignment to its entries.
+        out: list[Any] = []
         steps = gates[n].unbind(-3)
         for t in reversed(range(T)) if backwards else range(T):
             if resets is not None and t + backwards < T:
                 cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
                 s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
-            out[t] = new_states(n, steps[t], s)
+            found = new_states(n, steps[t], s)
             if lengths is None:
-                s = out[t]
+                s = found
             else:
-                s = [torch.where(t < ends, new, old) for new, old in zip(out[t], s)]
-                out[t] = [torch.where(t < ends, new, 0) for new in out[t]]
-        sweeps.append(([torch.stack(column, -3) for column in zip(*out)], s))
+                s = [torch.where(t < ends, new, old) for new, old in zip(found, s)]
+                found = [torch.where(t < ends, new, 0) for new in found]
+            out.append(found)
+        in_time = out[::-1] if backwards else out
+        sweeps.append(([torch.stack(column, -3) for column in zip(*in_time)], s))
     # S of [T, B, N*H]
     columns = [torch.cat(parts, -1) for parts in zip(*(out for out, _ in sweeps))]
     y = columns[0]
