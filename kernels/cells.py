@@ -60,7 +60,9 @@ def clamp(x: Any, limit: Any) -> Any:
     return x.clamp(-limit, limit)
 
 
-class _ClipGrad(torch.autograd.Function):
+class ClipGrad(torch.autograd.Function):
+    """The identity, whose gradient is cut on its way back; forward mode sees nothing of it."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -80,7 +82,7 @@ class _ClipGrad(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-_clip_grad: Any = _ClipGrad.apply
+_clip_grad: Any = ClipGrad.apply
 
 
 def clip_grad(x: Any, limit: float) -> Any:

@@ -50,6 +50,12 @@ def clip_limit(layer: Any) -> float | None:
     return float(clip) if isinstance(clip, (int, float)) else None
 
 
+def clip_norm(layer: Any) -> float | None:
+    """To which norm h's gradient is cut; None where it is not."""
+    clip = layer.clip_recurrent_grad
+    return float(clip[1]) if isinstance(clip, (tuple, list)) else None
+
+
 def zoneout_masks(call: Arguments, rates: Sequence[float], training: bool) -> Tensor:
     """Like x, of width N * K * H: 1 where one of K states stays what it was; in evaluation, how
     often it does."""

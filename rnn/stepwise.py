@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import cells
-from .regularisers import clip_limit, extended_step, zoned_states
+from .regularisers import clip_limit, clip_norm, extended_step, zoned_states
 
 
 def reason(layer: Any) -> str:
     """The options for which a layer runs step by step, if there are any."""
-    by_norm = isinstance(layer.clip_recurrent_grad, (tuple, list))
     options = ["layer_norm"] if layer.layer_norm else []
-    options += ["clip_recurrent_grad by a norm"] if by_norm else []
+    options += [] if clip_norm(layer) is None else ["clip_recurrent_grad by a norm"]
     return " and ".join(options)
 
 
@@ -31,8 +30,7 @@ def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
     G = cell.gates
     zoned = zoned_states(layer)
     limit = clip_limit(layer)
-    clip = layer.clip_recurrent_grad
-    norm_limit = clip[1] if isinstance(clip, (tuple, list)) else None
+    norm_limit = clip_norm(layer)
 
     def part(name: str, n: int, width: int) -> Tensor:
         """That recurrence's slice of a layer's parameter."""
@@ -57,7 +55,7 @@ def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
             if norm_limit is None:
                 return new
             h, *others = new
-            return (_clip_norm(h, float(norm_limit)), *others)
+            return (_clip_norm(h, norm_limit), *others)
 
         if layer.layer_norm:
             x = normalized(x, "norm_ih", n)
@@ -75,27 +73,13 @@ def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
     return run
 
 
-class _ClipNorm(torch.autograd.Function):
-    """h, the norm of whose gradient is cut, for each sequence."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(h: Any, limit: Any) -> Any:
-        return h.view_as(h)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.limit = inputs[1]
+class _ClipNorm(cells.ClipGrad):
+    """By its norm, for each sequence."""
 
     @staticmethod
     def backward(ctx: Any, d: Any) -> Any:
         norm = d.norm(dim=-1, keepdim=True)
         return d * (ctx.limit / norm.clamp(min=ctx.limit)), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Any, _: Any) -> Any:
-        return tangent.view_as(tangent)
 
 
 _clip_norm: Any = _ClipNorm.apply
