@@ -25,7 +25,7 @@ CLUSTERS = (2, 4, 8, 16)  # blocks
 # rows than these, for which W is read once more.
 WINDOW = 2**18
 WINDOW_ROWS = 1024
-STEP_PRODUCT = 2**18  # multiplications up to which a single step in C++ stays on one thread
+STEP_PRODUCT = 2**17  # multiplications below which a single step in C++ stays on one thread
 
 # The backends of a plan, and the scopes that each has.
 BACKENDS = dict(

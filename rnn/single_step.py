@@ -79,7 +79,7 @@ def _step(
         shapes,
         [dtype.itemsize * math.prod(shape) for shape in shapes],
         (batch, inputs, hidden, layers, parameters, 1),
-        batch * gates * (hidden + inputs) > STEP_PRODUCT,
+        batch * gates * (hidden + inputs) >= STEP_PRODUCT,
         layers == 1 and x[0] == 1,
         native.load(cell, dtype).step if compiled else None,
         _pack(native.Step, cell.states, 2 * cell.states + 3, layers * parameters),

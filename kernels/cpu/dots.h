@@ -45,9 +45,13 @@ struct Factors {
 // is read again.
 template <int ROWS, int COLUMNS>
 static inline void add_dots(Vector (&sums)[ROWS * COLUMNS], const Factors& f, i64 count) {
+  const Number* w[COLUMNS];
+  w[0] = f.w;
+  if (count >= COLUMNS) UNROLLED(m, COLUMNS - 1) w[m + 1] = w[m] + f.K;
+  else UNROLLED(m, COLUMNS - 1) w[m + 1] = w[m] + (m + 1 < count ? f.K : 0);
   auto add = [&](i64 k, int lanes) {
     Vector v[COLUMNS];
-    UNROLLED(m, COLUMNS) v[m] = load(f.w + std::min<i64>(m, count - 1) * f.K + k, lanes);
+    UNROLLED(m, COLUMNS) v[m] = load(w[m] + k, lanes);
     UNROLLED(i, ROWS) {
       const Vector x = load(f.a + i * f.K + k, lanes);
       UNROLLED(m, COLUMNS) sums[i * COLUMNS + m] += x * v[m];

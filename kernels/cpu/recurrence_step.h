@@ -64,7 +64,8 @@ static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) 
               store(schedule.states + (k - 1) * plane + at + unit, n[k], lanes);
             if (ends)
               store(schedule.last[k] + item.state_offset(schedule, b) + unit, n[k], lanes);
-            store(next_state + k * item.state_size + unit, reset && k < CARRIED ? Vector{} : n[k], LANES);
+            const bool cut = reset && k < CARRIED;
+            store(next_state + k * item.state_size + unit, cut ? Vector{} : n[k], LANES);
           }
         }
       }

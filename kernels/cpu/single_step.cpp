@@ -33,10 +33,12 @@ extern "C" i64 step(const Step& call) {
   for (i64 l = 0; l < call.layers; ++l) {
     const StepLayer layer(call, l);
     Number* const own_panel = call.memory + panel * thread_number();
-#pragma omp for
+#pragma omp for nowait
     for (i64 i = 0; i < tiles; ++i)
       if (in_place) layer.in_place(i * tile);
       else layer.packed(i * tile, own_panel);
+    if (l + 1 == call.layers) continue;
+#pragma omp barrier
   }
   return 0;
 }
