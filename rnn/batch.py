@@ -197,24 +197,37 @@ def _dense(state: Tensor) -> Tensor:
     return state
 
 
-def _is_sorted_and_right(data: Any, batch_sizes: Any, order: Any, restore: Any) -> bool:
-    """Whether nothing is wrong with a packed sequence that has no indices: a quick check, which
-    nearly always passes."""
+def _is_right(data: Any, batch_sizes: Any, order: Any, restore: Any) -> bool:
+    """Whether nothing is wrong with the parts of a packed sequence, but perhaps the memory of its
+    indices: a quick check, which nearly always passes."""
     return (
-        order is restore is None
-        and type(data) is Tensor
+        type(data) is Tensor
         and type(batch_sizes) is Tensor
         and not data.is_nested
         and len(data.shape) == 2
         and len(batch_sizes.shape) == 1
         and batch_sizes.dtype is torch.int64
         and batch_sizes.is_cpu
+        and (order is restore is None or _are_indices(order, restore))
+    )
+
+
+def _are_indices(order: Any, restore: Any) -> bool:
+    return (
+        type(order) is Tensor
+        and type(restore) is Tensor
+        and len(order.shape) == 1
+        and order.shape == restore.shape
+        and order.dtype is restore.dtype is torch.int64
+        and not order.is_meta
+        and not restore.is_meta
     )
 
 
 def _check_packed(input: PackedSequence) -> None:
     """Raises TypeError and RuntimeError for parts that the operator would not see, or not name."""
-    if _is_sorted_and_right(*input):
+    if _is_right(*input):
+        alive(input[2:])
         return
     for name, part in zip(input._fields, input):
         if not isinstance(part, Tensor) and not (part is None and name.endswith("indices")):

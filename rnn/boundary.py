@@ -64,7 +64,10 @@ def alive(tensors: Sequence[Any]) -> None:
 def _check_memory(t: Tensor) -> None:
     if not t.numel():
         return
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    if t.is_contiguous():
+        last = t.numel() - 1
+    else:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
     storage = t.untyped_storage().nbytes()
     if storage < (t.storage_offset() + last + 1) * t.itemsize:
         raise RuntimeError(

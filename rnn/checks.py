@@ -177,7 +177,7 @@ def check_layer(
     if batch_sizes is None:
         T, B, I = (size[1], size[0], size[2]) if batch_first else size
     else:
-        T = len(batch_sizes)
+        T = batch_sizes.shape[0]
         I = size[1]
         if states is not None and states[0].dim() == 3:
             B = states[0].shape[1]
@@ -224,7 +224,7 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
     lengths, batch_sizes, resets = masks
     device = x.device
     if batch_sizes is not None:
-        T = len(batch_sizes)
+        T = batch_sizes.shape[0]
     if T == 0 or (lengths is not None and batch_sizes is not None):
         raise RuntimeError(
             "A packed sequence has its own lengths: `lengths` cannot be given for it"

@@ -92,12 +92,14 @@ class LayerCall:
         self.reverse = [*map(int, reverse)]
         self.batch_first = batch_first
         shape = x.shape
+        sizes: list[int] = []
         if batch_sizes is None:
             T, B = (shape[1], shape[0]) if batch_first else (shape[0], shape[1])
             self.total = T * B
         else:
-            B = batch_size(x, batch_sizes)
-            T = len(batch_sizes)
+            sizes = batch_sizes.tolist()
+            B = sizes[0]
+            T = len(sizes)
             self.total = shape[0]
         self.leading = (T, B) if batch_sizes is None else (self.total,)
         self.plan = plan
@@ -107,6 +109,7 @@ class LayerCall:
         self.order: Tensor | None = None
         if lengths is not None and self.plan.scope == "host":
             batch_sizes, resets = self._leave_out_padding(lengths, resets, (T, B), x.device)
+            sizes = batch_sizes.tolist()
         if batch_sizes is None:
             # int64, as CUDA C++ has them
             ends = lengths if lengths is None else lengths.to(torch.int64)
@@ -114,7 +117,7 @@ class LayerCall:
                 ends = on_device("lengths", ends, x.device)
             self.layout = Layout(T, self.reverse, [B] * T, ends, None, resets, B)
         else:
-            self.layout = self._packed_rows(batch_sizes, resets, B, x.device)
+            self.layout = self._packed_rows(batch_sizes, sizes, resets, B, x.device)
         self.rows_are_given = (
             self.plan.backend == "native" and self.index is None and not batch_first
         )
@@ -134,10 +137,15 @@ class LayerCall:
         return batch_sizes, None if resets is None else resets.index_select(1, self.order)
 
     def _packed_rows(
-        self, batch_sizes: Tensor, resets: Tensor | None, B: int, device: torch.device
+        self,
+        batch_sizes: Tensor,
+        sizes: list[int],
+        resets: Tensor | None,
+        B: int,
+        device: torch.device,
     ) -> Layout:
-        T = len(batch_sizes)
-        sizes = batch_sizes.tolist()
+        """`sizes` are the numbers of `batch_sizes`."""
+        T = len(sizes)
         if self.plan.scope == "host":
             return Layout(T, self.reverse, sizes, None, _starts(batch_sizes), resets, B)
         if device.type != "cuda":
