@@ -61,7 +61,7 @@ def clamp(x: Any, limit: Any) -> Any:
 
 
 class ClipGrad(torch.autograd.Function):
-    """The identity, whose gradient is cut on its way back; forward mode sees nothing of it."""
+    """The identity, whose gradient is cut on its way back."""
 
     generate_vmap_rule = True
 
@@ -77,12 +77,24 @@ class ClipGrad(torch.autograd.Function):
     def backward(ctx: Any, d: Any) -> Any:
         return clamp(d, ctx.limit), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Any, _: Any) -> Any:
-        return tangent.view_as(tangent)
+
+def _identity_jvp(ctx: Any, tangent: Any, _: Any) -> Any:
+    return tangent.view_as(tangent)
 
 
-_clip_grad: Any = ClipGrad.apply
+def cutting(function: type[ClipGrad]) -> Callable[[Any, float], Any]:
+    """`function.apply`, whose forward mode is that of the identity."""
+    forward_mode: Any = type(function.__name__, (function,), dict(jvp=staticmethod(_identity_jvp)))
+
+    def apply(x: Any, limit: float) -> Any:
+        # Dynamo records no function that has a jvp.
+        compiled = torch.compiler.is_compiling()
+        return function.apply(x, limit) if compiled else forward_mode.apply(x, limit)
+
+    return apply
+
+
+_clip_grad = cutting(ClipGrad)
 
 
 def clip_grad(x: Any, limit: float) -> Any:

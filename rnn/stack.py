@@ -141,9 +141,11 @@ class Stack(nn.RNNBase):
         elif name == "time_parallel":
             check_time_parallel(value)
         elif name in OPTIONS:
+            # A list could be changed without a check
+            value = tuple(value) if isinstance(value, list) else value
             check_option(self, name, value)
         super().__setattr__(name, value)
-        if name in OPTIONS:
+        if name in OPTIONS and "under_construction" not in self.__dict__:
             self.__dict__["extended"] = prepare(self)
 
     @property

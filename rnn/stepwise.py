@@ -82,7 +82,7 @@ class _ClipNorm(cells.ClipGrad):
         return d * (ctx.limit / norm.clamp(min=ctx.limit)), None
 
 
-_clip_norm: Any = _ClipNorm.apply
+_clip_norm = cells.cutting(_ClipNorm)
 _said: set[type] = set()
 
 

@@ -472,7 +472,15 @@ def ready_made(name: str, gi: Any, gh: Any, s: Any, k: Any) -> list[Tensor]:
     return [o * c.tanh(), c]
 
 
-@pytest.mark.parametrize("options", [dict(zoneout=0.3, recurrent_dropout=0.2), dict(num_heads=2)])
+COMPILED = [
+    dict(zoneout=0.3, recurrent_dropout=0.2),
+    dict(num_heads=2),
+    dict(clip_recurrent_grad=0.01),
+    dict(clip_recurrent_grad=("norm", 0.01)),
+]
+
+
+@pytest.mark.parametrize("options", COMPILED)
 def test_compiled(options: dict[str, Any]) -> None:
     """One graph, the same numbers."""
     layer = rnn.Recurrent(rnn.cells.peephole_lstm, 4, 6, **options, plan=Plan("numpy"))
