@@ -104,20 +104,20 @@ class _Layer(torch.autograd.Function):
                 grads = by_composite(call, inputs, masks, count, incoming_grads, needs)
                 return *_NO_GRADS, *grads
             weights = _joined_weights(joined_matrices, ctx.biases if recompute else None)
-            wanted = _wanted(needs, count)
+            needed = wanted(needs, count)
             counting: Any = nullcontext()
             if under_dispatch_mode():
                 s0 = x.new_empty((0, call.layout.sequences, 0))
                 shapes = x, *weights, s0, lengths, batch_sizes, resets, y, others, saved
-                counting = flops.of_backward(call.cell, call.reverse, wanted, shapes)
+                counting = flops.of_backward(call.cell, call.reverse, needed, shapes)
             with counting:
                 outputs = Outputs(y, others, None, saved)
                 output_grads = OutputGrads(incoming_grads[0], incoming_grads[1], incoming_grads[2:])
                 gradients = layer_call.backward(
-                    call, x, weights, states, outputs, output_grads, wanted
+                    call, x, weights, states, outputs, output_grads, needed
                 )
-            of_weights = _weight_grads(gradients, needs, count)
-            of_states = _state_grads(gradients.s0, needs[1 + count :])
+            of_weights = weight_grads(gradients, needs, count)
+            of_states = state_grads(gradients.s0, needs[1 + count :])
         return *_NO_GRADS, gradients.x, *of_weights, *of_states
 
 
@@ -148,7 +148,7 @@ def _joined_weights(matrices: Sequence[Tensor], biases: Sequence[Any] | None) ->
     return Weights(w_ih, w_hh, b_ih, b_hh)
 
 
-def _wanted(needs: Sequence[bool], count: int) -> Gradients[bool]:
+def wanted(needs: Sequence[bool], count: int) -> Gradients[bool]:
     """Which gradients a backend has to compute. `needs`: of x, `count` weights and the states."""
     of_states = True in needs[1 + count :]
     if count == 4:
@@ -158,7 +158,7 @@ def _wanted(needs: Sequence[bool], count: int) -> Gradients[bool]:
     return Gradients._make([needs[0], *of_weights, of_states])
 
 
-def _weight_grads(
+def weight_grads(
     gradients: Gradients[Tensor | None], needs: Sequence[bool], count: int
 ) -> Sequence[Tensor | None]:
     """As _Layer takes the weights."""
@@ -168,7 +168,7 @@ def _weight_grads(
     return [grad if need else None for grad, need in zip(parts, needs[1:])]
 
 
-def _state_grads(
+def state_grads(
     grads: Sequence[Tensor | None] | None, needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     """Of the states before the first step, those that are needed."""

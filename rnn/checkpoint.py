@@ -1,25 +1,30 @@
-"""A layer of the CPU's C++ as an autograd.Function that keeps the states of some steps only.
+"""A layer as an autograd.Function that keeps the states of some steps only.
 
-The sequence is cut into the windows that the backward pass of the whole would have, and some of
-them make a segment. Forward keeps the states that enter a segment; backward computes a segment once
-more, and runs the adjoints of its windows, which add to the same gradients in the same order as in
-one call: gradients of one recurrence have the same bits, but where packed sequences are divided
-into groups. Those of several differ by rounding, as their products have other tiles. Each
-recurrence takes its segments in its own order, beside the others."""
+The sequence is cut into windows of time, and some of them make a segment. Forward keeps the states
+that enter a segment; backward computes a segment once more, and runs the adjoints of its windows,
+which add to the same gradients. The recurrences of one direction take their segments together, those
+of the other direction after them.
 
-from collections.abc import Iterator, Sequence
+With the CPU's C++ the windows are those that the backward pass of the whole would have, and they
+add to the gradients in the same order: all results have the same bits, but where docs/numerics.md
+says. With other kernels a window is a segment, and gradients of W are sums over other rows, so
+results differ by rounding."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .autograd import by_composite, to_dense
+from .autograd import by_composite, state_grads, to_dense, wanted, weight_grads
 from .boundary import ready
-from .kernels import cpu
 from .kernels.cpu import native
+from .kernels.states import join_weights
 from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
 from .layer_call import LayerCall
+from .resets import requested_steps
 from .transforms import needs_composite, without_autocast
 
 # Gradients of the inputs of _Segments before x
@@ -28,10 +33,13 @@ _NO_GRADS = (None,) * 7
 
 def segment_windows(call: LayerCall, x: Tensor, w_hh: Tensor, every: int) -> "Segments | None":
     """How to keep about every so many steps' states, about sqrt(T) for True; None where it would
-    save nothing, or is not done: by kernels other than the CPU's C++, and with resets."""
+    save nothing."""
     layout = call.layout
-    if call.plan.backend != "native" or layout.resets is not None:
-        return None
+    T = layout.steps
+    if every is True:
+        every = isqrt(T)
+    if call.plan.backend != "native":
+        return Segments([*range(0, T, every), T], 1) if every < T else None
     G = call.cell.gates
     N = len(call.reverse)
     H = w_hh.shape[1]
@@ -39,9 +47,7 @@ def segment_windows(call: LayerCall, x: Tensor, w_hh: Tensor, every: int) -> "Se
     whole = w_hh.new_empty(1).expand(N * G * H, H)
     begins = native.adjoint_windows(call.cell, layout, rows, whole)
     count = len(begins) - 1
-    if every is True:
-        every = isqrt(layout.steps)
-    length = -(-every * count // layout.steps)
+    length = -(-every * count // T)
     return Segments(begins, length) if length < count else None
 
 
@@ -53,55 +59,131 @@ class Segments(NamedTuple):
     begins: Sequence[int]
     length: int
 
+    @property
+    def count(self) -> int:
+        """Of windows."""
+        return len(self.begins) - 1
+
     def all(self) -> list[range]:
         """The windows of each segment."""
-        count = len(self.begins) - 1
-        return [range(w, min(w + self.length, count)) for w in range(0, count, self.length)]
+        starts = range(0, self.count, self.length)
+        return [range(w, min(w + self.length, self.count)) for w in starts]
 
-    def steps(self, w: int, reverse: int) -> tuple[int, int]:
-        """The first of a window, and the last + 1."""
-        j = w if reverse else len(self.begins) - 2 - w
-        return self.begins[j], self.begins[j + 1]
+    def steps(self, windows: range, reverse: bool) -> tuple[int, int]:
+        """The first of these windows' steps, and the last + 1."""
+        if reverse:
+            return self.begins[windows.start], self.begins[windows.stop]
+        last = self.count
+        return self.begins[last - windows.stop], self.begins[last - windows.start]
 
 
 class _Rows:
-    """The rows of a call and of its spans of time, for one recurrence at a time."""
+    """The rows of a call, and of its spans of time."""
 
     def __init__(self, call: LayerCall, x: Tensor, weights: Sequence[Any]) -> None:
         self.call = call
-        layout = call.layout
         starts = [0]
-        for size in layout.sizes:
+        for size in call.layout.sizes:
             starts.append(starts[-1] + size)
         self.starts = starts
         x, *weights = ready((call.to_rows(x), *weights))
         self.x = x.view(starts[-1], x.shape[-1])
-        N = len(call.reverse)
-        if len(weights) == 4:
-            parts = [[None] * N if t is None else [*t.chunk(N)] for t in weights]
-            self.weights = [Weights(*own) for own in zip(*parts)]
-        else:
-            self.weights = [Weights(*weights[4 * n : 4 * n + 4]) for n in range(N)]
+        self.weights = weights
+        self.H = weights[1].shape[1]
 
-    def rows(self, steps: tuple[int, int]) -> slice:
+    def sweeps(self) -> "list[_Sweep]":
+        """Of each direction that there is."""
+        reverse = self.call.reverse
+        directions = sorted({*reverse})
+        return [
+            _Sweep(self, bool(back), [n for n, way in enumerate(reverse) if way == back])
+            for back in directions
+        ]
+
+    def of(self, steps: tuple[int, int]) -> slice:
         return slice(self.starts[steps[0]], self.starts[steps[1]])
 
-    def layout(self, n: int, steps: tuple[int, int]) -> Layout:
+
+class _Sweep:
+    """The recurrences of one direction, by their numbers."""
+
+    def __init__(self, rows: _Rows, back: bool, numbers: list[int]) -> None:
+        self.rows = rows
+        self.call = rows.call
+        self.back = back
+        N = len(self.call.reverse)
+        self.all = len(numbers) == N
+        self.numbers = numbers
+        weights = rows.weights
+        if len(weights) > 4:
+            own = [weights[4 * n + k] for n in numbers for k in range(4)]
+            self.weights = join_weights(own)
+        else:
+            self.weights = Weights._make([self._of_recurrences(w, N) for w in weights])
+
+    def _of_recurrences(self, w: Tensor | None, N: int) -> Tensor | None:
+        if w is None or self.all:
+            return w
+        return w.unflatten(0, (N, -1))[self.numbers].flatten(0, 1)
+
+    def layout(self, steps: tuple[int, int]) -> Layout:
         whole = self.call.layout
         first, end = steps
+        lengths = whole.lengths
+        if lengths is not None:
+            lengths = (lengths - first).clamp(0, end - first)
         offsets = whole.offsets
         if offsets is not None:
             offsets = offsets[first:end] - offsets[first]
+        resets = whole.resets
+        if resets is not None:
+            resets = resets[first:end].contiguous()
+        reverse = [int(self.back)] * len(self.numbers)
         sizes = whole.sizes[first:end]
-        reverse = self.call.reverse[n : n + 1]
-        return Layout(end - first, reverse, sizes, None, offsets, None, whole.sequences)
+        return Layout(end - first, reverse, sizes, lengths, offsets, resets, whole.sequences)
 
-    def forward(self, n: int, steps: tuple[int, int], states: Any, save: int) -> Outputs:
-        """Of recurrence n through these steps, from S states [1, B, H]."""
-        x = self.x[self.rows(steps)]
+    def own_units(self, t: Tensor | None, steps: tuple[int, int]) -> Tensor | None:
+        """These steps' rows of [..., R, N*H], as [..., R, M*H] of these M recurrences."""
+        if t is None:
+            return None
+        rows = t[..., self.rows.of(steps), :]
+        if not self.all:
+            rows = rows.unflatten(-1, (-1, self.rows.H))[..., self.numbers, :].flatten(-2)
+        return rows.contiguous()
+
+    def write_units(self, t: Tensor, steps: tuple[int, int], values: Tensor) -> None:
+        """The inverse."""
+        rows = t[..., self.rows.of(steps), :]
+        if self.all:
+            rows.copy_(values)
+        else:
+            heads = values.unflatten(-1, (-1, self.rows.H))
+            rows.unflatten(-1, (-1, self.rows.H))[..., self.numbers, :] = heads
+
+    def cut(self, steps: tuple[int, int], states: Sequence[Tensor]) -> list[Tensor]:
+        """States [M, B, H] that enter these steps, or their gradients, with 0 where a reset lies
+        between them and the steps: going forward the kernel sees it, as that of the first step."""
+        layout = self.call.layout
+        end = steps[1]
+        if layout.resets is None or not self.back or end == layout.steps:
+            return [*states]
+        resets = layout.resets[end]
+        running = torch.arange(layout.sequences, device=resets.device) < layout.sizes[end]
+        if layout.lengths is not None:
+            running = running & (layout.lengths > end)
+        between = (resets & running)[:, None]
+        carried = self.call.cell.carried
+        return [*(torch.where(between, 0, s) for s in states[:carried]), *states[carried:]]
+
+    def forward(self, steps: tuple[int, int], states: Any, save: int) -> Outputs:
+        """Through these steps, from S states [M, B, H]."""
         call = self.call
-        layout = self.layout(n, steps)
-        return cpu.forward(call.cell, call.plan, layout, x, self.weights[n], states, save)
+        x = self.rows.x[self.rows.of(steps)]
+        layout = self.layout(steps)
+        found: Outputs = call.backend().forward(
+            call.cell, call.plan, layout, x, self.weights, states, save
+        )
+        return found
 
 
 class _Segments(torch.autograd.Function):
@@ -123,30 +205,28 @@ class _Segments(torch.autograd.Function):
         N = len(call.reverse)
         S = call.cell.states
         B = call.layout.sequences
-        H = rows.weights[0].w_hh.shape[1]
-        R = rows.starts[-1]
-        y = x.new_empty(R, N * H)
-        others = x.new_empty(S - 1, R, N * H) if keep and S > 1 else None
+        H = rows.H
+        y = x.new_empty(rows.starts[-1], N * H)
+        others = y.new_empty(S - 1, *y.shape) if keep and S > 1 else None
         every = segments.all()
-        kept = x.new_zeros(len(every), N, S, 1, B, H)
+        kept = x.new_zeros(len(every), S, N, B, H)
         last = [x.new_empty(N, B, H) for _ in range(S)]
-        for n, back in enumerate(call.reverse):
-            own = slice(n * H, (n + 1) * H)
-            now: Any = None if states is None else [s[n : n + 1] for s in states]
-            for i in reversed(range(len(every))):
-                if now is not None:
-                    for k, state in enumerate(now):
-                        kept[i, n, k] = state
-                for w in reversed(every[i]):
-                    steps = segments.steps(w, back)
-                    save = Save.STATES if keep else Save.NOTHING
-                    found = rows.forward(n, steps, now, save)
-                    y[rows.rows(steps), own] = found.y
-                    if others is not None:
-                        others[:, rows.rows(steps), own] = found.states
+        with call.context(x):
+            for sweep in rows.sweeps():
+                own = sweep.numbers
+                now: Any = None if states is None else [s[own] for s in states]
+                for i in reversed(range(len(every))):
+                    steps = segments.steps(every[i], sweep.back)
+                    if now is not None:
+                        now = sweep.cut(steps, now)
+                        kept[i][:, own] = torch.stack(now)
+                    found = sweep.forward(steps, now, Save.STATES if keep else Save.NOTHING)
+                    sweep.write_units(y, steps, found.y)
+                    if others is not None and found.states is not None:
+                        sweep.write_units(others, steps, found.states)
                     now = found.last
-            for k, state in enumerate(now):
-                last[k][n : n + 1] = state
+                for end, s in zip(last, now):
+                    end[own] = s
         ctx.call = call
         ctx.segments = segments
         ctx.count = count
@@ -167,13 +247,16 @@ class _Segments(torch.autograd.Function):
                 masks = lengths, batch_sizes, resets
                 found = by_composite(call, (x, *rest), masks, count, incoming, needs)
                 return *_NO_GRADS, *found
-            adjoint = _Adjoint(call, ctx.segments, x, rest[:count], incoming, needs)
-            adjoint.run(kept)
-            return *_NO_GRADS, *adjoint.gradients(len(rest) - count)
+            adjoint = _Adjoint(call, ctx.segments, x, rest[:count], incoming, wanted(needs, count))
+            with call.context(x):
+                gradients = adjoint.run(kept)
+            of_weights = weight_grads(gradients, needs, count)
+            of_states = state_grads(gradients.s0, needs[1 + count :])
+            return *_NO_GRADS, gradients.x, *of_weights, *of_states
 
 
 class _Adjoint:
-    """A backward pass, window by window."""
+    """A backward pass, window by window; `needs` of joined weights."""
 
     def __init__(
         self,
@@ -182,128 +265,140 @@ class _Adjoint:
         x: Tensor,
         weights: Sequence[Any],
         incoming: Sequence[Any],
-        needs: Sequence[bool],
+        needs: Gradients[bool],
     ) -> None:
         self.call = call
         self.segments = segments
-        self.needs = needs
-        self.count = len(weights)
-        rows = _Rows(call, x, weights)
-        self.rows = rows
+        self.needs = needs._replace(s0=True)
+        self.rows = _Rows(call, x, weights)
         dy, dothers, *dlast = incoming
         dy = None if dy is None else call.to_rows(dy)
-        self.dy, self.dothers, *ends = ready((dy, call.gather_rows(dothers), *dlast), like=x)
-        if self.dy is not None:
-            self.dy = self.dy.view(rows.starts[-1], self.dy.shape[-1])
-        N = len(call.reverse)
-        last = call.last_grads(ends)
-        # The gradients of the states that leave the window that is next, [1, B, H] each.
-        self.states: list[Any] = [None] * N
-        if last is not None:
-            cut = [[None] * N if t is None else [*t.split(1)] for t in last]
-            self.states = [[*own] for own in zip(*cut)]
-        self.x = torch.zeros_like(rows.x) if needs[0] else None
-        self.weights = [self._weight_grads(n) for n in range(N)]
-        self.threads = native.recurrence_threads(N)
-        w_ih, w_hh = rows.weights[0][:2]
-        size = w_ih.numel() + w_hh.numel() + 2 * len(w_hh)
-        self.group_grads = [x.new_empty((self.threads - 1) * size) for _ in range(N)]
+        dy, dothers, *ends = ready((dy, call.gather_rows(dothers), *dlast), like=x)
+        self.dy = None if dy is None else dy.view(-1, dy.shape[-1])
+        self.dothers = dothers
+        self.dlast = call.last_grads(ends)
+        self.x = torch.zeros_like(self.rows.x) if needs.x else None
 
-    def _weight_grads(self, n: int) -> list[Tensor | None]:
-        """Memory for those that are needed; of biases for one where they are the same."""
-        own = self.needs[1 + 4 * n : 5 + 4 * n] if self.count > 4 else self.needs[1:5]
-        w_ih, w_hh = self.rows.weights[n][:2]
-        split = self.call.cell.split
-        return [
-            torch.empty_like(w_ih) if own[0] else None,
-            torch.empty_like(w_hh) if own[1] else None,
-            w_hh.new_empty(len(w_hh)) if own[2] and split else None,
-            w_hh.new_empty(len(w_hh)) if own[3] or (own[2] and not split) else None,
+    def run(self, kept: Tensor) -> Gradients[Any]:
+        """From the kept states [segments, S, N, B, H] to the gradients of x, in the caller's layout,
+        of the joined weights and of the states before the first step."""
+        call = self.call
+        N = len(call.reverse)
+        sums: list[list[Tensor | None]] = [[None] * N for _ in range(4)]
+        ds: list[list[Any]] = [[None] * N for _ in range(call.cell.states)]
+        for sweep in self.rows.sweeps():
+            part = _SweepAdjoint(self, sweep)
+            part.run(kept)
+            for places, t in zip((*sums, *ds), (*part.sums, *part.ds)):
+                for n, own in zip(sweep.numbers, [] if t is None else t.chunk(len(sweep.numbers))):
+                    places[n] = own
+        joined = [None if own[0] is None else torch.cat(own) for own in sums]  # type: ignore[arg-type]
+        x = self.x
+        if x is not None:
+            x = x.view(*call.leading, x.shape[-1]) if call.rows_are_given else call.from_rows(x)
+        return Gradients(x, *joined, call.in_callers_order([torch.cat(own) for own in ds]))
+
+
+class _SweepAdjoint:
+    """That of one direction. `sums` are the gradients of its joined weights, `ds` those of the
+    states that leave the window that is next, [M, B, H] each."""
+
+    def __init__(self, whole: _Adjoint, sweep: _Sweep) -> None:
+        self.whole = whole
+        self.sweep = sweep
+        self.call = sweep.call
+        own = sweep.numbers
+        last = whole.dlast
+        shape = len(own), self.call.layout.sequences, sweep.rows.H
+        self.ds: list[Any] = [
+            sweep.rows.x.new_zeros(shape) if grad is None else grad[own]
+            for grad in last or [None] * self.call.cell.states
         ]
+        self.sums: list[Tensor | None] = [None] * 4
+        self.native = self.call.plan.backend == "native"
+        if self.native:
+            self._take_memory()
+
+    def _take_memory(self) -> None:
+        """For the gradients that are needed, which the C++ writes; of biases for one where they are
+        the same."""
+        needs = self.whole.needs
+        w_ih, w_hh = self.sweep.weights[:2]
+        split = self.call.cell.split
+        b_hh = needs.b_hh or (needs.b_ih and not split)
+        self.sums = [
+            torch.empty_like(w_ih) if needs.w_ih else None,
+            torch.empty_like(w_hh) if needs.w_hh else None,
+            w_hh.new_empty(len(w_hh)) if needs.b_ih and split else None,
+            w_hh.new_empty(len(w_hh)) if b_hh else None,
+        ]
+        each = native.recurrence_threads(len(self.call.reverse))
+        size = w_ih.numel() + w_hh.numel() + 2 * len(w_hh)
+        self.threads = native.threads() if self.sweep.all else each * len(self.sweep.numbers)
+        self.group_grads = w_hh.new_empty((each - 1) * size)
 
     def run(self, kept: Tensor) -> None:
-        """From the kept states [segments, N, S, 1, B, H]."""
-        N = len(self.call.reverse)
-        for i, windows in enumerate(self.segments.all()):
-            found = [self._again(n, windows, [*kept[i, n]]) for n in range(N)]
+        """From the kept states [segments, S, N, B, H]."""
+        sweep = self.sweep
+        segments = self.whole.segments
+        for i, windows in enumerate(segments.all()):
+            states: Any = [*kept[i][:, sweep.numbers]]
+            again = []
+            for w in reversed(windows):
+                steps = segments.steps(range(w, w + 1), sweep.back)
+                states = sweep.cut(steps, states)
+                outputs = sweep.forward(steps, states, Save.ACTIVATIONS)
+                again.append((states, outputs))
+                states = outputs.last
             for w in windows:
-                for n in range(N):
-                    self._window(n, w, *found[n].pop())
+                self._window(w, *again.pop())
+        if self.native and not self.call.cell.split and self.whole.needs.b_ih:
+            self.sums[2] = self.sums[3]
 
-    def _again(self, n: int, windows: range, states: Any) -> list[tuple[Any, Outputs]]:
-        """The windows of a segment, the first in time first: the states that enter each, and what
-        its adjoint reads."""
-        found = []
-        for w in reversed(windows):
-            steps = self.segments.steps(w, self.call.reverse[n])
-            outputs = self.rows.forward(n, steps, states, Save.ACTIVATIONS)
-            found.append((states, outputs))
-            states = outputs.last
-        return found
-
-    def _window(self, n: int, w: int, states: Any, outputs: Outputs) -> None:
-        count = len(self.segments.begins) - 1
-        steps = self.segments.steps(w, self.call.reverse[n])
-        part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads[n])
-        ds = [torch.empty_like(s) for s in states]
-        dx = None if self.x is None else self.x[self.rows.rows(steps)]
-        w_ih, w_hh, b_ih, b_hh = self.weights[n]
-        gradients = Gradients(dx, w_ih, w_hh, b_ih, b_hh, ds)
-        self._backward(n, steps, states, outputs, gradients, part)
-        self.states[n] = ds
-
-    def _backward(
-        self,
-        n: int,
-        steps: tuple[int, int],
-        states: Any,
-        outputs: Outputs,
-        gradients: Gradients[Tensor | None],
-        part: native.Part,
-    ) -> None:
-        rows = self.rows.rows(steps)
-        H = self.rows.weights[n].w_hh.shape[1]
-        own = slice(n * H, (n + 1) * H)
-        dy = None if self.dy is None else self.dy[rows, own].contiguous()
-        dothers = None if self.dothers is None else self.dothers[:, rows, own].contiguous()
-        native.backward(
-            self.call.cell,
-            self.call.plan,
-            self.rows.layout(n, steps),
-            self.rows.x[rows],
-            self.rows.weights[n],
-            states,
-            outputs,
-            OutputGrads(dy, dothers, self.states[n]),
-            gradients,
-            part,
-        )
-
-    def gradients(self, states: int) -> Iterator[Tensor | None]:
-        """Of x, the weights and so many states, as they were given."""
+    def _window(self, w: int, states: Any, outputs: Outputs) -> None:
+        whole = self.whole
+        sweep = self.sweep
+        steps = whole.segments.steps(range(w, w + 1), sweep.back)
+        rows = sweep.rows.of(steps)
+        x = sweep.rows.x[rows]
+        layout = sweep.layout(steps)
+        dy = sweep.own_units(whole.dy, steps)
+        coming = OutputGrads(dy, sweep.own_units(whole.dothers, steps), self.ds)
+        outputs = outputs._replace(last=None)
+        if layout.resets is not None:
+            x, states, outputs = requested_steps(
+                self.call.plan, layout, x, states, outputs, coming
+            )
+        dx = None if whole.x is None else whole.x[rows]
         call = self.call
-        x = self.x
-        if x is not None and call.rows_are_given:
-            x = x.view(*call.leading, x.shape[-1])
-        elif x is not None:
-            x = call.from_rows(x)
-        yield x
-        every = self.weights
-        if not call.cell.split:
-            for own in every:
-                own[2] = own[3]
-        if self.count == 4 and len(every) > 1:
-            every = [[None if t[0] is None else torch.cat(t) for t in zip(*every)]]
-        for i, grad in enumerate(grad for own in every for grad in own):
-            if grad is None or not self.needs[1 + i]:
-                yield None
+        if self.native:
+            count = whole.segments.count
+            part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads)
+            ds = [torch.empty_like(s) for s in states]
+            gradients: Gradients[Any] = Gradients(dx, *self.sums, ds)
+            native.backward(
+                call.cell, call.plan, layout, x, sweep.weights, states, outputs, coming, gradients, part
+            )
+        else:
+            found = call.backend().backward(
+                call.cell, call.plan, layout, x, sweep.weights, states, outputs, coming, whole.needs
+            )
+            ds = found.s0
+            self._add(dx, found)
+        self.ds = sweep.cut(steps, ds)
+
+    def _add(self, dx: Tensor | None, found: Gradients[Any]) -> None:
+        """A window's gradients, of weights in float32 at least."""
+        if dx is not None:
+            dx += found.x
+        for k, grad in enumerate(found.of_weights()):
+            if grad is None:
+                continue
+            total = self.sums[k]
+            if total is None:
+                self.sums[k] = grad.to(torch.promote_types(grad.dtype, torch.float32))
             else:
-                # One gradient is that of both biases
-                yield grad if call.cell.split or i % 4 != 2 else grad.clone()
-        found: Any = [torch.cat(s) for s in zip(*self.states)]
-        found = call.in_callers_order(found)
-        for k in range(states):
-            yield found[k] if self.needs[1 + self.count + k] else None
+                total += grad
 
 
 apply: Any = _Segments.apply

@@ -147,7 +147,9 @@ def run_layer(  # noqa: PLR0913  as recurrence
     transform = active_transform()
     if transform or traced(x, weights[1]):
         return _seen_by_pytorch(transform, cell, x, weights, states, masks, *options[:-1])
-    whole_sequences = masks[0] is masks[1] is masks[2] is None and not keep and not recompute
+    whole_sequences = masks[0] is masks[1] is masks[2] is None and not (
+        keep or recompute or checkpoint
+    )
     B = batch_size(x, masks[1], batch_first)
     H = weights[1].shape[1]
     decision = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)

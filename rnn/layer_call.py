@@ -273,7 +273,7 @@ def backward(
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)
     if call.layout.resets is not None:
-        rows, s0, kept = requested_steps(call, rows, s0, kept, coming)
+        rows, s0, kept = requested_steps(call.plan, call.layout, rows, s0, kept, coming)
     whole = Weights(w_ih, w_hh, None, None)
     with call.context(x):
         found: Gradients[Tensor | None] = call.backend().backward(

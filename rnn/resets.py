@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .device_copies import on_device
+from .kernels.plan import Plan
 from .kernels.types import Layout, OutputGrads, Outputs
 
 
 def requested_steps(
-    call: Any, x: Tensor, s0: Any, outputs: Outputs, grads: OutputGrads
+    plan: Plan, layout: Layout, x: Tensor, s0: Any, outputs: Outputs, grads: OutputGrads
 ) -> tuple[Tensor, Any, Outputs]:
     """x, s0 and what was saved, with 0 in the steps that the loss does not ask for: those from
     which, up to the next reset, no gradient comes. Their own is 0; but 0 times the NaN that one of
@@ -23,11 +24,11 @@ def requested_steps(
     # A GPU would have to be waited for.
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):
         return x, s0, outputs
-    N = len(call.reverse)
-    T = call.layout.steps
-    R = sum(call.layout.sizes)
+    N = len(layout.reverse)
+    T = layout.steps
+    R = sum(layout.sizes)
     H = y.shape[-1] // N
-    place = _place(call.layout, x.device)
+    place = _place(layout, x.device)
     # Which rows a gradient comes into from outside, [R, N].
     nonzero = torch.zeros(R, N, dtype=torch.bool, device=x.device)
     for grad in (dy, *(() if dothers is None else dothers)):
@@ -38,14 +39,14 @@ def requested_steps(
     for grad in dlast or ():
         if grad is not None:
             last = (grad != 0).any(-1)  # [N, B]
-            for n, back in enumerate(call.reverse):
+            for n, back in enumerate(layout.reverse):
                 end = 0 if back else place.ends
                 asks[..., n] |= (place.time == end) & last[n] & place.runs
-    asked = _reached(asks, call.layout.resets, call.reverse, place.time, T)
+    asked = _reached(asks, layout.resets, layout.reverse, place.time, T)
     of_row = asked[place.row_time, place.row_sequence]  # [R, N]
     begins = [
         asked[place.ends.clamp(min=0), place.sequence, n] if back else asked[0, :, n]
-        for n, back in enumerate(call.reverse)
+        for n, back in enumerate(layout.reverse)
     ]
     first = torch.stack(begins)  # [N, B]
     x = torch.where(of_row.any(1).view(*x.shape[:-1], 1), x, 0)
@@ -54,7 +55,7 @@ def requested_steps(
         s0 = [torch.where(first[..., None], s, 0) for s in s0]
     if others is not None:
         others = torch.where(of_row[..., None], others.view(-1, R, N, H), 0).view(others.shape)
-    if saved is not None and call.plan.backend == "native":  # whose order that is
+    if saved is not None and plan.backend == "native":  # whose order that is
         saved = torch.where(of_row[..., None, None], saved.view(R, N, -1, H), 0).view(saved.shape)
     elif saved is not None:
         saved = torch.where(of_row[..., None], saved.view(-1, R, N, H), 0).view(saved.shape)

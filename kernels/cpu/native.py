@@ -209,7 +209,8 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
     # Of numbers of 4 bytes.
     windows = _windows(sizes[0], rows * w_hh.itemsize // 4, cell.split)
     N = len(reverse)
-    return Sizes(steps, B, R, shape[-1], H, N, layout.reverses, threads(), 0, 0, windows)
+    team = threads()
+    return Sizes(steps, B, R, shape[-1], H, N, layout.reverses, team, team, 0, 0, windows)
 
 
 @lru_cache(4096)
@@ -267,7 +268,8 @@ def forward(
 
 
 class Part(NamedTuple):
-    """One call of a backward pass in several: fields of Sizes and Arguments."""
+    """One call of a backward pass in several, of all recurrences or of some: fields of Sizes and
+    Arguments."""
 
     threads: int
     continues: bool
@@ -276,7 +278,8 @@ class Part(NamedTuple):
 
 
 def recurrence_threads(N: int) -> int:
-    """Threads of each of N recurrences: with as many, one by itself has the same groups."""
+    """Threads of each of N recurrences: M of them by themselves have the same groups with M times as
+    many."""
     return -(-threads() // N)
 
 

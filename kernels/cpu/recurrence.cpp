@@ -37,22 +37,36 @@ static void input_product(const Schedule& schedule, const WorkItem& item) {
   product<INPUT_VECTORS>(item.input_rows(schedule), I, panels, I, gate_rows, b_ih, b_hh, false);
 }
 
-// The gradients of x in a window. All recurrences add to the same rows of x_grad, each by threads
-// of its own: if two added to a row at the same time, they would race. So rows are divided into N
-// regions, and there are N rounds with a barrier after each: in round k recurrence n adds to region
-// (n + k) % N.
-static void input_gradients(const Schedule& schedule, const ThreadWork& work, bool shared_rows) {
+// The gradients of x in window w. Recurrences that have the same steps there, those of a direction,
+// and in the middle window all, add to the same rows of x_grad, each by threads of its own: if two
+// added to a row at the same time, they would race. So with M of them the rows are divided into M
+// regions, and there are M rounds with a barrier after each: in round k the one of number i adds to
+// region (i + k) % M. Other recurrences have other rows.
+static void input_gradients(const Schedule& schedule, const ThreadWork& work, i64 w,
+                            bool shared_rows) {
   const i64 I = schedule.I;
   const i64 gate_rows = GATES * schedule.H;
   const i64 N = schedule.N;
-  const i64 R = schedule.R;
   const i64 panels_size = gate_rows * schedule.padded_inputs;
+  const bool middle = 2 * w + 1 == schedule.windows;
+  // Of recurrences with the steps of recurrence n, those before `end`.
+  auto alike = [&](i64 n, i64 end) {
+    i64 sum = 0;
+    for (i64 m = 0; m < end; ++m) sum += middle || schedule.is_reverse(m) == schedule.is_reverse(n);
+    return sum;
+  };
+  i64 rounds = 0;
+  for (i64 n = 0; n < N; ++n) rounds = std::max(rounds, alike(n, N));
   const bool add = N > 1 || schedule.continues || schedule.continued;
-  for (i64 round = 0; round < N; ++round) {
+  for (i64 round = 0; round < rounds; ++round) {
     for (const WorkItem& item : work.items) {
-      const i64 region = (item.n + round) % N;
-      if (schedule.x_grad) {
-        const auto rows = item.input_grad_rows(schedule, R * region / N, R * (region + 1) / N);
+      const i64 count = alike(item.n, N);
+      if (schedule.x_grad && round < count) {
+        const i64 region = (alike(item.n, item.n) + round) % count;
+        const i64 first = schedule.first_row(item.first_step);
+        const i64 size = schedule.first_row(item.end_step) - first;
+        const auto rows = item.input_grad_rows(schedule, first + size * region / count,
+                                               first + size * (region + 1) / count);
         const Number* const panels = schedule.input_panels + item.n * panels_size;
         product<VECTORS_PER_TILE>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
                                   nullptr, add);
@@ -74,7 +88,10 @@ extern "C" i64 struct_size(int i) {
 // they share it: pages that are never touched take no memory.
 extern "C" i64 needed(const Arguments& arguments) {
   const i64 forward = Schedule(arguments, false, nullptr).used;
-  const i64 backward = Schedule(arguments, true, nullptr).used;
+  const Schedule adjoint(arguments, true, nullptr);
+  // The copies come last: here are those of the team beyond `threads`.
+  const i64 beyond = arguments.team - arguments.threads;
+  const i64 backward = adjoint.used + beyond * (OUTER_COPY + SHARING_PAD);
   return std::max(forward, backward);
 }
 
@@ -119,7 +136,7 @@ extern "C" void forward(const Arguments& arguments, Number* memory) {
 extern "C" void backward(const Arguments& arguments, Number* memory) {
   const Schedule schedule(arguments, true, memory);
   prefer_huge_pages(arguments.x_grad, arguments.R * arguments.I);
-#pragma omp parallel num_threads(arguments.threads)
+#pragma omp parallel num_threads(arguments.team)
   {
     ThreadWork work(schedule);
     // Whether threads read each other's rows.
@@ -139,7 +156,7 @@ extern "C" void backward(const Arguments& arguments, Number* memory) {
         pack_input_adjoint(schedule, work);
         barrier_if(true);
       }
-      input_gradients(schedule, work, shared_rows);
+      input_gradients(schedule, work, w, shared_rows);
       window_weight_gradients(schedule, work, w);
     }
     for (const WorkItem& item : work.items)

@@ -25,8 +25,9 @@ Pair = Annotated[tuple[int, int], "int64_t", "2"]
 class Sizes(NamedTuple):
     """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a forward
     and a backward pass: windows of time have about as many rows as so many steps of B
-    sequences. Of a backward pass in several calls, `continues` says that one came before, to whose
-    gradients of W this one adds, and `continued` that another follows."""
+    sequences. A call is divided among `threads`; a backward pass has a `team` of so many or more,
+    which share the sums over all groups. Of a backward pass in several calls, `continues` says that
+    one came before, to whose gradients of W this one adds, and `continued` that another follows."""
 
     steps: Size
     B: Size
@@ -36,6 +37,7 @@ class Sizes(NamedTuple):
     N: Size
     reverses: Size
     threads: Size
+    team: Size
     continues: Size
     continued: Size
     window: Pair
@@ -69,7 +71,7 @@ class Arguments(NamedTuple):
     dlast: InputStates = None
     last: OutputStates = None
     s0_grad: OutputStates = None
-    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 0, 0, (1, 1))
+    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, (1, 1))
 
 
 class StepSizes(NamedTuple):
