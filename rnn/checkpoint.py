@@ -269,7 +269,9 @@ class _Adjoint:
     ) -> None:
         self.call = call
         self.segments = segments
+        # Between windows they are needed in any case.
         self.needs = needs._replace(s0=True)
+        self.of_states = needs.s0
         self.rows = _Rows(call, x, weights)
         dy, dothers, *dlast = incoming
         dy = None if dy is None else call.to_rows(dy)
@@ -296,7 +298,10 @@ class _Adjoint:
         x = self.x
         if x is not None:
             x = x.view(*call.leading, x.shape[-1]) if call.rows_are_given else call.from_rows(x)
-        return Gradients(x, *joined, call.in_callers_order([torch.cat(own) for own in ds]))
+        s0 = None
+        if self.of_states:
+            s0 = call.in_callers_order([torch.cat(own) for own in ds])
+        return Gradients(x, *joined, s0)
 
 
 class _SweepAdjoint:

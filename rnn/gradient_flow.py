@@ -8,13 +8,16 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import Batch
 from .checks import check_layer
-from .composite import composite_layer
+from .composite import composite, composite_layer
 from .convert import replace
 from .functional import BATCH_FIRST
 from .kernels.cells import Cell
@@ -28,7 +31,7 @@ class GradientFlow:
     loss: the value of the loss.
     norms: float64 [T] on the CPU for each recurrence of the model, in order of time: the 2-norm,
         over the whole batch, of the gradient of the loss with respect to the hidden state after
-        step t. The keys are the module's name and the ending of its parameters' names:
+        step t (with proj_size of the projected one). The keys are the module's name and the ending of its parameters' names:
         "encoder.l0", "encoder.l0_reverse", "encoder.l1". What is called several times has
         "encoder.l0 (call 2)" as well."""
 
@@ -72,10 +75,14 @@ class _Recording:
 
     def forward(self, x: Sequence[Any], r: Sequence[Any], s: Sequence[Any]) -> Any:
         (h, *others), saved = self.cell.forward(x, r, s)
-        # An alias, so that a state that is h once more does not count
-        h = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
-        self.record.append(h)
-        return (h, *others), saved
+        return (_recorded(h, self.record), *others), saved
+
+
+def _recorded(h: Tensor, record: list[Tensor]) -> Tensor:
+    # An alias, so that a state that is h once more does not count
+    h = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
+    record.append(h)
+    return h
 
 
 class _Operator:
@@ -103,13 +110,63 @@ class _Operator:
         check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
         recording: Any = _Recording(cell, record)
         found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
+        self.leave(record, reverse)
+        return found
+
+    def leave(self, record: list[Tensor], reverse: Sequence[int]) -> None:
+        """The hidden states of one layer, which are done in the order of the recurrences."""
         steps = len(record) // len(reverse)
         for n, backwards in enumerate(reverse):
             swept = record[n * steps : (n + 1) * steps]
             name = self.name.format(f"l{self.layer}_reverse" if backwards else f"l{self.layer}")
             self.sweeps.append(_Sweep(name, swept[::-1] if backwards else swept))
         self.layer += 1
-        return found
+
+
+def _projected_layer(
+    layer: Stack,
+    operator: Any,
+    x: Tensor,
+    weights: Sequence[Any],
+    first: Sequence[Tensor] | None,
+    batch: Batch,
+    keep: int,
+    batch_first: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`Stack._layer` of an LSTM whose h is a projection of o tanh(c). Here h is that of the
+    recurrence, with zeros up to the width of c."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    cell = layer.layer_cell()
+    reverse = (False, True) if layer.bidirectional else (False,)
+    N = len(reverse)
+    P = layer.proj_size
+    down = w_hr.chunk(N)
+    record: list[Tensor] = []
+
+    def wide(t: Tensor) -> Tensor:
+        return F.pad(t, (0, layer.hidden_size - P))
+
+    def step(n: int, x: Tensor, r: Tensor, s: Any, biases: Sequence[Any]) -> Any:
+        gates = [v if b is None else v + b for v, b in zip((x, r), biases)]
+        (m, c), _ = cell.forward(*(v.chunk(cell.gates, -1) for v in gates), s)
+        return wide(_recorded(m @ down[n].T, record)), c
+
+    states = None if first is None else [wide(first[0]), first[1]]
+    masks = batch.lengths, batch.batch_sizes, batch.resets
+    wide_weights = w_ih, wide(w_hh), b_ih, b_hh
+    by_step = partial(composite, step=step)
+    y, others, last = composite_layer(
+        cell, x, wide_weights, states, masks, reverse, keep, batch_first, by_step
+    )
+    operator.leave(record, reverse)
+
+    def narrow(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (-1, layer.hidden_size))[..., :P].flatten(-2)
+
+    steps = [narrow(y), *([] if others is None else others.view(1, *y.shape).unbind(0))]
+    ends = [narrow(last[0]), last[1]]
+    restore = batch.restore
+    return steps, ends if restore is None else [end.index_select(1, restore) for end in ends]
 
 
 class _Watch:
@@ -153,15 +210,17 @@ def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
         stack.enter_context(
             _assigned(ours, _run=watch, _single_step=lambda x, hx: None, time_parallel=False)
         )
+        if ours.proj_size:
+            stack.enter_context(_assigned(ours, _layer=partial(_projected_layer, ours)))
     return stack
 
 
 def _unseen(layer: nn.RNNBase) -> str:
     """The option of a layer, if any, whose hidden states do not come from the operator's cell."""
-    if layer.proj_size:
-        return "proj_size"
     if not isinstance(layer, Stack):
         return ""
+    if layer.proj_size and layer.extended:
+        return "proj_size and options of the recurrence"
     if layer.layer_norm:
         return "layer_norm"
     if isinstance(layer.clip_recurrent_grad, (tuple, list)):
@@ -205,8 +264,8 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
     Args:
         model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU; own classes derived
             from ours, but not those derived from torch.nn's), whatever their options but
-            proj_size, layer_norm, clip_recurrent_grad by a norm, and recurrent_dropout in
-            training. It runs once, in the mode (train or eval) that it is in, without
+            layer_norm, clip_recurrent_grad by a norm, recurrent_dropout in training, and proj_size
+            with options of the recurrence. It runs once, in the mode (train or eval) that it is in, without
             torch.compile. Its parameters and their gradients stay as they are.
         x: what the model is called with: a tensor or PackedSequence, or a tuple of arguments.
         loss_fn: from the model's output to the loss, a tensor of one number.

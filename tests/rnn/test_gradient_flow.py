@@ -227,7 +227,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="layer of rnn"):
         flow(nn.Linear(I, H), x, loss_of)
     with pytest.raises(ValueError, match="proj_size"):
-        flow(rnn.LSTM(I, H, proj_size=2), x, loss_of)
+        flow(rnn.LSTM(I, H, proj_size=2, zoneout=0.1), x, loss_of)
     with pytest.raises(ValueError, match="one number"):
         flow(rnn.GRU(I, H), x, lambda output: output[0])
     with pytest.raises(ValueError, match="depends"):
@@ -281,3 +281,90 @@ def test_heads() -> None:
 def test_options_that_hide_the_state(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         rnn.gradient_flow(rnn.GRU(I, H, **options), torch.randn(T, B, I), lambda out: out[0].sum())
+
+
+def projected_loop(
+    layer: Any, x: Tensor, hx: tuple[Tensor, Tensor], lengths: list[int]
+) -> tuple[Tensor, dict[str, list[Any]]]:
+    """As `plain_loop`, of an LSTM with projections and states before the first step [L*D, B, K]."""
+    D = 2 if layer.bidirectional else 1
+    seen: dict[str, list[Any]] = {}
+    loss = torch.zeros((), dtype=x.dtype)
+    for b, length in enumerate(lengths):
+        rows = [*x[:length, b].unbind(0)]
+        for k in range(layer.num_layers):
+            halves = []
+            for d in range(D):
+                suffix = f"l{k}_reverse" if d else f"l{k}"
+                kinds = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
+                w_ih, w_hh, b_ih, b_hh, w_hr = (getattr(layer, f"{n}_{suffix}") for n in kinds)
+                h, c = (s[k * D + d, b] for s in hx)
+                hs: list[Any] = [None] * length
+                for t in reversed(range(length)) if d else range(length):
+                    i, f, g, o = (w_ih @ rows[t] + b_ih + w_hh @ h + b_hh).chunk(4)
+                    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                    h = w_hr @ (o.sigmoid() * c.tanh())
+                    h.retain_grad()
+                    hs[t] = h
+                    seen.setdefault(suffix, [[] for _ in range(T)])[t].append(h)
+                loss = loss + h.pow(2).sum() + c.pow(2).sum()
+                halves.append(hs)
+            rows = [torch.cat(parts) for parts in zip(*halves)]
+        loss = loss + sum(row.sin().sum() for row in rows)
+    return loss, seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("library", [rnn, nn], ids=["rnn", "torch.nn"])
+def test_projection(library: Any, masked: bool) -> None:
+    """The norms are those of the projected state; the layer is what it was."""
+    torch.manual_seed(0)
+    P = 2
+    options = dict(num_layers=2, bidirectional=True, batch_first=True, proj_size=P)
+    layer = library.LSTM(I, H, **options, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    hx = torch.randn(4, B, P).double(), torch.randn(4, B, H).double()
+    lengths = [2, T, 3] if masked else [T] * B
+    loss, seen = projected_loop(layer, x, hx, lengths)
+    loss.backward()
+    want = {
+        name: torch.stack(
+            [torch.stack([h.grad.norm() for h in row] or [loss.new_zeros(())]).norm() for row in s]
+        ).detach()
+        for name, s in seen.items()
+    }
+
+    def summed(output: Any) -> Tensor:
+        y, last = output
+        y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+        return y.sin().sum() + sum(end.pow(2).sum() for end in last)
+
+    given: Any = x.transpose(0, 1)
+    if masked:
+        given = pack_padded_sequence(given, torch.tensor(lengths), True, enforce_sorted=False)
+    found = rnn.gradient_flow(layer, (given, hx), summed)
+    check(found, (loss.item(), want))
+    assert not {"forward", "_run", "_layer"} & {*vars(layer)}
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    assert [line.get_label() for line in found.plot().lines] == [*want]
+    pyplot.close("all")
+
+
+def test_projection_with_states_of_every_step() -> None:
+    """lengths as well: the loss may depend on what return_states gives."""
+    layer = rnn.LSTM(I, H, proj_size=2, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, _, (hs, cs) = self.layer(x, lengths=[2, T, 0], return_states=True)
+            return hs.sin().sum() + cs.sin().sum()
+
+    found = rnn.gradient_flow(Model(), x, lambda loss: loss)
+    assert abs(found.loss - Model()(x).item()) < 1e-12
+    assert (found.norms["layer.l0"] > 0).all()
