@@ -12,12 +12,13 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
+
+from .notices import warn
 
 try:
     import fcntl
@@ -150,7 +151,7 @@ def trouble(path: Path, owners: Collection[int] = ()) -> str:
 @cache
 def say(text: str) -> None:
     """A warning, once."""
-    warnings.warn(text, stacklevel=2)
+    warn(text)
 
 
 def _private_folder() -> Path:

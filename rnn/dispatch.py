@@ -1,7 +1,6 @@
 """The one place that decides how a call is computed: by which backend, in which dtype, and why."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -14,6 +13,7 @@ from torch import Tensor
 from . import transforms
 from .kernels import cells
 from .kernels.cells import Cell
+from .kernels.notices import warn
 from .kernels.plan import Gpu, Plan
 from .kernels.planner import make_plan
 
@@ -70,9 +70,7 @@ def _available(library: str) -> bool:
             use_library(library)
         except Exception as error:
             _FOUND[library] = False
-            warnings.warn(
-                f"rnn does without {library}, which is installed and fails: {error!r}", stacklevel=2
-            )
+            warn(f"rnn does without {library}, which is installed and fails: {error!r}")
     return _FOUND[library]
 
 
@@ -145,7 +143,7 @@ def native_available(cell: Cell, dtype: torch.dtype) -> bool:
 def _report(compiler: str, text: str, kind: type[Warning]) -> None:
     if compiler not in _REPORTED:
         _REPORTED.add(compiler)
-        warnings.warn(text, kind, stacklevel=3)
+        warn(text, kind)
 
 
 def gpu(device: torch.device) -> Gpu:

@@ -282,9 +282,13 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
     if not callable(loss_fn):
         raise TypeError(f"Expected loss_fn to be callable, got {type(loss_fn).__name__}")
     sweeps: list[_Sweep] = []
-    arguments = x if type(x) is tuple else (x,)
+    arguments = [*x] if type(x) is tuple else [x]
     eager = torch.compiler.set_stance("force_eager")
-    with torch.enable_grad(), eager, _watched(layers, sweeps):
+    with torch.inference_mode(False), torch.enable_grad(), eager, _watched(layers, sweeps):
+        # What inference mode has made cannot enter a graph
+        arguments = [
+            t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in arguments
+        ]
         loss = loss_fn(model(*arguments))
     if not sweeps:
         raise ValueError("Expected a model that calls its recurrent layers")

@@ -3,7 +3,6 @@ that traces, expanded weights and quantization. What they can only do with a lay
 done by torch.nn's own code, with the parameters of ours."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .boundary import PLAIN, alive
+from .kernels.notices import warn
 
 # torch.jit.script reads the source of a cell's forward with the names of this file: _VF.
 from .transforms import torch_cells as _VF  # noqa: F401
@@ -180,11 +180,10 @@ def _get_qconfig(module: nn.Module) -> Any:
 
 def _set_qconfig(module: nn.Module, value: Any) -> None:
     module.__dict__["qconfig"] = value
-    warnings.warn(
+    warn(
         f"torch.ao.quantization does not know rnn.{type(module).__name__} and leaves it as it is, "
         "in floating point. "
-        "Make it torch.nn's by rnn.restore(model) (and rnn.unpatch()) before it is quantized",
-        stacklevel=4,
+        "Make it torch.nn's by rnn.restore(model) (and rnn.unpatch()) before it is quantized"
     )
 
 

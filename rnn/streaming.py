@@ -36,6 +36,14 @@ def _as_tuple(state: Any) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+def _usable(state: Any) -> Any:
+    """States that inference mode has made, and that outside of it cannot enter a graph."""
+    if torch.is_inference_mode_enabled():
+        return state
+    copies = tuple([s.clone() for s in _as_tuple(state)])
+    return copies if isinstance(state, tuple) else copies[0]
+
+
 class Streaming(nn.Module):
     """A layer of ours in one direction that keeps its state from call to call.
 
@@ -46,7 +54,8 @@ class Streaming(nn.Module):
 
     The state is in buffers: `.to` moves and casts them. They are of a stream and not of the model,
     so no `state_dict` has them, and one of a model that has seen nothing loads at any time; copies
-    and pickles have them. Outside of torch.no_grad the output has the graph of its own call.
+    and pickles have them, without a graph. Outside of torch.no_grad the output has the graph of its
+    own call.
 
     A call is a call of the layer: numbers, dtypes and errors are the layer's, and so is the speed.
     On the CPU a single step, a chunk and a whole sequence differ by rounding; they have the same
@@ -73,6 +82,11 @@ class Streaming(nn.Module):
         self._names = [f"state_{k}" for k in range(layer.layer_cell().carried)]
         for name in self._names:
             self.register_buffer(name, None, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have no part in a graph."""
+        buffers = {k: None if s is None else s.detach() for k, s in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers}
 
     @property
     def state(self) -> Any:
@@ -174,6 +188,8 @@ class Streaming(nn.Module):
                     f"Expected x of {first.shape[1]} sequences, as in the call before, got "
                     f"{rows.shape[1 - time]}: reset() comes before another number of them"
                 )
+            if not torch.compiler.is_compiling() and first.is_inference():
+                state = _usable(state)
         y: Tensor
         y, last = layer(rows, state)
         self._keep(_as_tuple(last))

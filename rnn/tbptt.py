@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .checks import as_tensor, check_masks
+from .stack import Stack
 
 
 class Window(NamedTuple):
@@ -69,6 +70,11 @@ def tbptt(
         raise ValueError(
             "Expected a layer in one direction: backward in time the first window begins with the "
             "state after the last one"
+        )
+    if not isinstance(layer, Stack) and not (lengths is None and resets is None):
+        raise TypeError(
+            "Expected a layer of rnn for lengths and resets, got "
+            f"{type(layer).__module__}.{type(layer).__qualname__}"
         )
     if isinstance(window, bool) or not isinstance(window, int):
         raise TypeError(f"Expected window to be an integer, got {type(window).__name__}")

@@ -12,20 +12,24 @@ et al., 2024, https://arxiv.org/abs/2309.12252; Gonzalez et al., 2024,
 https://arxiv.org/abs/2407.19115.) The adjoint is solved likewise, from the last chunk to the first;
 after as many passes as there are chunks it is exact in any case."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import trains
+from .composite import aliases, composite_layer, differentiate
 from .functional import BATCH_FIRST
 from .gate_products import with_products
 from .kernels.cells import Cell
+from .kernels.notices import warn_once
 from .kernels.states import join_weights
-from .transforms import active_transform, traced
+from .transforms import active_transform, needs_composite, traced
 
+_NOT_WHOLE = (
+    "time_parallel takes whole sequences alone: lengths, packed sequences and resets run"
+)
 # Changes that are rounding, relative to the largest state
 _NOISE = {
     torch.float64: 1e-11,
@@ -154,7 +158,7 @@ def parallel_layer(
     short = 2 * limits.chunk > T or not x.numel()
     if not whole or short or traced(x, weights[1]) or active_transform():
         if not whole:
-            _say(layer, "time_parallel takes whole sequences alone: lengths, packed sequences and")
+            _say(layer, _NOT_WHOLE)
         found: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)
         return found
     rows = x.transpose(0, 1) if batch_first else x
@@ -171,7 +175,7 @@ def parallel_layer(
         given = rows.flip(0) if back else rows
         result = _one_way(layer, limits, operator, arguments, given, own, first)
         if result is None:
-            _say(layer, "the states of the chunks did not settle:")
+            _say(layer, "the states of the chunks did not settle: it ran")
             sequential: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)
             return sequential
         for k, n in enumerate(chosen):
@@ -230,7 +234,10 @@ def _one_way(
     report = _report(layer, solution, limits)
     if solution is None:
         return None
-    y, others, *last = _Chunked.apply(group, solution, report, body, *weights, *states)  # type: ignore[no-untyped-call]
+    if trains((x, *weights, *states)):
+        y, others, *last = _Chunked.apply(group, solution, report, body, *weights, *states)  # type: ignore[no-untyped-call]
+    else:
+        y, others, *last = _in_time(group, solution.outputs)
     if C * L < T:
         masks = (None, None, None)
         reverse = (False,) * N
@@ -311,8 +318,6 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
         group, solution, report, x, *rest = inputs
         needs = ctx.needs_input_grad
-        if not any(needs):
-            return _in_time(group, solution.outputs)
         with torch.enable_grad():
             own = [
                 None if t is None else t.detach().requires_grad_(need)
@@ -321,12 +326,15 @@ class _Chunked(torch.autograd.Function):
             entering = [e.detach().requires_grad_() for e in solution.entering]
             outputs = group.run(group.cell, group.to_chunks(own[0]), own[1:], entering, group.keep)
         ctx.graph = group, solution._replace(outputs=None), report, own, entering, outputs
+        ctx.save_for_backward(x, *rest)
         ctx.set_materialize_grads(False)
         return _in_time(group, outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Any, dothers: Any, *dlast: Any) -> tuple[Any, ...]:
+        incoming = dy, dothers, *dlast
+        if needs_composite(incoming):
+            return None, None, None, *_by_composite(ctx, incoming)
         group, solution, report, own, entering, (y, others, last) = ctx.graph
         outputs = [y, *([] if others is None else [others]), *last]
         d_y = torch.zeros_like(y) if dy is None else group.to_chunks(dy)
@@ -354,6 +362,21 @@ class _Chunked(torch.autograd.Function):
         of_own = [next(remaining) if t is not None and t.requires_grad else None for t in own]
         of_states = [None if d is None else d[:, 0].contiguous() for d in remaining]
         return None, None, None, *of_own, *of_states
+
+
+def _by_composite(ctx: Any, grads: Sequence[Any]) -> list[Tensor | None]:
+    """The gradients step by step: they can be differentiated again, and many may come at once, for
+    which no common number of passes is known."""
+    group = ctx.graph[0]
+    inputs = ctx.saved_tensors
+    with torch.enable_grad():
+        alias = aliases(inputs)
+        x, *rest = alias
+        masks = (None, None, None)
+        y, others, last = composite_layer(
+            group.cell, x, rest[:4], rest[4:], masks, (False,) * group.N, group.keep, False
+        )
+    return differentiate((y, others, *last), grads, alias, ctx.needs_input_grad[3:])
 
 
 def _in_time(group: _Group, outputs: Any) -> tuple[Any, ...]:
@@ -386,14 +409,9 @@ def _solve_adjoint(
     return group.C
 
 
-_said: set[tuple[type, str]] = set()
-
-
 def _say(layer: Any, why: str) -> None:
     """Once for a class of layers and a reason."""
-    if (type(layer), why) not in _said:
-        _said.add((type(layer), why))
-        ending = " resets run" if why.endswith("and") else " it ran"
-        warnings.warn(
-            f"rnn.{type(layer).__name__}: {why}{ending} one step after the other", stacklevel=5
-        )
+    if not torch.compiler.is_compiling():
+        kind = type(layer)
+        text = f"rnn.{kind.__name__}: {why} one step after the other"
+        warn_once(("time_parallel", kind, why), text)

@@ -4,7 +4,6 @@ A virtual GPU, a slice of one, or other processes on it can run less than its na
 was launched before a refusal is done again by the other plan, in new tensors; other faults are
 raised."""
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell
+from ..notices import warn
 from ..plan import Plan, plan_text
 from ..planner import ranked_plans
 from ..types import Layout, States, Weights
@@ -71,9 +71,8 @@ def with_fallback(
         if other is None:
             raise
         _instead[cell, plan, device] = other
-        warnings.warn(
+        warn(
             f"rnn: {error}. Until this process ends {plan_text(other)} is in its place, slower",
             RuntimeWarning,
-            stacklevel=2,
         )
     return with_fallback(run, cell, other, layout, x, weights, s0, *rest)

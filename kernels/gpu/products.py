@@ -8,13 +8,14 @@ threads compute meanwhile."""
 
 import ctypes
 import os
-import warnings
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..notices import warn
 
 CUDA_R_32F = 0
 # cublasComputeType_t: whatever the handle's own mode is
@@ -32,10 +33,9 @@ def _library() -> Any:
     try:
         return ctypes.CDLL(f"libcublas.so.{major}", mode)
     except OSError as error:
-        warnings.warn(
+        warn(
             "rnn: float32 products with the input and for the gradients follow "
-            f"torch.backends.cuda.matmul, as cuBLAS cannot be called: {error}",
-            stacklevel=2,
+            f"torch.backends.cuda.matmul, as cuBLAS cannot be called: {error}"
         )
         return None
 

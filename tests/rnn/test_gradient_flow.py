@@ -368,3 +368,13 @@ def test_projection_with_states_of_every_step() -> None:
     found = rnn.gradient_flow(Model(), x, lambda loss: loss)
     assert abs(found.loss - Model()(x).item()) < 1e-12
     assert (found.norms["layer.l0"] > 0).all()
+
+
+def test_inference_mode() -> None:
+    """What it is called in does not matter."""
+    layer = rnn.GRU(I, H)
+    x = torch.randn(T, B, I)
+    want = rnn.gradient_flow(layer, x, lambda out: out[0].sum()).norms
+    with torch.inference_mode():
+        found = rnn.gradient_flow(layer, x.clone(), lambda out: out[0].sum()).norms
+    torch.testing.assert_close(found, want)

@@ -436,10 +436,12 @@ class TestQuantization:
     @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTMCell"])
     def test_says_that_it_does_nothing(self, name: str) -> None:
         model = nn.Sequential(getattr(rnn, name)(I, H)).eval()
-        with pytest.warns(UserWarning, match=r"rnn\.restore\(model\)"):
+        with pytest.warns(UserWarning, match=r"rnn\.restore\(model\)") as said:
             became = torch.ao.quantization.quantize_dynamic(
                 model, {getattr(nn, name)}, dtype=torch.qint8
             )
+        ours = [w.filename for w in said if "rnn.restore" in str(w.message)]
+        assert ours and {*ours} == {__file__}
         assert type(became[0]) is getattr(rnn, name)
         assert not hasattr(copy.deepcopy(model)[0], "qconfig")
 

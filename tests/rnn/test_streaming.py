@@ -3,6 +3,7 @@ exports."""
 
 import copy
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +371,33 @@ def test_onnx(name: str, options: dict[str, Any], tmp_path: Path) -> None:
             y, state = run(step, x, state)
             found.append(y)
     torch.testing.assert_close(torch.stack(found), whole.transpose(0, time), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@LAYERS
+def test_after_inference_mode(name: str, detach: bool) -> None:
+    """A stream that inference mode began can be trained on."""
+    layer = getattr(rnn, name)(I, H, dtype=torch.float64)
+    stream = rnn.Streaming(layer, detach)
+    x = torch.randn(6, B, I, dtype=torch.float64)
+    with torch.inference_mode():
+        stream(x[:3])
+        _, state = layer(x[:3])
+    ends = state if isinstance(state, tuple) else (state,)
+    ends = tuple(s.clone() for s in ends)
+    want = layer(x[3:], ends if len(ends) > 1 else ends[0])[0]
+    parameters = [*layer.parameters()]
+    grads = [torch.autograd.grad(y.sin().sum(), parameters) for y in (stream(x[3:]), want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_copies_of_a_stream_with_a_graph() -> None:
+    """They go on from the same state, as leaves; the stream keeps its graph."""
+    stream = rnn.Streaming(rnn.LSTM(I, H), detach=False)
+    x = torch.randn(B, I)
+    stream(x)
+    before = stream.state
+    for other in (copy.deepcopy(stream), pickle.loads(pickle.dumps(stream))):
+        assert not other.state[0].requires_grad
+        assert torch.equal(other(x), stream.layer(x[None], before)[0][0])
+    assert stream.state[0] is before[0] and before[0].requires_grad

@@ -144,3 +144,18 @@ def test_what_it_does_not_take() -> None:
         call(rnn.GRU(I, H), x[None], 2)
     with pytest.raises(RuntimeError, match="larger than 0"):
         call(rnn.GRU(I, H), x[:0], 2)
+
+
+@pytest.mark.parametrize("masks", [dict(lengths=[1] * B), dict(resets=torch.zeros(T, B).bool())])
+def test_masks_of_a_torch_layer(masks: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="lengths and resets"):
+        rnn.tbptt(torch.nn.GRU(I, H), torch.randn(T, B, I), 2, **masks)
+
+
+def test_windows_longer_than_the_sequence_and_no_sequences() -> None:
+    layer = rnn.LSTM(I, H)
+    for shape in ((1, B, I), (T, 0, I), (T, I)):
+        x = torch.randn(shape)
+        (window,) = rnn.tbptt(layer, x, 100)
+        y, last = layer(x)
+        assert torch.equal(window.output, y) and torch.equal(window.state[1], last[1])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import rnn
 from rnn.gate_products import with_products
+from rnn.kernels import notices
 from rnn.kernels.plan import Plan
 from tests.cases import LAYER_NAMES
 
@@ -96,7 +97,7 @@ def test_products_need_fewer_passes() -> None:
 @pytest.mark.parametrize("name", LAYER_NAMES)
 def test_chaos_is_sequential(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not settle is what the sequential layer gives, said once."""
-    monkeypatch.setattr(rnn.time_parallel, "_said", set())
+    monkeypatch.setattr(notices, "_given", set())
     torch.manual_seed(0)
     layer = getattr(rnn, name)(4, 32, plan=Plan("numpy"))
     with torch.no_grad():
@@ -104,8 +105,9 @@ def test_chaos_is_sequential(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(130, 1, 4)
     want = layer(x)
     layer.time_parallel = rnn.TimeParallel(32, max_passes=2)
-    with pytest.warns(UserWarning, match="one step after the other"):
+    with pytest.warns(UserWarning, match="one step after the other") as said:
         got = layer(x)
+    assert [w.filename for w in said] == [__file__]
     assert torch.equal(got[0], want[0]) and not layer.last_time_parallel[0].converged
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,7 +129,7 @@ def test_nan_is_sequential() -> None:
 @pytest.mark.parametrize("form", ["lengths", "resets", "packed", "short"])
 def test_what_is_not_cut(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sequential layer, said once; of a short sequence there is nothing to be said."""
-    monkeypatch.setattr(rnn.time_parallel, "_said", set())
+    monkeypatch.setattr(notices, "_given", set())
     layer = rnn.RNN(4, 8, plan=Plan("numpy"))
     x: Any = torch.randn(12 if form == "short" else 70, 2, 4)
     more: dict[str, Any] = {}
@@ -142,7 +144,9 @@ def test_what_is_not_cut(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         got = layer(x, **more)[0]
-    assert len([w for w in said if "whole sequences" in str(w.message)]) == (form != "short")
+    assert [w.filename for w in said if "whole sequences" in str(w.message)] == (
+        [] if form == "short" else [__file__]
+    )
     data = [t.data if form == "packed" else t for t in (got, want)]
     assert torch.equal(*data) and not layer.last_time_parallel
 
@@ -195,3 +199,42 @@ def test_mistakes(value: Any, error: type[Exception]) -> None:
     layer = rnn.LSTM(4, 6)
     with pytest.raises(error, match="time_parallel"):
         layer.time_parallel = value
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_batched_gradients(name: str) -> None:
+    """Many gradients at once are those one by one, and each can be differentiated again."""
+    layer = getattr(rnn, name)(3, 4, bidirectional=True, dtype=DOUBLE, plan=Plan("numpy"))
+    x = torch.randn(20, 2, 3, dtype=DOUBLE, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    layer.time_parallel = rnn.TimeParallel(chunk=5, max_passes=20)
+    y, last = layer(x)
+    assert all(report.converged for report in layer.last_time_parallel)
+    many = torch.randn(3, *y.shape, dtype=DOUBLE)
+    found = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in many]
+    want = [torch.stack(grads) for grads in zip(*each)]
+    torch.testing.assert_close([*found], want, rtol=1e-8, atol=1e-8)
+
+    def second() -> Any:
+        y, last = layer(x)
+        ends = [last] if isinstance(last, Tensor) else [*last]
+        loss = y.sin().sum() + sum(end.cos().sum() for end in ends)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), inputs)
+
+    chunked = second()
+    layer.time_parallel = False
+    torch.testing.assert_close(chunked, second(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any) -> None:
+    layer = rnn.LSTM(3, 4, dtype=DOUBLE, plan=Plan("numpy"))
+    x = torch.randn(20, 2, 3, dtype=DOUBLE)
+    want = layer(x)[0]
+    layer.time_parallel = rnn.TimeParallel(chunk=5)
+    with mode():
+        got = layer(x)[0]
+    assert layer.last_time_parallel[0].converged and not got.requires_grad
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

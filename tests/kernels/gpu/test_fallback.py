@@ -87,6 +87,7 @@ def test_plans_that_follow() -> None:
     first = plan_of_scope("cluster", 512, 16)
     with pytest.warns(RuntimeWarning) as seen:
         tried = launched(first, lambda plan: plan.scope in ("cluster", "grid"))
+    assert {w.filename for w in seen} == {__file__}
     assert tried[0] == first and tried[-1].scope not in ("cluster", "grid")
     assert len(set(tried)) == len(tried) == len(seen) + 1 >= 3
     clusters = [plan.blocks for plan in tried if plan.scope == "cluster"]
