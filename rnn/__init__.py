@@ -9,7 +9,7 @@ from .kernels.cells import Cell, register
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
 from .streaming import Streaming
 from .tbptt import tbptt
-from .time_parallel import TimeParallel
+from .time_options import TimeParallel
 
 __all__ = [
     "GRU",

@@ -2,8 +2,8 @@
 
 The sequence is cut into windows of time, and some of them make a segment. Forward keeps the states
 that enter a segment; backward computes a segment once more, and runs the adjoints of its windows,
-which add to the same gradients. The recurrences of one direction take their segments together, those
-of the other direction after them.
+which add to the same gradients. The recurrences of one direction take their segments together,
+those of the other direction after them.
 
 With the CPU's C++ the windows are those that the backward pass of the whole would have, and they
 add to the gradients in the same order: all results have the same bits, but where docs/numerics.md
@@ -11,9 +11,7 @@ says. With other kernels a window is a segment, and gradients of W are sums over
 results differ by rounding."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,169 +19,14 @@ from torch import Tensor
 from .autograd import by_composite, state_grads, to_dense, wanted, weight_grads
 from .boundary import ready
 from .kernels.cpu import native
-from .kernels.states import join_weights
-from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
+from .kernels.types import Gradients, OutputGrads, Outputs, Save
 from .layer_call import LayerCall
 from .resets import requested_steps
+from .segments import Rows, Segments, Sweep
 from .transforms import needs_composite, without_autocast
 
 # Gradients of the inputs of _Segments before x
 _NO_GRADS = (None,) * 7
-
-
-def segment_windows(call: LayerCall, x: Tensor, w_hh: Tensor, every: int) -> "Segments | None":
-    """How to keep about every so many steps' states, about sqrt(T) for True; None where it would
-    save nothing."""
-    layout = call.layout
-    T = layout.steps
-    if every is True:
-        every = isqrt(T)
-    if call.plan.backend != "native":
-        return Segments([*range(0, T, every), T], 1) if every < T else None
-    G = call.cell.gates
-    N = len(call.reverse)
-    H = w_hh.shape[1]
-    rows = x.new_empty(1).expand(sum(layout.sizes), x.shape[-1])
-    whole = w_hh.new_empty(1).expand(N * G * H, H)
-    begins = native.adjoint_windows(call.cell, layout, rows, whole)
-    count = len(begins) - 1
-    length = -(-every * count // T)
-    return Segments(begins, length) if length < count else None
-
-
-class Segments(NamedTuple):
-    """The steps between windows of time, and how many windows are a segment. Windows have the
-    numbers w in which the adjoint comes to them: of a recurrence that goes forward, the last is
-    0."""
-
-    begins: Sequence[int]
-    length: int
-
-    @property
-    def count(self) -> int:
-        """Of windows."""
-        return len(self.begins) - 1
-
-    def all(self) -> list[range]:
-        """The windows of each segment."""
-        starts = range(0, self.count, self.length)
-        return [range(w, min(w + self.length, self.count)) for w in starts]
-
-    def steps(self, windows: range, reverse: bool) -> tuple[int, int]:
-        """The first of these windows' steps, and the last + 1."""
-        if reverse:
-            return self.begins[windows.start], self.begins[windows.stop]
-        last = self.count
-        return self.begins[last - windows.stop], self.begins[last - windows.start]
-
-
-class _Rows:
-    """The rows of a call, and of its spans of time."""
-
-    def __init__(self, call: LayerCall, x: Tensor, weights: Sequence[Any]) -> None:
-        self.call = call
-        starts = [0]
-        for size in call.layout.sizes:
-            starts.append(starts[-1] + size)
-        self.starts = starts
-        x, *weights = ready((call.to_rows(x), *weights))
-        self.x = x.view(starts[-1], x.shape[-1])
-        self.weights = weights
-        self.H = weights[1].shape[1]
-
-    def sweeps(self) -> "list[_Sweep]":
-        """Of each direction that there is."""
-        reverse = self.call.reverse
-        directions = sorted({*reverse})
-        return [
-            _Sweep(self, bool(back), [n for n, way in enumerate(reverse) if way == back])
-            for back in directions
-        ]
-
-    def of(self, steps: tuple[int, int]) -> slice:
-        return slice(self.starts[steps[0]], self.starts[steps[1]])
-
-
-class _Sweep:
-    """The recurrences of one direction, by their numbers."""
-
-    def __init__(self, rows: _Rows, back: bool, numbers: list[int]) -> None:
-        self.rows = rows
-        self.call = rows.call
-        self.back = back
-        N = len(self.call.reverse)
-        self.all = len(numbers) == N
-        self.numbers = numbers
-        weights = rows.weights
-        if len(weights) > 4:
-            own = [weights[4 * n + k] for n in numbers for k in range(4)]
-            self.weights = join_weights(own)
-        else:
-            self.weights = Weights._make([self._of_recurrences(w, N) for w in weights])
-
-    def _of_recurrences(self, w: Tensor | None, N: int) -> Tensor | None:
-        if w is None or self.all:
-            return w
-        return w.unflatten(0, (N, -1))[self.numbers].flatten(0, 1)
-
-    def layout(self, steps: tuple[int, int]) -> Layout:
-        whole = self.call.layout
-        first, end = steps
-        lengths = whole.lengths
-        if lengths is not None:
-            lengths = (lengths - first).clamp(0, end - first)
-        offsets = whole.offsets
-        if offsets is not None:
-            offsets = offsets[first:end] - offsets[first]
-        resets = whole.resets
-        if resets is not None:
-            resets = resets[first:end].contiguous()
-        reverse = [int(self.back)] * len(self.numbers)
-        sizes = whole.sizes[first:end]
-        return Layout(end - first, reverse, sizes, lengths, offsets, resets, whole.sequences)
-
-    def own_units(self, t: Tensor | None, steps: tuple[int, int]) -> Tensor | None:
-        """These steps' rows of [..., R, N*H], as [..., R, M*H] of these M recurrences."""
-        if t is None:
-            return None
-        rows = t[..., self.rows.of(steps), :]
-        if not self.all:
-            rows = rows.unflatten(-1, (-1, self.rows.H))[..., self.numbers, :].flatten(-2)
-        return rows.contiguous()
-
-    def write_units(self, t: Tensor, steps: tuple[int, int], values: Tensor) -> None:
-        """The inverse."""
-        rows = t[..., self.rows.of(steps), :]
-        if self.all:
-            rows.copy_(values)
-        else:
-            heads = values.unflatten(-1, (-1, self.rows.H))
-            rows.unflatten(-1, (-1, self.rows.H))[..., self.numbers, :] = heads
-
-    def cut(self, steps: tuple[int, int], states: Sequence[Tensor]) -> list[Tensor]:
-        """States [M, B, H] that enter these steps, or their gradients, with 0 where a reset lies
-        between them and the steps: going forward the kernel sees it, as that of the first step."""
-        layout = self.call.layout
-        end = steps[1]
-        if layout.resets is None or not self.back or end == layout.steps:
-            return [*states]
-        resets = layout.resets[end]
-        running = torch.arange(layout.sequences, device=resets.device) < layout.sizes[end]
-        if layout.lengths is not None:
-            running = running & (layout.lengths > end)
-        between = (resets & running)[:, None]
-        carried = self.call.cell.carried
-        return [*(torch.where(between, 0, s) for s in states[:carried]), *states[carried:]]
-
-    def forward(self, steps: tuple[int, int], states: Any, save: int) -> Outputs:
-        """Through these steps, from S states [M, B, H]."""
-        call = self.call
-        x = self.rows.x[self.rows.of(steps)]
-        layout = self.layout(steps)
-        found: Outputs = call.backend().forward(
-            call.cell, call.plan, layout, x, self.weights, states, save
-        )
-        return found
 
 
 class _Segments(torch.autograd.Function):
@@ -200,7 +43,7 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
         call, segments, keep, count, lengths, batch_sizes, resets, x, *rest = inputs
-        rows = _Rows(call, x, rest[:count])
+        rows = Rows(call, x, rest[:count])
         states = call.initial_states(ready(rest[count:]))
         N = len(call.reverse)
         S = call.cell.states
@@ -272,7 +115,7 @@ class _Adjoint:
         # Between windows they are needed in any case.
         self.needs = needs._replace(s0=True)
         self.of_states = needs.s0
-        self.rows = _Rows(call, x, weights)
+        self.rows = Rows(call, x, weights)
         dy, dothers, *dlast = incoming
         dy = None if dy is None else call.to_rows(dy)
         dy, dothers, *ends = ready((dy, call.gather_rows(dothers), *dlast), like=x)
@@ -282,8 +125,8 @@ class _Adjoint:
         self.x = torch.zeros_like(self.rows.x) if needs.x else None
 
     def run(self, kept: Tensor) -> Gradients[Any]:
-        """From the kept states [segments, S, N, B, H] to the gradients of x, in the caller's layout,
-        of the joined weights and of the states before the first step."""
+        """From the kept states [segments, S, N, B, H] to the gradients of x, in the caller's
+        layout, of the joined weights and of the states before the first step."""
         call = self.call
         N = len(call.reverse)
         sums: list[list[Tensor | None]] = [[None] * N for _ in range(4)]
@@ -301,14 +144,14 @@ class _Adjoint:
         s0 = None
         if self.of_states:
             s0 = call.in_callers_order([torch.cat(own) for own in ds])
-        return Gradients(x, *joined, s0)
+        return Gradients._make([x, *joined, s0])
 
 
 class _SweepAdjoint:
     """That of one direction. `sums` are the gradients of its joined weights, `ds` those of the
     states that leave the window that is next, [M, B, H] each."""
 
-    def __init__(self, whole: _Adjoint, sweep: _Sweep) -> None:
+    def __init__(self, whole: _Adjoint, sweep: Sweep) -> None:
         self.whole = whole
         self.sweep = sweep
         self.call = sweep.call
@@ -371,18 +214,25 @@ class _SweepAdjoint:
         coming = OutputGrads(dy, sweep.own_units(whole.dothers, steps), self.ds)
         outputs = outputs._replace(last=None)
         if layout.resets is not None:
-            x, states, outputs = requested_steps(
-                self.call.plan, layout, x, states, outputs, coming
-            )
+            x, states, outputs = requested_steps(self.call.plan, layout, x, states, outputs, coming)
         dx = None if whole.x is None else whole.x[rows]
         call = self.call
         if self.native:
-            count = whole.segments.count
+            count = whole.segments.windows
             part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads)
             ds = [torch.empty_like(s) for s in states]
-            gradients: Gradients[Any] = Gradients(dx, *self.sums, ds)
+            gradients: Gradients[Any] = Gradients._make([dx, *self.sums, ds])
             native.backward(
-                call.cell, call.plan, layout, x, sweep.weights, states, outputs, coming, gradients, part
+                call.cell,
+                call.plan,
+                layout,
+                x,
+                sweep.weights,
+                states,
+                outputs,
+                coming,
+                gradients,
+                part,
             )
         else:
             found = call.backend().backward(

@@ -7,9 +7,9 @@ _LAYER = """
         recompute: keep no activations for the backward pass but the states, and compute the others
             once more there.
         checkpoint: keep for the backward pass only the states of about every so many steps (True:
-            sqrt(T)), and compute the others once more there; by the C++ of the CPU, where at least
-            one of its windows lies between. Without effect elsewhere, with resets, while compiling
-            or exporting, and under transforms.
+            sqrt(T)), and compute the others once more there; in the C++ of the CPU at least one of
+            its windows lies between. Without effect while compiling or exporting, under transforms,
+            and where torch's operations compute the layer.
 
     Parameters, their names, shapes and initial values are torch.nn's, and so are the formulas
     above. Tensors are float16, bfloat16, float32 or float64, all of one dtype unless autocast is

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import checkpoint as segments
+from . import checkpoint as checkpoints
 from . import dispatch, flops, layer_call, onnx_export
 from .autograd import apply, trains
 from .boundary import alive
@@ -26,6 +26,7 @@ from .kernels.plan import Plan, plan_text
 from .kernels.states import join_states, join_weights, part_views
 from .kernels.types import Save
 from .layer_call import LayerCall, batch_size
+from .segments import segment_windows
 from .torch_operators import by_torch
 from .transforms import (
     active_transform,
@@ -85,8 +86,9 @@ def recurrence(  # noqa: PLR0913  the public operator
             there.
         checkpoint: keep for backward only the states of about every so many steps (True: sqrt(T)),
             and compute the others once more there; at least a window of the C++ of the CPU lies
-            between. Gradients have the same bits but where docs/numerics.md says. Without effect
-            for other kernels, with resets, while compiling or exporting and under transforms.
+            between. Gradients have the same bits but where docs/numerics.md says, and by other
+            kernels to rounding. Without effect while compiling or exporting, under transforms, and
+            where torch's operations compute the layer.
 
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the
     last [N*S, B, H].
@@ -164,10 +166,10 @@ def run_layer(  # noqa: PLR0913  as recurrence
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
         if checkpoint:
-            found = segments.segment_windows(call, x, weights[1], checkpoint)
+            found = segment_windows(call, x, weights[1], checkpoint)
             if found is not None:
                 given = call, found, keep, len(weights), *masks, x, *weights, *(states or ())
-                y, others, *last = segments.apply(*given)
+                y, others, *last = checkpoints.apply(*given)
                 return y, others, last
         save = _kept(True, keep, recompute)
         y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))

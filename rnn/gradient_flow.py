@@ -31,9 +31,9 @@ class GradientFlow:
     loss: the value of the loss.
     norms: float64 [T] on the CPU for each recurrence of the model, in order of time: the 2-norm,
         over the whole batch, of the gradient of the loss with respect to the hidden state after
-        step t (with proj_size of the projected one). The keys are the module's name and the ending of its parameters' names:
-        "encoder.l0", "encoder.l0_reverse", "encoder.l1". What is called several times has
-        "encoder.l0 (call 2)" as well."""
+        step t, with proj_size the projected one. The keys are the module's name and the ending of
+        its parameters' names: "encoder.l0", "encoder.l0_reverse", "encoder.l1". What is called
+        several times has "encoder.l0 (call 2)" as well."""
 
     loss: float
     norms: dict[str, Tensor]
@@ -161,7 +161,8 @@ def _projected_layer(
     operator.leave(record, reverse)
 
     def narrow(t: Tensor) -> Tensor:
-        return t.unflatten(-1, (-1, layer.hidden_size))[..., :P].flatten(-2)
+        own: Tensor = t.unflatten(-1, (-1, layer.hidden_size))[..., :P].flatten(-2)
+        return own
 
     steps = [narrow(y), *([] if others is None else others.view(1, *y.shape).unbind(0))]
     ends = [narrow(last[0]), last[1]]
@@ -265,8 +266,8 @@ def gradient_flow(model: nn.Module, x: Any, loss_fn: Callable[[Any], Tensor]) ->
         model: any module with layers of ours or of torch.nn (RNN, LSTM, GRU; own classes derived
             from ours, but not those derived from torch.nn's), whatever their options but
             layer_norm, clip_recurrent_grad by a norm, recurrent_dropout in training, and proj_size
-            with options of the recurrence. It runs once, in the mode (train or eval) that it is in, without
-            torch.compile. Its parameters and their gradients stay as they are.
+            with options of the recurrence. It runs once, in the mode (train or eval) that it is in,
+            without torch.compile. Its parameters and their gradients stay as they are.
         x: what the model is called with: a tensor or PackedSequence, or a tuple of arguments.
         loss_fn: from the model's output to the loss, a tensor of one number.
 

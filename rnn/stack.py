@@ -33,7 +33,8 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .projection import check_projected, first_steps
 from .single_step import single_step
-from .time_parallel import check_time_parallel, parallel_layer
+from .time_options import check_time_parallel
+from .time_parallel import parallel_layer
 from .transforms import tracing_state
 
 # By the modes of nn.RNNBase

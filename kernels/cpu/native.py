@@ -278,8 +278,8 @@ class Part(NamedTuple):
 
 
 def recurrence_threads(N: int) -> int:
-    """Threads of each of N recurrences: M of them by themselves have the same groups with M times as
-    many."""
+    """Threads of each of N recurrences: M of them by themselves have the same groups with M times
+    as many."""
     return -(-threads() // N)
 
 

@@ -181,8 +181,7 @@ def test_reference_backend(name: str) -> None:
     resets = torch.rand(50, 4) < 0.1
     for masks in ((None, None), (lengths, None), (None, resets), (lengths, resets)):
         plain, found = (
-            results(layer(name, checkpoint=every, **options), x, *masks)
-            for every in (False, True)
+            results(layer(name, checkpoint=every, **options), x, *masks) for every in (False, True)
         )
         torch.testing.assert_close(found, plain, rtol=1e-11, atol=1e-11)
     sizes = [kept(layer(name, checkpoint=every, **options), x) for every in (False, True)]

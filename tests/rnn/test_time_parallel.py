@@ -208,7 +208,7 @@ def test_batched_gradients(name: str) -> None:
     x = torch.randn(20, 2, 3, dtype=DOUBLE, requires_grad=True)
     inputs = [x, *layer.parameters()]
     layer.time_parallel = rnn.TimeParallel(chunk=5, max_passes=20)
-    y, last = layer(x)
+    y, _ = layer(x)
     assert all(report.converged for report in layer.last_time_parallel)
     many = torch.randn(3, *y.shape, dtype=DOUBLE)
     found = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
