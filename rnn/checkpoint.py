@@ -3,7 +3,7 @@
 The sequence is cut into windows of time, and some of them make a segment. Forward keeps the states
 that enter a segment; backward computes a segment once more, and runs the adjoints of its windows,
 which add to the same gradients. The recurrences of one direction take their segments together,
-those of the other direction after them.
+those of the other direction at the same time or after them.
 
 With the CPU's C++ the windows are those that the backward pass of the whole would have, and they
 add to the gradients in the same order: all results have the same bits, but where docs/numerics.md
@@ -11,6 +11,7 @@ says. With other kernels a window is a segment, and gradients of W are sums over
 results differ by rounding."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .kernels.cpu import native
 from .kernels.types import Gradients, OutputGrads, Outputs, Save
 from .layer_call import LayerCall
 from .resets import requested_steps
-from .segments import Rows, Segments, Sweep
+from .segments import Rows, Segments, Sweep, side_by_side
 from .transforms import needs_composite, without_autocast
 
 # Gradients of the inputs of _Segments before x
@@ -54,22 +55,26 @@ class _Segments(torch.autograd.Function):
         every = segments.all()
         kept = x.new_zeros(len(every), S, N, B, H)
         last = [x.new_empty(N, B, H) for _ in range(S)]
+
+        def run(sweep: Sweep) -> None:
+            own = sweep.numbers
+            now: Any = None if states is None else [s[own] for s in states]
+            for i in reversed(range(len(every))):
+                steps = segments.steps(every[i], sweep.back)
+                if now is not None:
+                    now = sweep.cut(steps, now)
+                    kept[i][:, own] = torch.stack(now)
+                found = sweep.forward(steps, now, Save.STATES if keep else Save.NOTHING)
+                sweep.write_units(y, steps, found.y)
+                if others is not None and found.states is not None:
+                    sweep.write_units(others, steps, found.states)
+                now = found.last
+            for end, s in zip(last, now):
+                end[own] = s
+
+        sweeps = rows.sweeps()
         with call.context(x):
-            for sweep in rows.sweeps():
-                own = sweep.numbers
-                now: Any = None if states is None else [s[own] for s in states]
-                for i in reversed(range(len(every))):
-                    steps = segments.steps(every[i], sweep.back)
-                    if now is not None:
-                        now = sweep.cut(steps, now)
-                        kept[i][:, own] = torch.stack(now)
-                    found = sweep.forward(steps, now, Save.STATES if keep else Save.NOTHING)
-                    sweep.write_units(y, steps, found.y)
-                    if others is not None and found.states is not None:
-                        sweep.write_units(others, steps, found.states)
-                    now = found.last
-                for end, s in zip(last, now):
-                    end[own] = s
+            side_by_side(sweeps, [partial(run, sweep) for sweep in sweeps])
         ctx.call = call
         ctx.segments = segments
         ctx.count = count
@@ -122,7 +127,6 @@ class _Adjoint:
         self.dy = None if dy is None else dy.view(-1, dy.shape[-1])
         self.dothers = dothers
         self.dlast = call.last_grads(ends)
-        self.x = torch.zeros_like(self.rows.x) if needs.x else None
 
     def run(self, kept: Tensor) -> Gradients[Any]:
         """From the kept states [segments, S, N, B, H] to the gradients of x, in the caller's
@@ -131,14 +135,17 @@ class _Adjoint:
         N = len(call.reverse)
         sums: list[list[Tensor | None]] = [[None] * N for _ in range(4)]
         ds: list[list[Any]] = [[None] * N for _ in range(call.cell.states)]
-        for sweep in self.rows.sweeps():
-            part = _SweepAdjoint(self, sweep)
-            part.run(kept)
+        sweeps = self.rows.sweeps()
+        parts = [_SweepAdjoint(self, sweep) for sweep in sweeps]
+        side_by_side(sweeps, [partial(part.run, kept) for part in parts])
+        for sweep, part in zip(sweeps, parts):
             for places, t in zip((*sums, *ds), (*part.sums, *part.ds)):
                 for n, own in zip(sweep.numbers, [] if t is None else t.chunk(len(sweep.numbers))):
                     places[n] = own
         joined = [None if own[0] is None else torch.cat(own) for own in sums]  # type: ignore[arg-type]
-        x = self.x
+        x: Any = None
+        for part in parts:
+            x = part.x if x is None else x.add_(part.x)
         if x is not None:
             x = x.view(*call.leading, x.shape[-1]) if call.rows_are_given else call.from_rows(x)
         s0 = None
@@ -163,8 +170,9 @@ class _SweepAdjoint:
             for grad in last or [None] * self.call.cell.states
         ]
         self.sums: list[Tensor | None] = [None] * 4
-        self.native = self.call.plan.backend == "native"
-        if self.native:
+        # Of both directions they are added at last
+        self.x = torch.zeros_like(sweep.rows.x) if whole.needs.x else None
+        if sweep.native:
             self._take_memory()
 
     def _take_memory(self) -> None:
@@ -182,7 +190,7 @@ class _SweepAdjoint:
         ]
         each = native.recurrence_threads(len(self.call.reverse))
         size = w_ih.numel() + w_hh.numel() + 2 * len(w_hh)
-        self.threads = native.threads() if self.sweep.all else each * len(self.sweep.numbers)
+        self.threads = self.sweep.threads or native.threads()
         self.group_grads = w_hh.new_empty((each - 1) * size)
 
     def run(self, kept: Tensor) -> None:
@@ -200,7 +208,7 @@ class _SweepAdjoint:
                 states = outputs.last
             for w in windows:
                 self._window(w, *again.pop())
-        if self.native and not self.call.cell.split and self.whole.needs.b_ih:
+        if self.sweep.native and not self.call.cell.split and self.whole.needs.b_ih:
             self.sums[2] = self.sums[3]
 
     def _window(self, w: int, states: Any, outputs: Outputs) -> None:
@@ -215,9 +223,9 @@ class _SweepAdjoint:
         outputs = outputs._replace(last=None)
         if layout.resets is not None:
             x, states, outputs = requested_steps(self.call.plan, layout, x, states, outputs, coming)
-        dx = None if whole.x is None else whole.x[rows]
+        dx = None if self.x is None else self.x[rows]
         call = self.call
-        if self.native:
+        if self.sweep.native:
             count = whole.segments.windows
             part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads)
             ds = [torch.empty_like(s) for s in states]
@@ -245,7 +253,7 @@ class _SweepAdjoint:
     def _add(self, dx: Tensor | None, found: Gradients[Any]) -> None:
         """A window's gradients, of weights in float32 at least."""
         if dx is not None:
-            dx += found.x
+            dx.copy_(found.x)
         for k, grad in enumerate(found.of_weights()):
             if grad is None:
                 continue

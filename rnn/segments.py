@@ -1,7 +1,8 @@
 """How `checkpoint` cuts a call in time: its segments, the rows of spans of time, and the
 recurrences of one direction going through them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -98,6 +99,11 @@ class Sweep:
         N = len(self.call.reverse)
         self.all = len(numbers) == N
         self.numbers = numbers
+        self.native = self.call.plan.backend == "native"
+        # Of the C++: its share of them, beside the other direction
+        self.threads = 0
+        if self.native and not self.all:
+            self.threads = native.recurrence_threads(N) * len(numbers)
         weights = rows.weights
         if len(weights) > 4:
             own = [weights[4 * n + k] for n in numbers for k in range(4)]
@@ -165,7 +171,25 @@ class Sweep:
         call = self.call
         x = self.rows.x[self.rows.of(steps)]
         layout = self.layout(steps)
+        own = (self.threads,) if self.threads else ()
         found: Outputs = call.backend().forward(
-            call.cell, call.plan, layout, x, self.weights, states, save
+            call.cell, call.plan, layout, x, self.weights, states, save, *own
         )
         return found
+
+
+def side_by_side(sweeps: Sequence[Sweep], functions: Sequence[Callable[[], None]]) -> None:
+    """What is to be done for each sweep, at the same time where the C++ has a thread for each."""
+    if len(sweeps) == 1 or not sweeps[0].native or native.threads() == 1:
+        for function in functions:
+            function()
+        return
+
+    def run(function: Callable[[], None]) -> None:
+        # A thread's own setting, on in a new one
+        with torch.no_grad():
+            function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        for _ in pool.map(run, functions):
+            pass

@@ -22,10 +22,17 @@ def _kernel(backend: str) -> Any:
 
 
 def forward(
-    cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
+    cell: Cell,
+    plan: Plan,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    save: int,
+    team: int = 0,
 ) -> Outputs:
     """Of x [R, I] (C++ takes [T, B, I] too; y has the same leading dimensions), and of s0, S states
-    [N, B, H], zeros if None."""
+    [N, B, H], zeros if None. C++ has so many threads or, for 0, all."""
     N = len(layout.reverse)
     S = cell.states
     H = weights.w_hh.shape[1]
@@ -44,7 +51,8 @@ def forward(
         if cell.saved and save == Save.ACTIVATIONS:
             saved = x.new_empty(cell.saved, R, N * H)
     outputs = Outputs(y, states, last, saved)
-    _kernel(plan.backend).forward(cell, plan, layout, x, weights, s0, outputs)
+    own = (team,) if team else ()
+    _kernel(plan.backend).forward(cell, plan, layout, x, weights, s0, outputs, *own)
     return outputs
 
 

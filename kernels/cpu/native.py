@@ -201,7 +201,7 @@ def _pack(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"{count}q").pack
 
 
-def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
+def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor, team: int = 0) -> Sizes:
     steps, reverse, sizes, _, offsets, _, B = layout
     rows, H = w_hh.shape
     shape = x.shape
@@ -209,7 +209,7 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> Sizes:
     # Of numbers of 4 bytes.
     windows = _windows(sizes[0], rows * w_hh.itemsize // 4, cell.split)
     N = len(reverse)
-    team = threads()
+    team = team or threads()
     return Sizes(steps, B, R, shape[-1], H, N, layout.reverses, team, team, 0, 0, windows)
 
 
@@ -235,9 +235,10 @@ def forward(
     weights: Weights,
     s0: States,
     outputs: Outputs,
+    team: int = 0,
 ) -> None:
-    """Writes `outputs`."""
-    sizes = _sizes(cell, layout, x, weights.w_hh)
+    """Writes `outputs`, by so many threads or, for 0, by all."""
+    sizes = _sizes(cell, layout, x, weights.w_hh, team)
     # By position: with names this takes as long as asking each tensor for its address
     arguments = Arguments(
         x,
