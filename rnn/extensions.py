@@ -207,7 +207,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
         check_layer(cell, x, call[2:6], parts, masks, len(directions), batch_first)
         norm = layer_norm(layer)
         call = normalized_call(layer, index, call, masks[0], batch_first)
-        run = partial(normalized_layer, layer)
+        run = normalized_layer
     call = _regularised(layer, call, norm)
     y, others, last = run(
         call.cell,

@@ -62,15 +62,10 @@ def _cell(layer: Any) -> Cell:
     return extended_cell(layer.layer_cell(), None, (), False, layer_norm(layer))
 
 
-def plan_of(layer: Any, cell: Cell, x: Tensor, N: int) -> Plan:
-    H = layer.hidden_size // layer.num_heads
-    plan: Plan | None = layer.plan
-    return plan or dispatch.choose_plan(cell, x, 1, H, (False,) * N)
-
-
 def words(layer: Any, x: Tensor) -> str:
     """Of `rnn.explain`."""
-    plan = plan_of(layer, _cell(layer), x, 1)
+    H = layer.hidden_size // layer.num_heads
+    plan = layer.plan or dispatch.choose_plan(_cell(layer), x, 1, H, (False,))
     kernels = "C++, compiled for this machine" if plan.backend == "native" else "NumPy"
     return f"{kernels}, with layer_norm; W_ih x and its norm before it in torch operations"
 
@@ -124,7 +119,6 @@ def _input_gates(x: Tensor, w_ih: Tensor, gain: Tensor, bias: Tensor | None, N: 
 
 
 def normalized_layer(  # noqa: PLR0913  as run_layer
-    layer: Any,
     cell: Cell,
     x: Tensor,
     weights: Sequence[Any],
@@ -132,14 +126,16 @@ def normalized_layer(  # noqa: PLR0913  as run_layer
     masks: Sequence[Any],
     reverse: Sequence[int],
     keep: int,
-    _: Plan | None,
+    plan: Plan | None,
     recompute: bool,
     batch_first: bool,
     checkpoint: int,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `functional.run_layer`, for a call that `normalized_call` has made: y alone is in the
     caller's layout. `checkpoint` is without effect."""
-    call = LayerCall(cell, plan_of(layer, cell, x, len(reverse)), x, masks, reverse)
+    B, H = states[0].shape[1:]
+    chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
+    call = LayerCall(cell, chosen, x, masks, reverse)
     if trains((x, *weights, *states)):
         save = Save.STATES if recompute else Save.ACTIVATIONS
         y, others, _, *last = apply(call, save, 4, *masks, x, *weights, *states)

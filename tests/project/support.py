@@ -124,7 +124,7 @@ USES: dict[str, Use] = {
     "`weight_drop=`": Use(outputs().run, dict(weight_drop=0.5)),
     "`learned_state=True`": Use(outputs().run, dict(learned_state=True)),
     "`clip_recurrent_grad=1.0`": Use(outputs().run, dict(clip_recurrent_grad=1.0), compiles=True),
-    "`layer_norm=True`": Use(outputs().run, dict(layer_norm=True)),
+    "`layer_norm=True`": Use(outputs().run, dict(layer_norm=True), compiles=True),
     "float64": Use(outputs().run, dtype=torch.float64),
     "float16, bfloat16": Use(outputs().run, dtype=torch.bfloat16),
     "autocast": Use(under_autocast),
