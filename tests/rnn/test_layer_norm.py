@@ -111,9 +111,9 @@ def same_as_step_by_step(layer: Any, **more: Any) -> None:
 @pytest.mark.parametrize("plan", [REFERENCE, None], ids=["reference", "native"])
 def test_resets(plan: Plan | None, batch_first: bool) -> None:
     layer = normalized("LSTM", 4, 6, 2, bidirectional=True, batch_first=batch_first, plan=plan)
-    size = (7, 5)
-    same_as_step_by_step(layer, resets=torch.rand(size) < 0.3)
-    same_as_step_by_step(layer, lengths=torch.tensor([5, 3, 0, 2, 4, 5, 1][: size[not batch_first]]))
+    same_as_step_by_step(layer, resets=torch.rand(7, 5) < 0.3)
+    lengths = [5, 3, 0, 2, 4, 5, 1] if batch_first else [7, 3, 0, 2, 4]
+    same_as_step_by_step(layer, lengths=torch.tensor(lengths))
 
 
 def test_packed() -> None:
