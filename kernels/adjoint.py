@@ -233,19 +233,27 @@ def _rule(tape: Tape, line: Line, d: Term, primal: Callable[[Any], Any]) -> list
             of_b = scaled(tape.do("divide", primal(y), primal(b)))
             found.append((b, Term(-of_b.sign, of_b.root, of_b.factor)))
         return found
-    if operation == "tanh":
-        square = tape.do("multiply", primal(y), primal(y))
-        return [(a, scaled(tape.do("subtract", 1, square)))]
-    if operation == "sigmoid":
-        complement = tape.do("subtract", 1, primal(y))
-        return [(a, scaled(tape.do("multiply", primal(y), complement)))]
-    if operation == "exp":
-        return [(a, scaled(primal(y)))]
+    if operation in ("tanh", "sigmoid", "exp", "rsqrt"):
+        return [(a, scaled(_derivative(tape, operation, primal(y))))]
+    if operation == "row_mean":
+        return [(a, Term(sign, tape.do("row_mean", _product(tape, d)), None))]
     if operation == "relu":
         return [(a, Term(sign, tape.do("relu_grad", _product(tape, d), primal(y)), None))]
     if operation == "clip_grad":
         return [(a, Term(sign, tape.do("clamp", _product(tape, d), b), None))]
     raise TypeError(f"{operation} has no derivative here")
+
+
+def _derivative(tape: Tape, operation: str, y: Value) -> Value:
+    """Of a function, from its value."""
+    if operation == "tanh":
+        return tape.do("subtract", 1, tape.do("multiply", y, y))
+    if operation == "sigmoid":
+        return tape.do("multiply", y, tape.do("subtract", 1, y))
+    if operation == "rsqrt":
+        cube = tape.do("multiply", tape.do("multiply", y, y), y)
+        return tape.do("multiply", cube, -0.5)
+    return y
 
 
 def _sum(tape: Tape, terms: Sequence[Term]) -> Term:

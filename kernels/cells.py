@@ -102,6 +102,17 @@ def clip_grad(x: Any, limit: float) -> Any:
     return x.do("clip_grad", x, limit) if isinstance(x, Value) else _clip_grad(x, limit)
 
 
+def row_mean(x: Any) -> Any:
+    """The mean over all hidden units of a sequence, for layer norm, and its own adjoint. Only the
+    CPU's kernels have it: they have these units in one place."""
+    return x.do("row_mean", x) if isinstance(x, Value) else x.mean(-1, keepdim=True)
+
+
+def rsqrt(x: Any) -> Any:
+    """1 / sqrt(x)."""
+    return x.do("rsqrt", x) if isinstance(x, Value) else x.rsqrt()
+
+
 def zeros_like(x: Any) -> Any:
     return x.new_zeros(x.shape)
 
@@ -115,6 +126,8 @@ _NAMES: dict[str, Any] = dict(
     relu_grad=relu_grad,
     clamp=clamp,
     clip_grad=clip_grad,
+    row_mean=row_mean,
+    rsqrt=rsqrt,
     zeros_like=zeros_like,
 )
 
@@ -177,6 +190,8 @@ class Cell:
     check: InitVar[bool] = False
     saved: int = field(init=False)
     split: bool = field(init=False)
+    # Whether a step takes means over all hidden units: then it takes pre-activations in place of x
+    whole_rows: bool = field(init=False)
 
     def __post_init__(self, check: bool) -> None:
         # Cells made of this one, by what was changed
@@ -196,6 +211,8 @@ class Cell:
             check_function(self.forward)
             check_function(self.backward)
         self._count_results()
+        lines = trace(self.forward, self.inputs("xrs"))[0] if derived else []
+        self.whole_rows = any(line.operation == "row_mean" for line in lines)
         if not derived:
             given = self.forward
             self._step = lambda *arguments: given(*arguments)[0]

@@ -43,7 +43,8 @@ def forward(
     s0: States,
     outputs: Outputs,
 ) -> None:
-    """Writes `outputs`, for x [R, I] and s0, S tensors [N, B, H], zeros if None."""
+    """Writes `outputs`, for x [R, I], or without w_ih the pre-activations [R, N*G*H], and s0, S
+    tensors [N, B, H], zeros if None."""
     w_ih, w_hh, b_ih, b_hh = weights
     y, others, last, saved = outputs
     xp = _library(plan)
@@ -61,7 +62,7 @@ def forward(
         gates = slice(n * G * H, (n + 1) * G * H)
         # A copy: products with it are faster than with the view.
         w_t = xp.ascontiguousarray(w_hh[gates].T)
-        x_all = x @ w_ih[gates].T
+        x_all = x[:, gates] if w_ih is None else x @ w_ih[gates].T
         r_bias = None
         if b_ih is not None:
             x_all += b_ih[gates]
@@ -136,7 +137,9 @@ def backward(
             dh_prev = ds_prev[0] + dr_all[step.rows] @ w_hh[gates]
             ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]], cell.carried), ds)
         _write([d[n] for d in _arrays(xp, *(gradients.s0 or ()))], ds)
-        if dx is not None and len(layout.reverse) == 1:
+        if dx is not None and w_ih is None:
+            dx[:, gates] = dx_all
+        elif dx is not None and len(layout.reverse) == 1:
             dx[...] = dx_all @ w_ih
         elif dx is not None:
             dx += dx_all @ w_ih[gates]
@@ -248,6 +251,8 @@ def _on_arrays(function: Callable[..., Any], xp: Any) -> Callable[..., Any]:
         clamp=lambda v, limit: xp.clip(v, -limit, limit),
         # It cuts the gradient, in the adjoint.
         clip_grad=lambda v, limit: v,
+        row_mean=lambda v: v.mean(-1, keepdims=True),
+        rsqrt=lambda v: 1 / xp.sqrt(v),
         zeros_like=xp.zeros_like,
     )
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
-# Functions of one value that a step may use, beside + - * /
-FUNCTIONS = ("tanh", "sigmoid", "relu", "exp")
+# Functions of one value that a step may use, beside + - * /, and those of layer norm
+FUNCTIONS = ("tanh", "sigmoid", "relu", "exp", "row_mean", "rsqrt")
 INFIX = dict(add="+", subtract="-", multiply="*", divide="/")
 
 

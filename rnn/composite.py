@@ -83,8 +83,8 @@ def composite(
     resets. But for batch_sizes all may have a leading dimension: so many recurrences side by side,
     each with weights of its own.
 
-    `step(n, x, r, s, biases)`, in place of the cell's, gives recurrence n's new states from W_ih x
-    and W_hh h [B, G*H] and its two biases."""
+    Without w_ih x are pre-activations [T, B, N*G*H]. `step(n, x, r, s, biases)`, in place of the
+    cell's, gives recurrence n's new states from W_ih x and W_hh h [B, G*H] and its two biases."""
     (x, w_ih, w_hh, b_ih, b_hh, s0) = operands
     (lengths, batch_sizes, resets) = masks
     N = len(reverse)
@@ -102,8 +102,11 @@ def composite(
     # A NaN in the padding would come back in the gradients of the choices below
     if lengths is not None:
         x = torch.where(torch.arange(T, device=x.device)[:, None, None] < ends.unsqueeze(-3), x, 0)
-    gates = _linear(x.flatten(-3, -2), w_ih, b_ih if step is None else None)
-    gates = gates.unflatten(-2, (T, B)).chunk(N, -1)
+    gates = x
+    if w_ih is not None:
+        gates = _linear(x.flatten(-3, -2), w_ih, b_ih if step is None else None)
+        gates = gates.unflatten(-2, (T, B))
+    gates = gates.chunk(N, -1)
     new_states = _step_of(cell, step, w_hh.chunk(N, -2), _parts(b_ih, N), _parts(b_hh, N))
     sweeps = []
     for n, backwards in enumerate(reverse):

@@ -12,8 +12,9 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.prediction import predict
 from .layer_call import batch_size
+from .normalized import why_stepwise
+from .normalized import words as normalized_words
 from .stack import Stack
-from .stepwise import reason
 
 _WORDS = {
     "numpy": "NumPy, step by step",
@@ -137,9 +138,12 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws
         layer._run(operator, *args, **kwargs)
     # These do not ask the operator
-    why = reason(layer)
-    if why:
-        name = layer.layer_cell().name
-        words = f"{name} H={layer.hidden_size}: the formula in torch operations, slow ({why})"
+    given = args[0] if args else kwargs["input"]
+    why = why_stepwise(layer, (given.data, *layer.parameters()))
+    if why or layer.layer_norm:
+        how = f"the formula in torch operations, slow ({why})"
+        if not why:
+            how = normalized_words(layer, given.data)
+        words = f"{layer.layer_cell().name} H={layer.hidden_size}: {how}"
         lines = [f"layer {k}: {words}" for k in range(layer.num_layers)]
     return "\n".join(lines)

@@ -18,8 +18,10 @@ from .functional import BATCH_FIRST
 from .kernels import cells
 from .kernels.cells import Cell
 from .layer_call import batch_size
+from .normalized import layer_norm, normalized_call, normalized_layer, why_stepwise
 from .regularisers import (
     Arguments,
+    Norm,
     clip_limit,
     extended_cell,
     with_sequence_mask,
@@ -28,7 +30,7 @@ from .regularisers import (
     zoneout_masks,
     zoneout_rates,
 )
-from .stepwise import reason, say_stepwise, stepwise
+from .stepwise import say_stepwise, stepwise
 
 OPTIONS = (
     "num_heads",
@@ -192,20 +194,28 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     given = _states(layer, index, x, B, states, len(reverse))
     w_ih, w_hh, b_ih, b_hh = _joined(weights)
     parts = [_split_heads(s, heads) for s in given]
-    call = _regularised(layer, Arguments(cell, x, w_ih, w_hh, b_ih, b_hh, parts))
-    dropped = call.cell.constants > cell.constants
+    call = Arguments(cell, x, w_ih, w_hh, b_ih, b_hh, parts)
+    directions = tuple(back for back in reverse for _ in range(heads))
+    dropped = bool(layer.training and layer.recurrent_dropout)
+    norm = None
     run = operator
-    if reason(layer):
-        say_stepwise(layer)
-        step = stepwise(layer, index, dropped)
-        run = partial(_composite, step)
+    why = why_stepwise(layer, (x, *weights, *parts, *masks))
+    if why:
+        say_stepwise(layer, why)
+        run = partial(_composite, stepwise(layer, index, dropped))
+    elif layer.layer_norm:
+        check_layer(cell, x, call[2:6], parts, masks, len(directions), batch_first)
+        norm = layer_norm(layer)
+        call = normalized_call(layer, index, call, masks[0], batch_first)
+        run = normalized_layer
+    call = _regularised(layer, call, norm)
     y, others, last = run(
         call.cell,
         call.x,
-        (call.w_ih, call.w_hh, call.b_ih, call.b_hh),
+        call[2:6],
         call.states,
         masks,
-        tuple(back for back in reverse for _ in range(heads)),
+        directions,
         1 if dropped else keep,
         *options,
     )
@@ -220,7 +230,7 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     return y, own, ends
 
 
-def _regularised(layer: Any, call: Arguments) -> Arguments:
+def _regularised(layer: Any, call: Arguments, norm: Norm | None) -> Arguments:
     """With masks drawn now, in this order: of W_hh, of the steps, of the sequences."""
     cell = call.cell
     if layer.training and layer.weight_drop:
@@ -233,7 +243,7 @@ def _regularised(layer: Any, call: Arguments) -> Arguments:
     dropped = bool(layer.training and layer.recurrent_dropout)
     if dropped:
         call = with_sequence_mask(call, layer.recurrent_dropout)
-    return call._replace(cell=extended_cell(cell, clip_limit(layer), zoned, dropped))
+    return call._replace(cell=extended_cell(cell, clip_limit(layer), zoned, dropped, norm))
 
 
 def _composite(

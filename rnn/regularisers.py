@@ -2,7 +2,7 @@
 
 Zoneout takes its masks as further gates, whose part of W_ih is the identity. Recurrent dropout
 takes its mask as a constant of the cell, and its state 0 is the h that W_hh multiplies, after the
-mask: h itself is state 1."""
+mask: h itself is state 1. Layer norm takes its gains as constants."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,15 +16,16 @@ from .kernels.cells import Cell
 
 # x, r, s and constants to the new states
 StepFunction = Callable[[Any, Any, Any, Any], Any]
+EPSILON = 1e-5  # torch.nn.functional.layer_norm's
 
 
 class Arguments(NamedTuple):
     """Of the operator, for the N recurrences of all directions and heads: joined weights, S states
-    [N, B, H] and the constants after them."""
+    [N, B, H] and the constants after them. Without w_ih x are pre-activations [..., N*G*H]."""
 
     cell: Cell
     x: Tensor
-    w_ih: Tensor
+    w_ih: Tensor | None
     w_hh: Tensor
     b_ih: Tensor | None
     b_hh: Tensor | None
@@ -70,7 +71,6 @@ def with_step_masks(call: Arguments, masks: Tensor, K: int) -> Arguments:
     """With K more gates, whose pre-activations are the masks."""
     N, _, H = call.states[0].shape
     G = call.cell.gates
-    identity = torch.cat((call.x.new_zeros(G * H, K * H), torch.eye(K * H).to(call.x)))
 
     def taller(w: Tensor | None) -> Tensor | None:
         """[N*G*H, ...] to [N*(G+K)*H, ...], with 0 for the further gates."""
@@ -80,14 +80,16 @@ def with_step_masks(call: Arguments, masks: Tensor, K: int) -> Arguments:
         zeros = w.new_zeros(N, K * H, *w.shape[1:])
         return torch.cat((parts, zeros), 1).flatten(0, 1)
 
-    w_ih: Any = taller(call.w_ih)
     w_hh: Any = taller(call.w_hh)
-    return call._replace(
+    found = call._replace(w_hh=w_hh, b_ih=taller(call.b_ih), b_hh=taller(call.b_hh))
+    if call.w_ih is None:
+        parts = (call.x.unflatten(-1, (N, G * H)), masks.unflatten(-1, (N, K * H)))
+        return found._replace(x=torch.cat(parts, -1).flatten(-2))
+    w_ih: Any = taller(call.w_ih)
+    identity = torch.cat((call.x.new_zeros(G * H, K * H), torch.eye(K * H).to(call.x)))
+    return found._replace(
         x=torch.cat((own_gradient(call.x), masks), -1),
         w_ih=torch.cat((w_ih, torch.block_diag(*[identity] * N)), 1),
-        w_hh=w_hh,
-        b_ih=taller(call.b_ih),
-        b_hh=taller(call.b_hh),
     )
 
 
@@ -96,6 +98,54 @@ def with_sequence_mask(call: Arguments, rate: float) -> Arguments:
     h = call.states[0]
     mask = torch.bernoulli(torch.full_like(h, 1 - rate)) / (1 - rate)
     return call._replace(states=[mask * h, *call.states, mask])
+
+
+def normalized_output(x: Any, r: Any, c: Any, norm: Callable[[Any], Any]) -> Any:
+    """The h of an LSTM whose c is normalised before its output."""
+    return cells.sigmoid(x[3] + r[3]) * cells.tanh(norm(c))
+
+
+def _row_norm(values: Sequence[Any], gains: Sequence[Any]) -> list[Any]:
+    """Layer norm over all units of these values together."""
+    share = 1 / len(values)
+    mean = cells.row_mean(sum(values[1:], values[0]) * share)
+    centred = [v - mean for v in values]
+    squares = [v * v for v in centred]
+    variance = cells.row_mean(sum(squares[1:], squares[0]) * share)
+    scale = cells.rsqrt(variance + EPSILON)
+    return [v * scale * gain for v, gain in zip(centred, gains)]
+
+
+class Norm(NamedTuple):
+    """The constants of layer norm: a gain of each gate of W_hh h; b_hh of each gate, if the cell
+    does not add it to x; and the gain of an LSTM's c."""
+
+    gains: int
+    biases: int
+    states: int
+
+
+def norm_of(cell: Cell, biased: bool) -> Norm:
+    return Norm(cell.gates, cell.gates * (biased and cell.split), int(cell is cells.lstm))
+
+
+def _normalized(cell: Cell, norm: Norm) -> StepFunction:
+    """Layer norm (Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450) of W_hh h and of
+    an LSTM's c, whose constants come after those of the cell. x is normalised already."""
+    G = cell.gates
+    own = cell.constants
+
+    def normal(x: Any, r: Any, s: Any, k: Any) -> Any:
+        gains = k[own : own + norm.gains]
+        biases = k[own + norm.gains :][: norm.biases]
+        r = _row_norm(r[:G], gains)
+        r = [v + bias for v, bias in zip(r, biases)] if biases else r
+        new = cell.step(x, r, s, k[:own])
+        if not norm.states:
+            return new
+        return normalized_output(x, r, new[1], lambda c: _row_norm([c], k[-1:])[0]), new[1]
+
+    return normal
 
 
 def _clipped(step: StepFunction, limit: float) -> StepFunction:
@@ -143,24 +193,36 @@ def extended_step(
     return _dropped(step) if dropped else step
 
 
-def extended_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
-    """The cell with these options; registered if it is."""
-    if limit is None and not zoned and not dropped:
+def extended_cell(
+    cell: Cell,
+    limit: float | None,
+    zoned: tuple[int, ...],
+    dropped: bool,
+    norm: Norm | None = None,
+) -> Cell:
+    """The cell with these options; registered if it is, but for layer norm, which nothing
+    records."""
+    if limit is None and not zoned and not dropped and norm is None:
         return cell
     # torch.compile finds it there, and never has to make it.
-    found = cell.variants.get((limit, zoned, dropped))
+    found = cell.variants.get((limit, zoned, dropped, norm))
     if found is None:
-        found = _make_cell(cell, limit, zoned, dropped)
-        cell.variants[limit, zoned, dropped] = found
+        found = _make_cell(cell, limit, zoned, dropped, norm)
+        cell.variants[limit, zoned, dropped, norm] = found
     return found
 
 
-def _make_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool) -> Cell:
-    step = extended_step(cell.step, cell, limit, zoned, dropped)
+def _make_cell(
+    cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped: bool, norm: Norm | None
+) -> Cell:
+    base = cell.step if norm is None else _normalized(cell, norm)
+    step = extended_step(base, cell, limit, zoned, dropped)
+    constants = sum(norm or ()) + dropped
     words = [cell.name]
     words += [] if limit is None else [f"clip{limit!r}"]
     words += [f"zoneout{''.join(map(str, zoned))}"] if zoned else []
     words += ["dropout"] if dropped else []
+    words += [] if norm is None else ["norm"]
 
     def with_constants(x: Any, r: Any, s: Any, k: Any = ()) -> Any:
         return step(x, r, s, k)
@@ -169,7 +231,7 @@ def _make_cell(cell: Cell, limit: float | None, zoned: tuple[int, ...], dropped:
         "-".join(words),
         with_constants,
         gates=cell.gates + len(zoned),
-        states=cell.states + 2 * dropped,
-        constants=cell.constants + dropped,
+        states=cell.states + constants + dropped,
+        constants=cell.constants + constants,
     )
-    return cells.register(found) if cells.is_registered(cell) else found
+    return cells.register(found) if norm is None and cells.is_registered(cell) else found

@@ -1,4 +1,4 @@
-"""What is no change of a cell's step, as it takes a whole row of h: layer norm, and clipping the
+"""What takes a whole row of h where no kernel has it in one place: layer norm, and clipping the
 gradient of h by its norm. A step for `composite`, in torch's operations."""
 
 import warnings
@@ -10,14 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import cells
-from .regularisers import clip_limit, clip_norm, extended_step, zoned_states
-
-
-def reason(layer: Any) -> str:
-    """The options for which a layer runs step by step, if there are any."""
-    options = ["layer_norm"] if layer.layer_norm else []
-    options += [] if clip_norm(layer) is None else ["clip_recurrent_grad by a norm"]
-    return " and ".join(options)
+from .regularisers import clip_limit, clip_norm, extended_step, normalized_output, zoned_states
 
 
 def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
@@ -49,9 +42,9 @@ def stepwise(layer: Any, index: int, dropped: bool) -> Callable[..., Any]:
         def base(x: Any, r: Any, s: Any, k: Any) -> Any:
             new = cell.step(x, r, s, k)
             if layer.layer_norm and cell is cells.lstm:
-                o = cells.sigmoid(x[3] + r[3])
-                c = new[1]
-                new = (o * cells.tanh(F.layer_norm(c, (H,), part("norm_c", n, H))), c)
+                gain = part("norm_c", n, H)
+                h = normalized_output(x, r, new[1], lambda c: F.layer_norm(c, (H,), gain))
+                new = (h, new[1])
             if norm_limit is None:
                 return new
             h, *others = new
@@ -86,13 +79,13 @@ _clip_norm = cells.cutting(_ClipNorm)
 _said: set[type] = set()
 
 
-def say_stepwise(layer: Any) -> None:
+def say_stepwise(layer: Any, why: str) -> None:
     """Once for a class of layers."""
     if type(layer) in _said or torch.compiler.is_compiling():
         return
     _said.add(type(layer))
     warnings.warn(
-        f"rnn.{type(layer).__name__}: layer_norm and clip_recurrent_grad by a norm run step by "
-        "step in torch's operations, slower than the kernels",
+        f"rnn.{type(layer).__name__}: {why} runs step by step in torch's operations, slower than "
+        "the kernels",
         stacklevel=5,
     )

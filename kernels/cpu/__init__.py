@@ -31,8 +31,9 @@ def forward(
     save: int,
     team: int = 0,
 ) -> Outputs:
-    """Of x [R, I] (C++ takes [T, B, I] too; y has the same leading dimensions), and of s0, S states
-    [N, B, H], zeros if None. C++ has so many threads or, for 0, all."""
+    """Of x [R, I], or without w_ih of pre-activations [R, N*G*H] (C++ takes [T, B, I] too; y has
+    the same leading dimensions), and of s0, S states [N, B, H], zeros if None. C++ has so many
+    threads or, for 0, all."""
     N = len(layout.reverse)
     S = cell.states
     H = weights.w_hh.shape[1]
@@ -88,7 +89,7 @@ def backward(
         x.new_empty(rows) if b_hh else None,
         ds,
     )
-    if len(layout.reverse) > 1 and gradients.x is not None:
+    if len(layout.reverse) > 1 and gradients.x is not None and w_ih is not None:
         gradients.x.zero_()
     _kernel(plan.backend).backward(cell, plan, layout, x, weights, s0, outputs, grads, gradients)
     if cell.split or not needs.b_ih or gradients.b_hh is None:

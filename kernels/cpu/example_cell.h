@@ -8,6 +8,11 @@
 #define CARRIED 1
 #define SAVED 0
 #define SEPARATE_RECURRENT_GRAD 0
+#define WHOLE_ROWS 0
+#define FORWARD_STAGES 1
+#define BACKWARD_STAGES 1
+#define KEPT 0
+#define MEANS 0
 #define FORWARD const auto t0 = (x[0]+r[0]); const auto t1 = tanh(t0); n[0] = t1;
 #define BACKWARD const auto t0 = (n[0]*n[0]); const auto t1 = (number(1.0)-t0); const auto t2 = (d[0]*t1); x[0] = t2; r[0] = t2; p[0] = number(0.0);
 #include <cstdint>

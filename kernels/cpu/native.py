@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell
-from ..codegen import statements
+from ..codegen import Staged, staged_statements, statements
 from ..forks import forked
 from ..plan import Plan, window
 from ..types import Gradients, Layout, OutputGrads, Outputs, States, Weights
@@ -37,15 +37,8 @@ _FLAGS_OF_ANY_CPU = [
     "-fPIC",
 ]
 _FLAGS = [*_FLAGS_OF_ANY_CPU, "-march=native"]
-_FUNCTIONS = (
-    "needed",
-    "adjoint_windows",
-    "forward",
-    "backward",
-    "step",
-    "step_backward",
-    "struct_size",
-)
+_FUNCTIONS = ("needed", "adjoint_windows", "forward", "backward", "struct_size")
+_OF_ONE_STEP = ("step", "step_backward")
 SOURCES = Path(__file__).parent
 
 
@@ -59,6 +52,7 @@ def _fingerprint() -> str:
 def definitions(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
     """What the C++ expects to be defined before it: the type of its numbers, the order of its sums,
     the cell, and the structs of its calls."""
+    forward, backward = (_statements(cell, adjoint) for adjoint in (False, True))
     choices = dict(
         NUMBER=NUMBERS[dtype],
         FIXED_ORDER=int(fixed_order),
@@ -67,17 +61,34 @@ def definitions(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> st
         CARRIED=cell.carried,
         SAVED=cell.saved,
         SEPARATE_RECURRENT_GRAD=int(cell.split),
-        FORWARD=statements(cell, False),
-        BACKWARD=statements(cell, True),
+        WHOLE_ROWS=int(cell.whole_rows),
+        FORWARD_STAGES=forward.stages,
+        BACKWARD_STAGES=backward.stages,
+        KEPT=max(forward.kept, backward.kept),
+        MEANS=max(forward.means, backward.means),
+        FORWARD=forward.text,
+        BACKWARD=backward.text,
     )
     defines = "".join(f"#define {name} {value}\n" for name, value in choices.items())
     return defines + "#include <cstdint>\n" + "".join(map(declaration, STRUCTS))
 
 
+def _statements(cell: Cell, adjoint: bool) -> Staged:
+    if cell.whole_rows:
+        return staged_statements(cell, adjoint)
+    return Staged(statements(cell, adjoint), 1, 0, 0)
+
+
 def program(cell: Cell, dtype: torch.dtype, fixed_order: bool = False) -> str:
     """The text of a cell's library, which includes files of the folder SOURCES."""
     defined = definitions(cell, dtype, fixed_order)
-    return f'// {_fingerprint()}\n{defined}#include "single_step.cpp"\n'
+    file = "recurrence.cpp" if cell.whole_rows else "single_step.cpp"
+    return f'// {_fingerprint()}\n{defined}#include "{file}"\n'
+
+
+def _functions(cell: Cell) -> tuple[str, ...]:
+    """Of a cell's library: tiles of a single step do not have a row in one place."""
+    return _FUNCTIONS if cell.whole_rows else _FUNCTIONS + _OF_ONE_STEP
 
 
 @cache
@@ -94,11 +105,11 @@ def load_fixed_order(cell: Cell, dtype: torch.dtype) -> Any:
 
 
 def _load(code: str, cell: Cell) -> Any:
-    library, refused = shipping.find(code, _FLAGS_OF_ANY_CPU, _FUNCTIONS)
+    library, refused = shipping.find(code, _FLAGS_OF_ANY_CPU, _functions(cell))
     prebuilt = library is not None
     if library is None:
         try:
-            library = load_library(code, _FLAGS, SOURCES, _FUNCTIONS)
+            library = load_library(code, _FLAGS, SOURCES, _functions(cell))
         except RuntimeError as error:
             reasons = refused or shipping.missed()
             raise RuntimeError("; ".join([str(error), *reasons])) from error
@@ -129,8 +140,9 @@ def _typed(library: Any, cell: Cell, prebuilt: bool) -> Any:
     library.needed.argtypes = [ctypes.c_char_p]
     library.adjoint_windows.restype = ctypes.c_int64
     library.adjoint_windows.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
-    library.step.restype = ctypes.c_int64
-    library.step_backward.restype = ctypes.c_int64
+    if not cell.whole_rows:
+        library.step.restype = ctypes.c_int64
+        library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library

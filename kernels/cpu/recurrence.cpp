@@ -25,8 +25,10 @@ static void load_first_states(const Schedule& schedule, const WorkItem& item) {
   });
 }
 
-// W_ih x + b_ih of an item's window, and + b_hh unless the cell takes W_hh h + b_hh separately.
+// W_ih x + b_ih of an item's window, and + b_hh unless the cell takes W_hh h + b_hh separately. A
+// cell of WHOLE_ROWS takes pre-activations as they come.
 static void input_product(const Schedule& schedule, const WorkItem& item) {
+  if (WHOLE_ROWS) return;
   const i64 I = schedule.I;
   const i64 gate_rows = GATES * schedule.H;
   const i64 n = item.n;
@@ -44,6 +46,7 @@ static void input_product(const Schedule& schedule, const WorkItem& item) {
 // region (i + k) % M. Other recurrences have other rows.
 static void input_gradients(const Schedule& schedule, const ThreadWork& work, i64 w,
                             bool shared_rows) {
+  if (WHOLE_ROWS) return;
   const i64 I = schedule.I;
   const i64 gate_rows = GATES * schedule.H;
   const i64 N = schedule.N;

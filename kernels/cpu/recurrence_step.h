@@ -3,6 +3,29 @@
 #include "cell.h"
 #include "schedule.h"
 
+// Calls body(stage, u, valid_lanes) for every vector of an item's units, in each stage of a cell.
+template <int STAGES, typename Body>
+static inline void for_each_vector(const WorkItem& item, Row& row, Body&& body) {
+  for_each_stage<STAGES>([&](auto stage) {
+    for_unit_tiles<LANES>(item.begin, item.end, [&](i64 u, auto valid_lanes) {
+      row.enter(u, valid_lanes(0));
+      body(stage, u, valid_lanes);
+    });
+    row.end_stage();
+  });
+}
+
+// What a row of a step has in common for all its units, going forward.
+struct ForwardRow {
+  i64 b;
+  i64 at;
+  const Number* x;
+  const Number* s_prev;
+  Number* next_state;
+  bool ends;
+  bool reset;
+};
+
 static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) {
   constexpr int MAX_ROWS = std::max(1, ACCUMULATORS / (GATES * FORWARD_VECTORS));
   constexpr bool IN_Y = Schedule::GATES_IN_Y;
@@ -19,10 +42,46 @@ static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) 
   const i64* const rows = item.rows_of(t);
   const i64* const sequences = item.sequences.data();
   const Number* const bias = schedule.b_hh ? schedule.b_hh + n * GATES * H : nullptr;
-  const Number* const gates = schedule.gates + (IN_Y ? 0 : (item.base + item.slot(t)) * width);
+  // Of x; or, of a cell of WHOLE_ROWS, of h: x are pre-activations as they come.
+  Number* const gates = schedule.gates + (IN_Y ? 0 : (item.base + item.slot(t)) * width);
   // In [R, N, H].
   auto offset = [&](i64 i) { return (rows[i] * N + n) * H; };
-  auto x_gates = [&](i64 i) { return gates + (IN_Y ? offset(i) : i * width); };
+  auto x_gates = [&](i64 i) -> const Number* {
+    if (WHOLE_ROWS) return schedule.x + offset(i) * GATES;
+    return gates + (IN_Y ? offset(i) : i * width);
+  };
+  auto row_at = [&](i64 i) -> ForwardRow {
+    const i64 b = sequences[i];
+    return {b,
+            offset(i),
+            x_gates(i),
+            item.state_row(schedule, 0, i, parity),
+            item.state_row(schedule, 0, i, (parity + 1) % 2),
+            b >= next_size,
+            has_next && schedule.is_reset(next_t + item.reverse, b)};
+  };
+  // The cell on a vector of units, from their products with h.
+  auto finish = [&](auto stage, const ForwardRow& at, i64 unit, int lanes, const Vector* r,
+                    Row* row) {
+    constexpr int STAGE = decltype(stage)::value;
+    Vector x[GATES], s[STATES], n[STATES], a[SAVED + 1];
+    UNROLLED(g, GATES)
+      x[g] = SEPARATE_RECURRENT_GRAD ? load(at.x + g * H + unit, lanes) : Vector{};
+    UNROLLED(k, STATES) s[k] = load(at.s_prev + k * item.state_size + unit, LANES);
+    cell_forward<STAGE>(x, r, s, n, a, row);
+    if (STAGE + 1 < FORWARD_STAGES) return;
+    store(schedule.y + at.at + unit, n[0], lanes);
+    UNROLLED(k, SAVED)
+      if (schedule.saved) store(schedule.saved + at.at * SAVED + k * H + unit, a[k], lanes);
+    UNROLLED(k, STATES) {
+      if (k && schedule.states)
+        store(schedule.states + (k - 1) * plane + at.at + unit, n[k], lanes);
+      if (at.ends)
+        store(schedule.last[k] + item.state_offset(schedule, at.b) + unit, n[k], lanes);
+      const bool cut = at.reset && k < CARRIED;
+      store(at.next_state + k * item.state_size + unit, cut ? Vector{} : n[k], LANES);
+    }
+  };
   for_unit_tiles<FORWARD_VECTORS * LANES>(item.begin, item.end, [&](i64 u, auto valid_lanes) {
     for_row_tiles<MAX_ROWS>(item.count(t), 0, [&](auto count, i64 first) {
       constexpr int ROWS = decltype(count)::value;
@@ -38,39 +97,31 @@ static void forward_step(const Schedule& schedule, const WorkItem& item, i64 t) 
       const Number* const h_prev = item.state_row(schedule, 0, first, parity);
       multiply(sums, h_prev, state_width, 1, item.panel + u * GATES * H, H);
       LOOP(i, ROWS) {
-        const i64 b = sequences[first + i];
-        const i64 at = offset(first + i);
-        const Number* const x_row = x_gates(first + i);
-        const Number* const s_prev = item.state_row(schedule, 0, first + i, parity);
-        Number* const next_state = item.state_row(schedule, 0, first + i, (parity + 1) % 2);
-        const bool ends = b >= next_size;
-        const bool reset = has_next && schedule.is_reset(next_t + item.reverse, b);
+        const ForwardRow at = row_at(first + i);
         UNROLLED(v, FORWARD_VECTORS) {
           const i64 unit = u + v * LANES;
           const int lanes = valid_lanes(v);
           if (lanes <= 0) continue;
-          Vector x[GATES], r[GATES], s[STATES], n[STATES], a[SAVED + 1];
-          UNROLLED(g, GATES) {
-            r[g] = sums[i][g * FORWARD_VECTORS + v];
-            x[g] = SEPARATE_RECURRENT_GRAD ? load(x_row + g * H + unit, lanes) : Vector{};
-          }
-          UNROLLED(k, STATES) s[k] = load(s_prev + k * item.state_size + unit, LANES);
-          cell_forward(x, r, s, n, a);
-          store(schedule.y + at + unit, n[0], lanes);
-          UNROLLED(k, SAVED)
-            if (schedule.saved) store(schedule.saved + at * SAVED + k * H + unit, a[k], lanes);
-          UNROLLED(k, STATES) {
-            if (k && schedule.states)
-              store(schedule.states + (k - 1) * plane + at + unit, n[k], lanes);
-            if (ends)
-              store(schedule.last[k] + item.state_offset(schedule, b) + unit, n[k], lanes);
-            const bool cut = reset && k < CARRIED;
-            store(next_state + k * item.state_size + unit, cut ? Vector{} : n[k], LANES);
-          }
+          Vector r[GATES];
+          UNROLLED(g, GATES) r[g] = sums[i][g * FORWARD_VECTORS + v];
+          if constexpr (WHOLE_ROWS)
+            UNROLLED(g, GATES) store(gates + (first + i) * width + g * H + unit, r[g], lanes);
+          else finish(std::integral_constant<int, 0>(), at, unit, lanes, r, nullptr);
         }
       }
     });
   });
+  if constexpr (WHOLE_ROWS)
+    for (i64 i = 0; i < item.count(t); ++i) {
+      const ForwardRow at = row_at(i);
+      Row row(schedule.row_values(item.n, item.group), H);
+      for_each_vector<FORWARD_STAGES>(item, row, [&](auto stage, i64 u, auto valid_lanes) {
+        const int lanes = valid_lanes(0);
+        Vector r[GATES];
+        UNROLLED(g, GATES) r[g] = load(gates + i * width + g * H + u, lanes);
+        finish(stage, at, u, lanes, r, &row);
+      });
+    }
 }
 
 // The gradients of the pre-activations of a step, and those of the states before it but for what
@@ -94,9 +145,12 @@ static void adjoint_step(const Schedule& schedule, const WorkItem& item, i64 t) 
     Number* const h_row =
         schedule.h_rows + item.base * schedule.padded_hidden + slot * PANEL_WIDTH;
     Number* const dr = schedule.dr + (item.base + slot) * schedule.gates_width;
-    Number* const dx = schedule.dx + (item.base + slot) * schedule.gates_width;
+    Number* dx = schedule.dx + (item.base + slot) * schedule.gates_width;
+    if (WHOLE_ROWS && schedule.x_grad) dx = schedule.x_grad + at * GATES;
     Number* const ds = item.state_row(schedule, 0, i);
-    for_unit_tiles<LANES>(item.begin, item.end, [&](i64 u, auto valid_lanes) {
+    Row row(schedule.row_values(item.n, item.group), H);
+    for_each_vector<BACKWARD_STAGES>(item, row, [&](auto stage, i64 u, auto valid_lanes) {
+      constexpr int STAGE = decltype(stage)::value;
       const int lanes = valid_lanes(0);
       Vector a[SAVED + 1], s[STATES], n[STATES], d[STATES], x[GATES], r[GATES], p[STATES];
       UNROLLED(k, SAVED) a[k] = load(schedule.saved + at * SAVED + k * H + u, lanes);
@@ -111,7 +165,8 @@ static void adjoint_step(const Schedule& schedule, const WorkItem& item, i64 t) 
         d[k] = load(ds + k * item.state_size + u, LANES);
         if (grad) d[k] += load(grad + at + u, lanes);
       }
-      cell_backward(a, s, n, d, x, r, p);
+      cell_backward<STAGE>(a, s, n, d, x, r, p, &row);
+      if (STAGE + 1 < BACKWARD_STAGES) return;
       UNROLLED(g, GATES) {
         if (SEPARATE_RECURRENT_GRAD) store(dx + g * H + u, x[g], lanes);
         store(dr + g * H + u, r[g], lanes);

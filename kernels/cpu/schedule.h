@@ -1,5 +1,5 @@
-// Which thread does what, and where in memory, for a cell of GATES, STATES and
-// SEPARATE_RECURRENT_GRAD.
+// Which thread does what, and where in memory, for a cell of GATES, STATES,
+// SEPARATE_RECURRENT_GRAD and WHOLE_ROWS.
 #pragma once
 #include "gemm.h"
 
@@ -56,7 +56,7 @@ struct SequenceGroup {
 //
 // Each of `groups` takes its own sequences through time, in `windows` of its own: a thread works in
 // memory of its own and waits for no other. If there are too few sequences for all threads, the
-// hidden units of a group are divided into `shares`. Windows are in gates, dx, dr and x_rows
+// hidden units of a group are divided into `shares`, but for a cell of WHOLE_ROWS. Windows are in gates, dx, dr and x_rows
 // [N, groups, max_rows, ...].
 struct Schedule : Arguments {
   // Pre-activations of a single gate are computed where y goes.
@@ -89,10 +89,13 @@ struct Schedule : Arguments {
   Number* h_rows;
   Number* weight_grads;
   Number* copies;
+  Number* rows;
   std::vector<SequenceGroup> group;
 
   // `memory` has as many numbers as `needed` says; or it is null, to find that out.
   Schedule(const Arguments& arguments, bool adjoint, Number* memory) : Arguments(arguments) {
+    // No product with x, no panels for one: x are pre-activations [R, N, G, H].
+    if (WHOLE_ROWS) I = 0;
     divide_work(adjoint);
     choose_windows(adjoint);
     take_memory(adjoint, memory);
@@ -104,6 +107,7 @@ struct Schedule : Arguments {
     const i64 threads_each = (threads + N - 1) / N;
     groups = std::max<i64>(1, std::min(threads_each, (B + min_rows - 1) / min_rows));
     shares = std::max<i64>(1, std::min(threads / (N * groups), (H + tile - 1) / tile));
+    if (WHOLE_ROWS) shares = 1;
     assign_sequences();
   }
   void choose_windows(bool adjoint) {
@@ -136,6 +140,7 @@ struct Schedule : Arguments {
     hidden_panels = take(shared_panel ? std::max(hidden_panel, input_panel) : hidden_panel);
     input_panels = shared_panel ? hidden_panels : take(input_panel);
     parities = 2 - adjoint;
+    rows = take(N * groups * row_values_size());
     buffer = take(parities * N * STATES * B * state_width + N * groups * SHARING_PAD);
     if (adjoint) {
       dr = gates_or_dr;
@@ -168,6 +173,9 @@ struct Schedule : Arguments {
       group[to].add(b, lengths[b]);
     }
   }
+  // What a Row needs, of recurrence n and a group.
+  i64 row_values_size() const { return WHOLE_ROWS ? KEPT * H + SHARING_PAD : 0; }
+  Number* row_values(i64 n, i64 g) const { return rows + (n * groups + g) * row_values_size(); }
   Number* copy(i64 thread) const { return copies + thread * (OUTER_COPY + SHARING_PAD); }
   // Of the gradients of W_ih, W_hh and both biases.
   i64 weight_grads_size() const { return GATES * H * (I + H + 2); }

@@ -4,6 +4,7 @@
 #include "example_cell.h"
 #endif
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -151,6 +152,11 @@ static inline Vector sigmoid(Vector x) {
 static inline Vector exp(Vector x) {
   const Vector root = Exponential(clamp(x * Number(0.5), Format<Number>::LARGEST)).plus(0);
   return root * root;
+}
+
+static inline Vector rsqrt(Vector x) {
+  UNROLLED(lane, LANES) x[lane] = std::sqrt(x[lane]);
+  return Number(1) / x;
 }
 
 static inline Vector relu(Vector x) { return x < Number(0) ? Vector{} : x; }

@@ -50,7 +50,7 @@ class Arguments(NamedTuple):
     of W of all groups but the first between the calls of a backward pass in several."""
 
     x: Required
-    w_ih: Required
+    w_ih: Input
     w_hh: Required
     b_ih: Input = None
     b_hh: Input = None

@@ -56,7 +56,8 @@ static void weight_gradients(const Schedule& schedule, const WeightGrads& to, Wi
   if (SEPARATE_RECURRENT_GRAD) {
     const Number* const dx = schedule.dx + window.first * width;
     outer_products(dr, width, rows, begin, end, {h, none}, to.b_hh, add, copy);
-    outer_products(dx, width, rows, begin, end, {x, none}, to.b_ih, add, copy);
+    if (!WHOLE_ROWS)
+      outer_products(dx, width, rows, begin, end, {x, none}, to.b_ih, add, copy);
   } else {
     outer_products(dr, width, rows, begin, end, {h, x}, to.b_hh, add, copy);
   }

@@ -129,7 +129,7 @@ USES: dict[str, Use] = {
     '`clip_recurrent_grad=("norm", 1.0)`': Use(
         outputs().run, dict(clip_recurrent_grad=("norm", 1.0))
     ),
-    "`layer_norm=True`": Use(outputs().run, dict(layer_norm=True)),
+    "`layer_norm=True`": Use(outputs().run, dict(layer_norm=True), compiles=True),
     "float64": Use(outputs().run, dtype=torch.float64),
     "float16, bfloat16": Use(outputs().run, dtype=torch.bfloat16),
     "autocast": Use(under_autocast),

@@ -410,12 +410,13 @@ def test_tools_that_know_only_torch_nn() -> None:
 
 def test_says_that_layer_norm_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rnn.stepwise, "_said", set())
-    layer = rnn.GRU(4, 6, layer_norm=True)
+    layer = rnn.GRU(4, 6, layer_norm=True, dtype=torch.bfloat16)
+    x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="step by step"):
-        layer(torch.randn(5, 3, 4))
+        layer(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        layer(torch.randn(5, 3, 4))
+        layer(x)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -511,8 +512,9 @@ def test_explained() -> None:
 
 @pytest.mark.parametrize("option", ["layer_norm", "clip by norm"])
 def test_explained_step_by_step(option: str) -> None:
-    layer = rnn.LSTM(4, 6, 2, **OPTIONS[option])
-    lines = rnn.explain(layer, torch.randn(5, 3, 4)).splitlines()
+    dtype = torch.bfloat16
+    layer = rnn.LSTM(4, 6, 2, dtype=dtype, **OPTIONS[option])
+    lines = rnn.explain(layer, torch.randn(5, 3, 4, dtype=dtype)).splitlines()
     assert len(lines) == 2
     for k, line in enumerate(lines):
         assert line.startswith(f"layer {k}: lstm") and "torch operations" in line

@@ -1,0 +1,144 @@
+"""Layer norm in the kernels of the CPU, which have a row of hidden units in one place.
+
+W_ih x of all steps and its norm come before the recurrence, in torch's operations. Those of W_hh h
+and of an LSTM's c are part of the cell's step, whose constants are their gains."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch, layer_call
+from .autograd import apply, trains
+from .device_copies import on_device
+from .kernels.cells import Cell
+from .kernels.plan import Plan
+from .kernels.types import Save, Weights
+from .layer_call import LayerCall
+from .regularisers import Arguments, Norm, clip_norm, extended_cell, norm_of
+from .transforms import active_transform, any_autocast, traced
+
+_BACKENDS = ("native", "numpy")
+
+
+def why_stepwise(layer: Any, tensors: Sequence[Tensor | None]) -> str:
+    """The options for which a call of a layer runs step by step, and for layer norm why; "" where
+    kernels run. `tensors`: x and all others of the call."""
+    options = []
+    if clip_norm(layer) is not None:
+        options = ["layer_norm"] if layer.layer_norm else []
+        options += ["clip_recurrent_grad by a norm"]
+    elif layer.layer_norm:
+        problem = _unserved(layer, [t for t in tensors if t is not None])
+        options = [f"layer_norm {problem}"] if problem else []
+    return " and ".join(options)
+
+
+def _unserved(layer: Any, tensors: Sequence[Tensor]) -> str:
+    """Why layer norm is not in kernels; "" where it is."""
+    x = tensors[0]
+    if active_transform() or traced(*tensors):
+        return "under a transform or compiled"
+    if any_autocast():
+        return "under autocast"
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+        return f"in {x.dtype} on {x.device.type}"
+    if layer.plan is not None and layer.plan.backend not in _BACKENDS:
+        return f"by the plan {layer.plan.backend!r}"
+    if not _cell(layer).whole_rows:
+        return "of a cell that does not use W_hh h"
+    return ""
+
+
+def layer_norm(layer: Any) -> Norm:
+    """What the layer's cell takes for it."""
+    return norm_of(layer.layer_cell(), bool(layer.bias))
+
+
+def _cell(layer: Any) -> Cell:
+    """With layer norm alone."""
+    return extended_cell(layer.layer_cell(), None, (), False, layer_norm(layer))
+
+
+def words(layer: Any, x: Tensor) -> str:
+    """Of `rnn.explain`."""
+    H = layer.hidden_size // layer.num_heads
+    plan = layer.plan or dispatch.choose_plan(_cell(layer), x, 1, H, (False,))
+    kernels = "C++, compiled for this machine" if plan.backend == "native" else "NumPy"
+    return f"{kernels}, with layer_norm; W_ih x and its norm before it in torch operations"
+
+
+def normalized_call(
+    layer: Any, index: int, call: Arguments, lengths: Tensor | None, batch_first: bool
+) -> Arguments:
+    """The call of the layer of that index, with pre-activations [T, B, N*G*H], or packed, in place
+    of x, and with the constants of layer norm after its states."""
+    N, B, H = call.states[0].shape
+    norm = layer_norm(layer)
+    suffixes = ("", "_reverse")[: 1 + layer.bidirectional]
+
+    def whole(name: str) -> Tensor:
+        """Of all directions."""
+        parts = [getattr(layer, f"{name}_l{index}{suffix}") for suffix in suffixes]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def constants(t: Tensor | None, count: int) -> list[Tensor]:
+        if t is None or not count:
+            return []
+        rows = t.view(N, count, 1, H).expand(-1, -1, B, -1)
+        return [*rows.unbind(1)]
+
+    further = [
+        *constants(whole("norm_hh"), norm.gains),
+        *constants(call.b_hh, norm.biases),
+        *(constants(whole("norm_c"), 1) if norm.states else ()),
+    ]
+    bias = call.b_ih
+    if bias is not None and call.b_hh is not None and not norm.biases:
+        bias = bias + call.b_hh
+    x = call.x.transpose(0, 1) if batch_first else call.x
+    if lengths is not None:
+        # A NaN in the padding would come back in the gradients of the norm.
+        steps = torch.arange(x.shape[0], device=x.device)[:, None]
+        x = torch.where((steps < on_device("lengths", lengths, x.device))[..., None], x, 0)
+    w_ih: Any = call.w_ih
+    gates = _input_gates(x, w_ih, whole("norm_ih"), bias, N)
+    return Arguments(call.cell, gates, None, call.w_hh, None, None, [*call.states, *further])
+
+
+def _input_gates(x: Tensor, w_ih: Tensor, gain: Tensor, bias: Tensor | None, N: int) -> Tensor:
+    """The norm of W_ih x [..., N*G*H], of each of N recurrences by itself."""
+    width = gain.shape[0] // N
+    if N == 1:
+        return F.layer_norm(F.linear(x, w_ih), (width,), gain, bias)
+    biases: Any = [None] * N if bias is None else bias.chunk(N)
+    parts = zip(w_ih.chunk(N), gain.chunk(N), biases)
+    return torch.cat([F.layer_norm(F.linear(x, w), (width,), g, b) for w, g, b in parts], -1)
+
+
+def normalized_layer(  # noqa: PLR0913  as run_layer
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor],
+    masks: Sequence[Any],
+    reverse: Sequence[int],
+    keep: int,
+    plan: Plan | None,
+    recompute: bool,
+    batch_first: bool,
+    checkpoint: int,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `functional.run_layer`, for a call that `normalized_call` has made: y alone is in the
+    caller's layout. `checkpoint` is without effect."""
+    B, H = states[0].shape[1:]
+    chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
+    call = LayerCall(cell, chosen, x, masks, reverse)
+    if trains((x, *weights, *states)):
+        save = Save.STATES if recompute else Save.ACTIVATIONS
+        y, others, _, *last = apply(call, save, 4, *masks, x, *weights, *states)
+    else:
+        y, others, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
+    return y.transpose(0, 1) if batch_first else y, others if keep else None, last
