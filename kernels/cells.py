@@ -82,8 +82,8 @@ def _identity_jvp(ctx: Any, tangent: Any, _: Any) -> Any:
     return tangent.view_as(tangent)
 
 
-def cutting(function: type[ClipGrad]) -> Callable[[Any, float], Any]:
-    """`function.apply`, whose forward mode is that of the identity."""
+def cutting(function: Any) -> Callable[[Any, float], Any]:
+    """`apply` of a ClipGrad, whose forward mode is that of the identity."""
     forward_mode: Any = type(function.__name__, (function,), dict(jvp=staticmethod(_identity_jvp)))
 
     def apply(x: Any, limit: float) -> Any:

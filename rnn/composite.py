@@ -2,6 +2,7 @@
 forward-mode AD, other devices and dtypes, gradients of gradients)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,23 +107,12 @@ def composite(
     new_states = _step_of(cell, step, w_hh.chunk(N, -2), _parts(b_ih, N), _parts(b_hh, N))
     sweeps = []
     for n, backwards in enumerate(reverse):
-        s: Sequence[Any] = s0.narrow(-3, n * S, S).unbind(-3)
-        # Only added to: Dynamo of torch 2.10 does not trace an assignment to its entries.
-        out: list[Any] = []
+        first = s0.narrow(-3, n * S, S).unbind(-3)
         steps = gates[n].unbind(-3)
-        for t in reversed(range(T)) if backwards else range(T):
-            if resets is not None and t + backwards < T:
-                cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
-                s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
-            found = new_states(n, steps[t], s)
-            if lengths is None:
-                s = found
-            else:
-                s = [torch.where(t < ends, new, old) for new, old in zip(found, s)]
-                found = [torch.where(t < ends, new, 0) for new in found]
-            out.append(found)
-        in_time = out[::-1] if backwards else out
-        sweeps.append(([torch.stack(column, -3) for column in zip(*in_time)], s))
+        padded = lengths is not None
+        sweeps.append(
+            _sweep(cell, partial(new_states, n), steps, first, ends, padded, resets, backwards)
+        )
     # S of [T, B, N*H]
     columns = [torch.cat(parts, -1) for parts in zip(*(out for out, _ in sweeps))]
     y = columns[0]
@@ -133,6 +123,38 @@ def composite(
         torch.stack(rest, -3) if rest else None,
         torch.stack([v for _, s in sweeps for v in s], -3),
     )
+
+
+def _sweep(
+    cell: Cell,
+    new_states: Callable[..., Sequence[Any]],
+    steps: Sequence[Tensor],
+    first: Sequence[Any],
+    ends: Tensor,
+    padded: bool,
+    resets: Tensor | None,
+    backwards: int,
+) -> tuple[list[Tensor], Sequence[Any]]:
+    """One recurrence through all `steps` [B, G*H] of its gates: the states of every step, S of
+    [T, B, H], and the last ones. `ends` [B, 1] are the lengths; `padded` says that some are
+    shorter than T."""
+    T = len(steps)
+    s = first
+    # Only added to: Dynamo of torch 2.10 does not trace an assignment to its entries.
+    out: list[Any] = []
+    for t in reversed(range(T)) if backwards else range(T):
+        if resets is not None and t + backwards < T:
+            cut = resets.select(-2, t + backwards).unsqueeze(-1) & (t + backwards < ends)
+            s = [*(torch.where(cut, 0, v) for v in s[: cell.carried]), *s[cell.carried :]]
+        found = new_states(steps[t], s)
+        if padded:
+            s = [torch.where(t < ends, new, old) for new, old in zip(found, s)]
+            found = [torch.where(t < ends, new, 0) for new in found]
+        else:
+            s = found
+        out.append(found)
+    in_time = out[::-1] if backwards else out
+    return [torch.stack(column, -3) for column in zip(*in_time)], s
 
 
 def composite_layer(

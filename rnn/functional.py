@@ -81,33 +81,28 @@ def recurrence(  # noqa: PLR0913  the public operator
         reverse: of each recurrence, whether it runs from the last step to the first.
         keep: 1 to have `states` returned.
         plan: how to compute it, if not as `make_plan` would.
-        recompute: keep no activations for backward but the states, and compute the others once more
-            there.
-        checkpoint: keep for backward only the states of about every so many steps (True: sqrt(T)),
-            and compute the others once more there; at least a window of the C++ of the CPU lies
-            between. Gradients have the same bits but where docs/numerics.md says. Without effect
-            for other kernels, with resets, while compiling or exporting and under transforms.
+        recompute: keep no activations for backward but the states.
+        checkpoint: keep for backward only every so many states (True: sqrt(T)); docs/numerics.md.
 
     Returns y [T, B, N*H] or [R, N*H], state 0 of every step; the others [S-1, R, N*H], if any; the
     last [N*S, B, H].
     Raises TypeError for an argument of the wrong kind, ValueError for one out of range, and
-    RuntimeError for a shape, dtype, device or length that is not as above, before anything is
-    computed."""
+    RuntimeError for a shape, dtype, device or length that is not as above, all before a kernel."""
     seen = x, w_ih, w_hh, b_ih, b_hh, s0, lengths, batch_sizes, resets
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
+        given = cell, *seen, reverse, keep, plan, recompute, checkpoint
         whole: tuple[Tensor, Tensor | None, Tensor] = handle_torch_function(
-            recurrence, seen, cell, *seen, reverse, keep, plan, recompute, checkpoint
+            recurrence, seen, *given
         )
         return whole
     check_checkpoint(checkpoint)
     tensors = dict(x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, s0=s0, batch_sizes=batch_sizes)
     reverse = check_operator(cell, tensors, reverse, keep, plan)
-    N = len(reverse)
     masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
     weights = w_ih, w_hh, b_ih, b_hh
     options = reverse, int(keep), plan, bool(recompute), False, checkpoint
     y, others, last = run_layer(cell, x, weights, part_views(s0, cell.states), masks, *options)
-    return y, others, join_states(last, N)
+    return y, others, join_states(last, len(reverse))
 
 
 def run_layer(  # noqa: PLR0913  as recurrence
@@ -161,19 +156,31 @@ def run_layer(  # noqa: PLR0913  as recurrence
         )
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
-        if checkpoint:
-            found = segments.segment_windows(call, x, weights[1], checkpoint)
-            if found is not None:
-                given = call, found, keep, len(weights), *masks, x, *weights, *(states or ())
-                y, others, *last = segments.apply(*given)
-                return y, others, last
-        save = _kept(True, keep, recompute)
-        y, others, _, *last = apply(call, save, len(weights), *masks, x, *weights, *(states or ()))
-        return y, others if keep else None, last
+        return _with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
     if len(weights) > 4:
         alive(weights)
     y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
+
+
+def _with_gradients(
+    call: LayerCall,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor] | None,
+    masks: Sequence[Any],
+    keep: int,
+    recompute: bool,
+    checkpoint: bool | int,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """As `run_layer`, by a kernel, under autograd."""
+    tensors = len(weights), *masks, x, *weights, *(states or ())
+    windows = segments.segment_windows(call, x, weights[1], checkpoint) if checkpoint else None
+    if windows is not None:
+        y, others, *last = segments.apply(call, windows, keep, *tensors)
+        return y, others, last
+    y, others, _, *last = apply(call, _kept(True, keep, recompute), *tensors)
+    return y, others if keep else None, last
 
 
 def _seen_by_pytorch(  # noqa: PLR0913  as run_layer

@@ -113,6 +113,8 @@ USES: dict[str, Use] = {
     "`resets=`": outputs(resets=torch.eye(T, B).bool()),
     "`return_states=True`": outputs(return_states=True),
     "`recompute=True`": Use(outputs().run, dict(recompute=True)),
+    "`checkpoint=True`": Use(outputs().run, dict(checkpoint=True)),
+    "`time_parallel=True`": Use(outputs().run, dict(time_parallel=True)),
     "`batch_first=True`": Use(outputs().run, dict(batch_first=True)),
     "`bidirectional=True`": Use(outputs().run, dict(bidirectional=True)),
     "layers with `dropout=`": Use(outputs().run, dict(num_layers=2, dropout=0.5)),
@@ -124,6 +126,9 @@ USES: dict[str, Use] = {
     "`weight_drop=`": Use(outputs().run, dict(weight_drop=0.5)),
     "`learned_state=True`": Use(outputs().run, dict(learned_state=True)),
     "`clip_recurrent_grad=1.0`": Use(outputs().run, dict(clip_recurrent_grad=1.0), compiles=True),
+    '`clip_recurrent_grad=("norm", 1.0)`': Use(
+        outputs().run, dict(clip_recurrent_grad=("norm", 1.0))
+    ),
     "`layer_norm=True`": Use(outputs().run, dict(layer_norm=True)),
     "float64": Use(outputs().run, dtype=torch.float64),
     "float16, bfloat16": Use(outputs().run, dtype=torch.bfloat16),

@@ -1,6 +1,7 @@
 """Launches of the Triton kernels: one for all steps, one a step, or a CUDA graph of steps."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -146,6 +147,13 @@ def _launch_once(
         _compiled[key] = made, [constants[name] for name in names]
 
 
+def _kinds(tensors: ForwardTensors | BackwardTensors) -> tuple[Any, ...]:
+    """What a kernel is compiled for of each tensor: its dtype, and whether it is aligned."""
+    return tuple(
+        [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in each_of(tensors)]
+    )
+
+
 def launch_steps(
     cell: Cell,
     plan: Plan,
@@ -178,14 +186,10 @@ def launch_steps(
     barrier = counter is not None
     launched_once = plan.scope == "block" or barrier
     tensors = _with_exchanged(cell, plan, layout, tensors, B, launched_once)
-    kinds = tuple(
-        [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in each_of(tensors)]
-    )
     reverse = tuple(layout.reverse)
+    kinds = _kinds(tensors)
     kind = Kind(kernel, cell, plan, reverse, tuple(sizes), R < 2**31, barrier, device, kinds)
-
-    def constants() -> dict[str, Any]:
-        return _constants(cell, plan, layout, tensors)
+    constants = partial(_constants, cell, plan, layout, tensors)
 
     def run(table: Any, u: int, tensors: Any, count: int = 1, part: Slice = whole) -> None:
         if library:
@@ -203,8 +207,7 @@ def launch_steps(
                 # loaded then.
                 run(None, 0, tensors, 0)
             fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
-            graph.run(run, steps, (layout.steps, R), device, tensors, fixed, fill_operands)
-            return
+            return graph.run(run, steps, (layout.steps, R), device, tensors, fixed, fill_operands)
         if library:
             fill_operands(tensors, tensors)
         at_once = steps if launched_once else 1
