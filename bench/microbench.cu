@@ -66,20 +66,20 @@ KERNEL grid_barrier(i64* cycles, int steps, u32* arrived) {
   report(cycles, start, failed);
 }
 
-// Every block sends `words` words to all, each with the number of the step, so that the data is its own flag. Two
+// Every block sends packets of 16 bytes to all, each with the number of the step, so that the data is its own flag. Two
 // buffers are enough: who sends step i has seen all of step i - 1, and so nobody still reads step i - 2.
-// all [2, gridDim.x * words] is 0 before.
-KERNEL grid_exchange(i64* cycles, int steps, u64* all, int words) {
+// all [2, gridDim.x * packets] is 0 before.
+KERNEL grid_exchange(i64* cycles, int steps, uint4* all, int packets) {
   i64 start = clock64();
   bool failed = false;
-  int total = words * gridDim.x;
+  int total = packets * gridDim.x;
   for (u32 i = 1; i <= steps && !failed; ++i) {
-    u64* buffer = all + (i & 1) * total;
-    for (int w = threadIdx.x; w < words; w += blockDim.x)
-      store_flagged(buffer + blockIdx.x * words + w, w, i);
-    for (int w = threadIdx.x; w < total && !failed; w += blockDim.x)
-      for (u64 word = 0; word >> 32 != i && !failed; failed = failed || (word >> 32 != i && late(start)))
-        word = load_flagged(buffer + w);
+    uint4* buffer = all + (i & 1) * total;
+    for (u32 k = threadIdx.x; k < packets; k += blockDim.x)
+      store_packet(buffer + blockIdx.x * packets + k, {k, k, k, i});
+    for (int k = threadIdx.x; k < total && !failed; k += blockDim.x)
+      for (u32 step = 0; step != i && !failed; failed = failed || (step != i && late(start)))
+        step = load_packet(buffer + k).w;
     failed = __syncthreads_or(failed);
   }
   report(cycles, start, failed);

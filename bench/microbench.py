@@ -180,13 +180,13 @@ def constants(bench: Bench) -> dict[str, Any]:
             "grid_barrier", arrived, blocks=blocks, cooperative=True, zero=arrived
         )
         results["grid_exchange"][blocks] = {}
-        for size in (2048, 8192, 32768, 131072):  # bytes that every block gets, of 4 to a word
-            words = max(1, size // 4 // blocks)
-            buffers = zeros(2 * words * blocks, "uint64")
+        for size in (2048, 8192, 32768, 131072):  # bytes that every block gets
+            packets = max(1, size // 16 // blocks)
+            buffers = zeros(2 * packets * blocks * 4, "uint32")
             results["grid_exchange"][blocks][size] = bench.steps(
                 "grid_exchange",
                 buffers,
-                int32(words),
+                int32(packets),
                 blocks=blocks,
                 cooperative=True,
                 zero=buffers,
@@ -239,12 +239,11 @@ def model_costs(found: dict[str, Any], device: str, commit: str) -> costs.Costs:
         graph_node_us=us["graph_node"],
     )
     exchanges = found["grid_exchange"]
-    # every word has its step's number beside it: two bytes are read for one that is received
     few, all_blocks = (line_through(exchanges[pick(exchanges)]) for pick in (min, max))
     if few and all_blocks:
         measured["grid_latency"] = few[0]
-        measured["l2_bytes"] = 2 / few[1]
-        measured["l2_bytes_per_us"] = 2 * max(exchanges) * clock / all_blocks[1]
+        measured["l2_bytes"] = 1 / few[1]
+        measured["l2_bytes_per_us"] = max(exchanges) * clock / all_blocks[1]
     active = [*found.get("active_clusters", {}).values()]
     if active and None not in active:
         measured["clusters"] = tuple(active)

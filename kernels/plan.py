@@ -166,5 +166,15 @@ def shared_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
     return -(-(inbox + outbox + sums + 16 + weights) // 128) * 128
 
 
+def exchange_bytes(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """Memory in which the blocks of a tile of a grid in CUDA C++ exchange h, in two buffers: its
+    words, and the signs that their packets have no room for."""
+    vectors = cell.gates if adjoint else 1
+    groups = -(-k_fragments(cell, plan, size, adjoint) // 8)
+    splits = plan.warps * 16 // plan.units
+    numbers = vectors * plan.blocks * plan.units * plan.sequences
+    return 2 * (numbers * size + splits * groups * plan.sequences * 8)
+
+
 def power_of_2(n: int, at_least: int) -> int:
     return max(at_least, 1 << (n - 1).bit_length())

@@ -74,9 +74,8 @@ def _resident_step(
     if plan.scope == "cluster":
         cycles += costs.cluster_latency + received / costs.cluster_bytes
     elif plan.scope == "grid":
-        # once, as the warps of a block share the sum; in CUDA C++ each word has its step's number
-        # beside it
-        read = received if triton else 2 * received
+        # once, as the warps of a block share the sum
+        read = received if triton else received + _signs(cell, plan, size, adjoint)
         tiles = plan.slice_tiles or -(-B // plan.sequences)
         running = max(1, min(gpu.multiprocessors, blocks_of_tile(plan, H) * tiles * N))
         rate = min(costs.l2_bytes, costs.l2_bytes_per_us / running / costs.cycles_per_us)
@@ -87,6 +86,13 @@ def _resident_step(
     quarters = min(4, plan.warps)
     cycles += plan.units * plan.sequences * G * instructions / 32 / quarters
     return (cycles + _products(cell, plan, size, H, costs, adjoint)) / costs.cycles_per_us
+
+
+def _signs(cell: Cell, plan: Plan, size: int, adjoint: bool) -> int:
+    """Bytes that a block of a grid in CUDA C++ reads beside h: of 8 k-steps of a warp and 8
+    sequences what two or four warps send, by sectors of 32 bytes."""
+    groups = -(-k_fragments(cell, plan, size, adjoint) // 8)
+    return plan.warps * groups * (plan.sequences // 8) * (128 // size)
 
 
 def _products(cell: Cell, plan: Plan, size: int, H: int, costs: Costs, adjoint: bool) -> float:

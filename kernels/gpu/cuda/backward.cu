@@ -6,7 +6,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
     const T* dstates, T* dx, T* dr, T* h_prev,
     STATE_PARAMETERS(const T, dlast_), STATE_PARAMETERS(T, dfirst_),
-    const i64* lengths, const i64* offsets, const bool* resets, Bits* ran, u64* flags,
+    const i64* lengths, const i64* offsets, const bool* resets, Bits* ran, uint4* packets,
     i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first_tile) {
   if (MASKS && lengths && !offsets) {
     zero_past_ends(dr, 1, GATES, lengths, steps, B, R, H, first_tile);
@@ -16,7 +16,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (ran && blockIdx.x + blockIdx.z == 0) mark_rows(ran, lengths, steps, B, first_tile);
   }
   SHARED_MEMORY(memory);
-  Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
+  Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, packets,
                 steps, B, R, H, reverses, first_tile);
   const T* const dlast[STATES] = STATE_POINTERS(dlast_);
   T* const dfirst[STATES] = STATE_POINTERS(dfirst_);

@@ -3,7 +3,7 @@
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
     const T* x, const T* w_hh, const T* b_hh, T* y, T* states, T* saved,
     STATE_PARAMETERS(const T, first_), STATE_PARAMETERS(T, last_),
-    const i64* lengths, const i64* offsets, const bool* resets, u64* flags,
+    const i64* lengths, const i64* offsets, const bool* resets, uint4* packets,
     i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first_tile) {
   if (MASKS && lengths && !offsets) {
     zero_past_ends(y, 1, 1, lengths, steps, B, R, H, first_tile);
@@ -11,7 +11,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (saved) zero_past_ends(saved, SAVED, 1, lengths, steps, B, R, H, first_tile);
   }
   SHARED_MEMORY(memory);
-  Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, flags,
+  Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, packets,
                 steps, B, R, H, reverses, first_tile);
   const T* const first[STATES] = STATE_POINTERS(first_);
   T* const last[STATES] = STATE_POINTERS(last_);

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...build_cache import build_once
 from ...cells import Cell
 from ...codegen import statements
-from ...plan import Plan, plan_text, shared_bytes, slices
+from ...plan import Plan, exchange_bytes, plan_text, shared_bytes, slices
 from ...types import Layout
 from ..faults import Refused, faults_of
 from ..tensors import BackwardTensors, ForwardTensors
@@ -78,7 +78,8 @@ def program(
     defines += f"#define STATE_PARAMETERS(type, name) {parameters}\n"
     defines += f"#define STATE_POINTERS(name) {{{names}}}\n"
     body = text("backward.cu" if adjoint else "forward.cu")
-    headers = "".join(map(text, ("sizes.cuh", "products.cuh", "worker.cuh")))
+    files = "sizes.cuh", "products.cuh", "packets.cuh", "padding.cuh", "worker.cuh"
+    headers = "".join(map(text, files))
     return defines + helpers + headers + body
 
 
@@ -218,15 +219,13 @@ def launch(
     if not B or not H:
         return
     parts = slices(plan, B)
-    flags = None
-    flag_bytes = 0
+    packets = None
+    slice_bytes = 0
     if plan.scope == "grid":
-        vectors = cell.gates if adjoint else 1
-        count = plan.blocks * parts[0].tiles * N * plan.units * plan.sequences * vectors
-        # two buffers of 32-bit words, each with the number of its step, for each slice
-        words = 2 * (count * w_hh.element_size() // 4)
-        flags = w_hh.new_zeros(len(parts) * words, dtype=torch.int64)
-        flag_bytes = 8 * words
+        tile_bytes = exchange_bytes(cell, plan, w_hh.element_size(), adjoint)
+        slice_bytes = parts[0].tiles * N * tile_bytes
+        # words, as the first phase of a buffer differs from 0
+        packets = w_hh.new_zeros(len(parts) * slice_bytes // 4, dtype=torch.int32)
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     masks = lengths, layout.offsets, layout.resets
     grad_of_y = True
@@ -243,5 +242,5 @@ def launch(
     addresses = *numbers_at, *map(_address, masks), *map(_address, ran)
     sizes = layout.steps, B, R, H, layout.reverses
     for k, part in enumerate(parts):
-        flags_at = _address(flags) + k * flag_bytes
-        kernel((plan.blocks, part.tiles, N), (*addresses, flags_at, *sizes, part.first))
+        packets_at = _address(packets) + k * slice_bytes
+        kernel((plan.blocks, part.tiles, N), (*addresses, packets_at, *sizes, part.first))

@@ -1,5 +1,5 @@
 // What a thread computes with: pairs of numbers, the cell, and products of tiles on matrix units.
-// Between sizes.cuh, which says what is defined before, and worker.cuh.
+// Between sizes.cuh, which says what is defined before, and packets.cuh.
 
 // A pair that was loaded: in two registers where it is not in one piece in memory, as to join it
 // would be to wait for it. (In the adjoint of a block or a grid registers are too few.)

@@ -125,16 +125,33 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A word and its step's number in one access: a reader that sees the number has the word.
-DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
-  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(p), "l"((u64)flag << 32 | word)
-               : "memory");
+// 16 bytes in one access: a reader that sees a bit of a store has all of it. (CUDA before 12.3 has
+// no word for that; what it makes of two words of 64 bits is the same instruction.)
+#if __CUDACC_VER_MAJOR__ > 12 || __CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 3
+#define STORE_PACKET \
+  "{\n.reg .b128 v;\nmov.b128 v, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], v;\n}"
+#define LOAD_PACKET \
+  "{\n.reg .b128 v;\nld.relaxed.gpu.global.b128 v, [%2];\nmov.b128 {%0, %1}, v;\n}"
+#else
+#define STORE_PACKET "st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};"
+#define LOAD_PACKET "ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+#endif
+DEVICE void store_packet(uint4* p, uint4 v) {
+  asm volatile(STORE_PACKET
+               :: "l"(p), "l"((u64)v.y << 32 | v.x), "l"((u64)v.w << 32 | v.z) : "memory");
 }
-DEVICE u64 load_flagged(const u64* p) {
-  u64 v;
-  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-  return v;
+DEVICE uint4 load_packet(const uint4* p) {
+  u64 a, b;
+  asm volatile(LOAD_PACKET : "=l"(a), "=l"(b) : "l"(p) : "memory");
+  return {(u32)a, (u32)(a >> 32), (u32)b, (u32)(b >> 32)};
 }
+DEVICE void store_word(u32* p, u32 v) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+// Of each lane's v a bit.
+DEVICE u32 ballot(bool v) { return __ballot_sync(~0u, v); }
+// The v of the lane whose number differs in these bits.
+DEVICE u32 of_lane(u32 v, int bits) { return __shfl_xor_sync(~0u, v, bits); }
 
 // Between two polls of a step; `wait` begins with 0. Its upper 20 bits are the time when the clock
 // was first looked at, in units of 2^32 ns, its lower 12 bits count polls. Minutes are an error.

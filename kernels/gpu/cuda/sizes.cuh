@@ -56,6 +56,10 @@ constexpr int CHAINS = ONE_TILE && KS > 4 && (EVEN || !PRECISE) ? 4 : ROWS * NT 
 // k-steps that a warp of a grid polls at a time, and how often
 constexpr int POLLED = KS < 8 ? KS : 8;
 constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
+// packets of 4 words that a grid exchanges, of 16 units four or two; words with their signs
+constexpr int PARTS = 4 / WORD;
+constexpr int PACKETS = WORDS * NB / 4;
+constexpr int SIGNS = WK * GROUPS * NT * 16;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
 // whether there are registers to look ahead with masks too
@@ -72,6 +76,7 @@ typedef u16 Bits;
 #endif
 // a thread's part of a 16 x 8 tile of W
 typedef u32 Words[4];
+constexpr u32 SIGN = 1u << 31;
 
 struct __align__(128) Shared {
   u32 inbox[SCOPE == GRID ? 1 : 2][NB][SCOPE == GRID ? 4 : PITCH];

@@ -5,39 +5,15 @@
 // registers, with all of h (all gates' gradients), which the blocks exchange:
 //   BLOCK    through shared memory and one barrier
 //   CLUSTER  by asynchronous stores into each other's shared memory, which a barrier there counts
-//   GRID     through the L2 cache, each word with the number of the step that it is for
+//   GRID     through the L2 cache, in packets that say whether they have arrived
 // Double buffering suffices: a block writes buffer c + 2 only after receiving all of c + 1, whose
 // senders had read c.
-
-// What rows past an end hold; called before all else, while registers are free.
-// 0, of the block's sequences and units, in tensors [planes, R, N, vectors, H].
-DEVICE void zero_past_ends(T* to, int planes, int vectors, const i64* lengths, i64 steps, i64 B,
-                           i64 R, i64 H, i64 first_tile) {
-  const i64 row = gridDim.z * vectors * H;
-  for (int i = threadIdx.x; i < NB * U; i += THREADS) {
-    const i64 b = (first_tile + blockIdx.y) * NB + i / U;
-    const i64 unit = blockIdx.x * U + i % U;
-    if (b >= B || unit >= H) continue;
-    for (i64 t = lengths[b]; t < steps; ++t)
-      for (int k = 0; k < planes; ++k)
-        for (int v = 0; v < vectors; ++v)
-          to[(k * R + t * B + b) * row + (blockIdx.z * vectors + v) * H + unit] = 0;
-  }
-}
-// No bit, in `ran` [R]; and all bits of the rows that are steps of the block's sequences.
-DEVICE void mark_rows(Bits* ran, const i64* lengths, i64 steps, i64 B, i64 first_tile) {
-  for (i64 i = threadIdx.x; i < steps * NB; i += THREADS) {
-    const i64 t = i / NB;
-    const i64 b = (first_tile + blockIdx.y) * NB + i % NB;
-    if (b < B) ran[t * B + b] = t < lengths[b] ? (Bits)~0 : (Bits)0;
-  }
-}
 
 // A thread's place, its weights, and its exchange with other threads.
 struct Worker {
   Shared& shared;
-  // GRID: of the blocks that share these sequences, [2, k-steps, NT, 2, 8 sequences, 4 words]
-  u64* const flags;
+  // GRID: two buffers of packets and then two of signs, of the blocks that share these sequences
+  uint4* const packets;
   const i64* offsets;
   const bool* resets;
   const int steps, B, H, n, rank, reverse, lane, wm, wk, unit;
@@ -51,16 +27,19 @@ struct Worker {
   const i64 b0, plane, layer, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
+#if SCOPE == GRID
+  const int signs_at;
+#endif
   Words w[ROWS][HELD];
   // steps of its pairs' sequences, 0 for those outside
   int end[P];
 
   DEVICE Worker(Shared& shared, const T* w_hh, const i64* lengths, const i64* offsets,
-                const bool* resets, u64* flags, i64 steps, i64 B, i64 R, i64 H, i64 reverses,
+                const bool* resets, uint4* packets, i64 steps, i64 B, i64 R, i64 H, i64 reverses,
                 i64 first)
       : shared(shared),
-        flags(flags +
-              (i64)(blockIdx.z * gridDim.y + blockIdx.y) * 2 * (WORDS / 8) * NT * 64),
+        packets(packets +
+                (i64)(blockIdx.z * gridDim.y + blockIdx.y) * 2 * (PACKETS + SIGNS / 4)),
         offsets(offsets),
         resets(resets),
         steps(steps),
@@ -86,7 +65,11 @@ struct Worker {
         x0(pin_register((b0 + sequence0) * x_row + n * GATES * H + unit)),
         y0(pin_register((b0 + sequence0) * y_row + n * H + unit)),
         s0((n * B + b0 + sequence0) * H + unit),
-        two(EVEN || unit + 1 < H) {
+        two(EVEN || unit + 1 < H)
+#if SCOPE == GRID
+        , signs_at(own_signs())
+#endif
+  {
     load_weights(w_hh + (i64)n * GATES * H * H);
     EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
@@ -106,6 +89,15 @@ struct Worker {
     if (EVEN) return load_word_if(p, first);
     return load_if(p, first) | load_if(p + 1, second) << 16;
   }
+  // The word that the thread multiplies first in k-step `step`, and how far from it is that of half
+  // a k-step number k. A packet of a grid is for one thread: of two k-steps what it multiplies.
+  DEVICE int first_word(int step) const {
+    const int k = wk * KS + step;
+    return SCOPE == GRID ? k / 2 * 16 + lane % 4 * 4 + k % 2 * 2 : k * 8 + lane % 4;
+  }
+  static DEVICE constexpr int word_after(int k) {
+    return SCOPE == GRID ? k / 4 * 16 + k % 4 : k * 4;
+  }
   // A few k-steps at a time: with all in flight the registers would not suffice.
   DEVICE void load_weights(const T* w_hh) {
 #pragma unroll 1
@@ -119,12 +111,12 @@ struct Worker {
 #if ADJOINT
   // Of this unit and the next, over all units of all gates: columns of W_hh.
   DEVICE void load_words(u32 (&words)[K_LOADED][ROWS][4], const T* w_hh, int k0) const {
-    constexpr int OF_A_GATE = C * U / (8 * WORD);
+    constexpr int OF_A_GATE = C * U / WORD;
     EACH(k, 2 * K_LOADED) {
-      const int step = wk * KS + k0 + k / 2;
-      const int i = (step % OF_A_GATE * 8 + k % 2 * 4 + lane % 4) * WORD;
-      const int left = step * 8 < WORDS && unit < H ? H - i : 0;
-      const T* from = w_hh + ((step / OF_A_GATE * H + i) * H + unit);
+      const int word = first_word(k0) + word_after(k);
+      const int i = word % OF_A_GATE * WORD;
+      const int left = word < WORDS && unit < H ? H - i : 0;
+      const T* from = w_hh + ((word / OF_A_GATE * H + i) * H + unit);
       u32* const to = &words[k / 2][0][k % 2 * 2];
 #if TYPE == FLOAT32
       to[0] = operand(load_if(from, left > 0));
@@ -140,15 +132,15 @@ struct Worker {
 #else
   // Of this unit and the next, all gates, over all units: rows of W_hh.
   DEVICE void load_words(u32 (&words)[K_LOADED][ROWS][4], const T* w_hh, int k0) const {
-    const int i = ((wk * KS + k0) * 8 + lane % 4) * WORD;
+    const int i = first_word(k0) * WORD;
     EACH(e, 2 * ROWS) {
       const T* from = w_hh + ((e / 2 * H + unit + e % 2) * H + i);
       EACH(k, 2 * K_LOADED) {
-        const int left = unit + e % 2 < H ? H - i - k * 4 * WORD : 0;
+        const int left = unit + e % 2 < H ? H - i - word_after(k) * WORD : 0;
 #if TYPE == FLOAT32
-        const u32 word = operand(load_if(from + k * 4, left > 0));
+        const u32 word = operand(load_if(from + word_after(k), left > 0));
 #else
-        const u32 word = load_pair_if(from + k * 4 * WORD, left > 0, left > 1);
+        const u32 word = load_pair_if(from + word_after(k) * WORD, left > 0, left > 1);
 #endif
         words[k / 2][e / 2][k % 2 * 2 + e % 2] = word;
       }
@@ -217,21 +209,19 @@ struct Worker {
 
   // Sends these numbers, for the sums of step c, to all blocks that share the sequences.
   DEVICE void publish(int c, const float (&values)[VECTORS][P][2]) {
-    EACH(v, VECTORS) EACH(p, P) {
-      if (!owner() || (SCOPE == GRID && b0 + sequence(p) >= B)) continue;
-      const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
-      const int word = (v * C * U + unit) / WORD, b = sequence(p);
-#if SCOPE == BLOCK
-      *(Pair*)&shared.inbox[c & 1][b][word] = pair;
-#elif SCOPE == CLUSTER
-      *(Pair*)&shared.outbox[wm][v][b][unit % 16] = pair;
+#if SCOPE == GRID
+    if (owner()) send_packets(c, values);
 #else
-      EACH(e, 2 / WORD)
-        store_flagged(flags + (((c & 1) * (WORDS / 8) + (word + e) / 8) * NT + b / 8) * 64 +
-                          ((word + e) / 4 % 2 * 8 + b % 8) * 4 + (word + e) % 4,
-                      ((const u32*)&pair)[e], c + 1);
+    EACH(v, VECTORS) EACH(p, P) {
+      if (!owner()) continue;
+      const Pair pair = sent(values[v][p][0], two ? values[v][p][1] : 0.f);
+#if SCOPE == BLOCK
+      *(Pair*)&shared.inbox[c & 1][sequence(p)][(v * C * U + unit) / WORD] = pair;
+#else
+      *(Pair*)&shared.outbox[wm][v][sequence(p)][unit % 16] = pair;
 #endif
     }
+#endif
 #if SCOPE == BLOCK
     __syncthreads();
 #elif SCOPE == CLUSTER
@@ -280,23 +270,48 @@ struct Worker {
   }
 
 #if SCOPE == GRID
-  // Words of POLLED k-steps of a tile with their flags; for sequences that are none, of the last
-  // one that is, which costs no traffic.
-  DEVICE void poll(int c, int group, u64 (&seen)[POLLED][2]) const {
-    const int b = min((u32)(group / GROUPS * 8 + lane / 4), (u32)(B - b0 - 1));
-    const int k0 = wk * KS + group % GROUPS * POLLED;
-    const u64* from =
-        flags + (((c & 1) * (WORDS / 8) + k0) * NT + b / 8) * 64 + b % 8 * 4 + lane % 4;
-    EACH(k, POLLED) EACH(half, 2) {
-      const bool there = group % GROUPS * POLLED + k < KS &&
-                         (WORDS == 8 * KS * WK || k0 + k < WORDS / 8);
-      seen[k][half] = there ? load_flagged(from + k * NT * 64 + half * 32) : (u64)(c + 1) << 32;
-    }
+  DEVICE uint4* packets_of(int c) const { return packets + (c & 1) * PACKETS; }
+  DEVICE u32* signs_of(int c) const {
+    return (u32*)(packets + 2 * PACKETS) + (c & 1) * SIGNS;
   }
-  DEVICE bool arrived(int c, const u64 (&seen)[POLLED][2]) const {
-    bool all = true;
-    EACH(k, POLLED) EACH(half, 2) all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;
-    return all;
+  DEVICE void send_packets(int c, const float (&values)[VECTORS][P][2]) {
+    static_assert(VECTORS * P <= 32);
+    u32 signs = 0;
+    EACH(v, VECTORS) EACH(p, P) {
+      uint4 packet = packet_of(sent(values[v][p][0], two ? values[v][p][1] : 0.f));
+      const u32 of_all = ballot(packet.w & SIGN);
+      if (lane == v * P + p) signs = of_all;
+      packet.w = with_sign(packet.w, phase(c));
+      const int b = sequence(p);
+      const int part = lane / 4 * 2 / (4 * WORD);
+      const int at = (((v * C * U + rank * U) / 16 + wm) * NT + b / 8) * 8 + b % 8;
+      // the first of the lanes that have words of the packet
+      if (lane / 4 * 2 % (4 * WORD) == 0 && b0 + b < B)
+        store_packet(packets_of(c) + (at * PARTS + part), packet);
+    }
+    if (signs_at >= 0) store_word(signs_of(c) + signs_at, with_sign(signs, phase(c)));
+  }
+  // Where the lane puts signs: of vector lane / P and pair lane % P; or -1.
+  DEVICE int own_signs() const {
+    const int column = wk * P + lane % P;
+    if (!owner() || lane >= VECTORS * P || b0 + column / 2 * 8 + column % 2 >= B) return -1;
+    return place_of_signs((lane / P * C * U + rank * U) / 16 + wm, column);
+  }
+  // For sequences that are none it is of the last one that is, which costs no traffic.
+  DEVICE void poll(int c, int group, Seen& seen) const {
+    const int b = min((u32)(group / GROUPS * 8 + lane / 4), (u32)(B - b0 - 1));
+    const int first = wk * KS / 2 + group % GROUPS * POLLED / 2;
+    const int sender = first * WORD + lane % 4 / PARTS;
+    const uint4* const from = packets_of(c) + ((sender * NT + b / 8) * 8 + b % 8) * PARTS +
+                              lane % PARTS;
+    const int signs = (wk * GROUPS + group % GROUPS) * NT + b / 8;
+    seen.signs = load_packet((const uint4*)signs_of(c) + signs * 4 + lane % 4 / PARTS * 2 + b % 2);
+    EACH(pair, POLLED / 2) {
+      const bool there = group % GROUPS * POLLED + 2 * pair < KS &&
+                         (WORDS == 8 * KS * WK || (first + pair) * 16 + lane % 4 * 4 < WORDS);
+      if (there) seen.packets[pair] = load_packet(from + pair * NT * 32);
+      else seen.nothing(c, pair);
+    }
   }
 #endif
   // The warp's sums of products with what was published for step c.
@@ -305,19 +320,21 @@ struct Worker {
     float d[CHAINS][ROWS][NT][4] = {};
 #if SCOPE == GRID
     EACH(group, NT * GROUPS) {
-      u64 seen[POLLED][2];
+      Seen seen;
       u32 waited = 0;
       for (bool all = false; !all; all ? void() : wait_more(waited, c)) {
         poll(c, group, seen);
-        all = arrived(c, seen);
+        all = seen.arrived(c);
       }
       __syncwarp();
+      seen.restore_signs(lane);
       EACH(k, POLLED) EACH(row, ROWS) {
         const int at = group % GROUPS * POLLED + k;
         if (at < KS) {
           Words stored;
           Tile<EXACT>(weights(row, at, stored))
-              .multiply(d[k % CHAINS][row][group / GROUPS], (u32)seen[k][0], (u32)seen[k][1]);
+              .multiply(d[k % CHAINS][row][group / GROUPS], seen.word(k / 2, k % 2 * 2),
+                        seen.word(k / 2, k % 2 * 2 + 1));
         }
       }
     }

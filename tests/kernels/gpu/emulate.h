@@ -101,10 +101,26 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   warp.barrier.wait();
 }
 
-DEVICE void store_flagged(u64* p, u32 word, u32 flag) {
-  emulate::in_flight.push_back([=] { *p = (u64)flag << 32 | word; });
+DEVICE void store_packet(uint4* p, uint4 v) { emulate::in_flight.push_back([=] { *p = v; }); }
+DEVICE uint4 load_packet(const uint4* p) { return *p; }
+DEVICE void store_word(u32* p, u32 v) { emulate::in_flight.push_back([=] { *p = v; }); }
+DEVICE u32 ballot(bool v) {
+  auto& warp = emulate::warp();
+  warp.b[emulate::self->thread % 32][0] = v;
+  warp.barrier.wait();
+  u32 all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= warp.b[lane][0] << lane;
+  warp.barrier.wait();
+  return all;
 }
-DEVICE u64 load_flagged(const u64* p) { return *(const volatile u64*)p; }
+DEVICE u32 of_lane(u32 v, int bits) {
+  auto& warp = emulate::warp();
+  warp.b[emulate::self->thread % 32][0] = v;
+  warp.barrier.wait();
+  v = warp.b[emulate::self->thread % 32 ^ bits][0];
+  warp.barrier.wait();
+  return v;
+}
 DEVICE void wait_more(u32&, int) { emulate::look_again(); }
 DEVICE u32 peer_address(u32 address, u32 rank) { return (address & 0xFFFFFF) | rank << 24; }
 DEVICE void cluster_sync() { if (SCOPE == CLUSTER) emulate::cluster.wait(); }

@@ -18,12 +18,14 @@ from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
 
 COMPILER = shutil.which("g++")
+EMULATION = (Path(__file__).parent / "emulate.h").read_text()
 _compilers = ThreadPoolExecutor(2)
 _builds: dict[Path, Future[None]] = {}
 # Every argument is an address or a whole number of 64 bits, so one signature serves both kernels.
 ENTRY = """
 extern "C" long emulate_arguments() { return 21 + 2 * STATES; }
 extern "C" long emulate_shared() { return sizeof(Shared); }
+extern "C" long emulate_exchange() { return 2 * (16 * PACKETS + 4 * SIGNS); }
 extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
   static const i64* a;
   a = arguments, emulate::tiles = tiles, emulate::directions = directions;
@@ -54,7 +56,7 @@ def _start(folder: Path, fault: tuple[str, str], *choices: Any) -> Path:
     if not header.exists():  # compiled once
         shutil.copy(Path(__file__).parent / "fibers.h", header)
         _compile("-x", "c++-header", header)
-    program = cuda.program((Path(__file__).parent / "emulate.h").read_text(), *choices)
+    program = cuda.program(EMULATION, *choices)
     assert fault[0] in program
     program = '#include "fibers.h"\n' + program.replace(*fault) + ENTRY
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()}.so"

@@ -18,11 +18,19 @@ import torch
 from rnn.kernels import cells
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.gpu.cuda import occupancy
-from rnn.kernels.plan import Gpu, Plan, plan_text, shared_bytes, slices, stored_fragments
+from rnn.kernels.plan import (
+    Gpu,
+    Plan,
+    exchange_bytes,
+    plan_text,
+    shared_bytes,
+    slices,
+    stored_fragments,
+)
 from rnn.kernels.planner import cuda_plans
 from tests.cases import NAMES, OF_EACH_SIZE, check_recurrence, evaluate, operands
 from tests.kernels.gpu import test_gpu
-from tests.kernels.gpu.emulator import COMPILER, library, loader
+from tests.kernels.gpu.emulator import COMPILER, EMULATION, library, loader
 
 real_load = cuda.load  # before tests put the emulator in its place
 needs_compiler = pytest.mark.skipif(
@@ -256,8 +264,8 @@ FAULTS = {
     ),
     "one buffer": (
         "block",
-        "&shared.inbox[c & 1][b][word] = pair;",
-        "&shared.inbox[0][b][word] = pair;",
+        "&shared.inbox[c & 1][sequence(p)]",
+        "&shared.inbox[0][sequence(p)]",
     ),
     "partial sums read too early": ("block", "group_sync(1 + wm, 32 * WK);", ""),
     "no wait for the others' h": (
@@ -300,13 +308,31 @@ FAULTS = {
         "resets + boundary",
     ),
     "a number in place of the next": ("block packed", "load_if(p + 1, two)", "load_if(p, two)"),
-    "flags not looked at": ("grid", "all &= (u32)(seen[k][half] >> 32) == (u32)c + 1;", ""),
+    "phases of packets not looked at": ("grid", "wrong |= word(pair, 3) ^ phase(c);", ""),
+    "phases of signs not looked at": ("grid", "wrong |= sign(pair) ^ phase(c);", ""),
     "the last sequence left out": ("grid", "(u32)(B - b0 - 1)", "(u32)(B - b0 - 2)"),
-    "flags of another step": (
+    "one phase for all steps": ("grid", "return c & 2 ? 0 : SIGN;", "return SIGN;"),
+    "the phase of another step": (
         "grid",
-        "((const u32*)&pair)[e], c + 1);",
-        "((const u32*)&pair)[e], c + 2);",
+        "packet.w = with_sign(packet.w, phase(c));",
+        "packet.w = with_sign(packet.w, phase(c + 2));",
     ),
+    "one buffer of packets": ("grid", "packets + (c & 1) * PACKETS;", "packets;"),
+    "one buffer of signs": ("grid", " + (c & 1) * SIGNS;", ";"),
+    "a packet in two stores": (
+        "grid",
+        "emulate::in_flight.push_back([=] { *p = v; }); }\nDEVICE uint4",
+        "EACH(k, 2) emulate::in_flight.push_back([=] { ((u64*)p)[k] = ((const u64*)&v)[k]; }); }\n"
+        "DEVICE uint4",
+    ),
+    "a phase before its packet": (
+        "grid",
+        "store_packet(packets_of(c) + (at * PARTS + part), packet);",
+        "store_word(&packets_of(c)[at * PARTS + part].w, packet.w),\n"
+        "            store_packet(packets_of(c) + (at * PARTS + part), packet);",
+    ),
+    "signs that are not restored": ("grid", "      seen.restore_signs(lane);\n", ""),
+    "the sign of another packet": ("grid", "lane % PARTS * (32 / PARTS);", "0;"),
 }
 
 
@@ -317,7 +343,7 @@ def test_planted_faults_are_found(
 ) -> None:
     where, *change = FAULTS[fault]
     # both kernels have it
-    assert change[0] in cuda.text("worker.cuh")
+    assert change[0] in EMULATION + cuda.text("packets.cuh") + cuda.text("worker.cuh")
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
     scope = where.split()[0]
     packed = "packed" in where
@@ -351,7 +377,7 @@ def test_infinite_numbers(
 
 
 @needs_compiler
-def test_shared_memory(folder: Path) -> None:
+def test_memory(folder: Path) -> None:
     """The plan's figure is the compiler's."""
     for scope, blocks, splits, adjoint in (
         ("block", 1, 1, False),
@@ -363,6 +389,8 @@ def test_shared_memory(folder: Path) -> None:
             kept = plan._replace(weight_registers=registers)
             built = library(folder, ("", ""), cells.lstm, kept, SINGLE, adjoint, False, True)
             assert built.emulate_shared() == shared_bytes(cells.lstm, kept, 4, adjoint)
+            if scope == "grid":
+                assert built.emulate_exchange() == exchange_bytes(cells.lstm, kept, 4, adjoint)
 
 
 def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
