@@ -1,7 +1,6 @@
 """What takes a whole row of h where no kernel has it in one place: layer norm, and clipping the
 gradient of h by its norm. A step for `composite`, in torch's operations."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import cells
+from .kernels.notices import warn_once
 from .regularisers import clip_limit, clip_norm, extended_step, normalized_output, zoned_states
 
 
@@ -76,16 +76,14 @@ class _ClipNorm(cells.ClipGrad):
 
 
 _clip_norm = cells.cutting(_ClipNorm)
-_said: set[type] = set()
 
 
 def say_stepwise(layer: Any, why: str) -> None:
     """Once for a class of layers."""
-    if type(layer) in _said or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return
-    _said.add(type(layer))
-    warnings.warn(
+    warn_once(
+        (say_stepwise, type(layer)),
         f"rnn.{type(layer).__name__}: {why} runs step by step in torch's operations, slower than "
         "the kernels",
-        stacklevel=5,
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnn
+from rnn.kernels import notices
 from rnn.kernels.cells import Cell, sigmoid, tanh
 from rnn.kernels.plan import Plan
 from tests.cases import LAYER_NAMES
@@ -409,11 +410,12 @@ def test_tools_that_know_only_torch_nn() -> None:
 
 
 def test_says_that_layer_norm_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rnn.stepwise, "_said", set())
+    monkeypatch.setattr(notices, "_given", set())
     layer = rnn.GRU(4, 6, layer_norm=True, dtype=torch.bfloat16)
     x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match="step by step"):
+    with pytest.warns(UserWarning, match="step by step") as said:
         layer(x)
+    assert [warning.filename for warning in said] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x)
