@@ -4,19 +4,21 @@ A bidirectional GRU reads the message, of any length (`lengths=`), in pieces of 
 encoding finds. A second GRU writes the translation: in training it sees the whole right text in one
 call, and afterwards its own, one piece a call, greedily or as a beam of the likeliest texts.
 
+As in a translation memory, the encoder also reads the translations of the most similar messages,
+and the decoder can copy from all that the encoder reads. Both know which pieces of the translation
+occur with those of the message, by Dice's coefficient. All of this comes from the training pairs,
+in training from those other than the pair itself.
+
 The baselines are the English text itself, and the translation of the most similar message.
 
 --data is a gettext catalogue (.po) of your own in any language, or a text file with a source, a tab
 and its translation in each line."""
 
 import argparse
-import ast
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +26,16 @@ import torch
 from torch import Tensor, nn
 
 import training
+from texts import BEGIN, END, PADDING, WORD, Pair, Pieces, catalogue, chrf, ngrams, words_at_place
 
-PADDING, UNKNOWN, BEGIN, END = range(4)
 PACKAGES = ("wagtail==8.0.1", "django==5.2.19", "django-oscar==4.2.1")
-WORD = re.compile(r" ?(?:%\(\w+\)\w|\{\w*\}|\w+|[^\w ])")
 LONGEST = 12  # words of a message
 
 
-class Pair(NamedTuple):
-    source: str
-    target: str
-
-
 class Batch(NamedTuple):
-    source: Tensor  # [S, B]
+    source: Tensor  # [S, B], the message and the translations of similar ones
+    similar: Tensor  # [S, B], 1 in these translations
+    wanted: Tensor  # [B, pieces], how much the message asks for each piece, 0 to 1
     lengths: Tensor  # [B]
     target: Tensor  # [T, B], from BEGIN to END
 
@@ -47,99 +45,99 @@ class Memory(NamedTuple):
 
     keys: Tensor  # [B, S, hidden]
     padding: Tensor  # [B, S]
+    source: Tensor  # [B, S]
+    wanted: Tensor  # [B, pieces]
+    favoured: Tensor  # [B, S], wanted, of the translations of similar messages
 
 
-class Pieces:
-    """Byte pair encoding (Sennrich, Haddow and Birch 2016): the pair of pieces that occurs most
-    often becomes a piece, `merges` times, from single characters on."""
+class Known:
+    """The training pairs, as pieces: what is looked up in them."""
 
-    def __init__(self, texts: Sequence[str], merges: int) -> None:
-        counts = Counter(word for text in texts for word in WORD.findall(text))
-        words = [([*word], count) for word, count in counts.items()]
-        self.rank: dict[tuple[str, str], int] = {}
-        pairs: Counter[tuple[str, str]] = Counter()
-        for pieces, count in words:
-            for pair in pairwise(pieces):
-                pairs[pair] += count
-        for _ in range(merges):
-            best = max(pairs, key=pairs.__getitem__, default=None)
-            if best is None or pairs[best] < 2:
-                break
-            self.rank[best] = len(self.rank)
-            for pieces, count in words:
-                if best[0] in pieces and best[1] in pieces:
-                    pairs.subtract({p: n * count for p, n in Counter(pairwise(pieces)).items()})
-                    merge(pieces, best)
-                    pairs.update({p: n * count for p, n in Counter(pairwise(pieces)).items()})
-        names = sorted({*"".join(texts)} | {a + b for a, b in self.rank})
-        self.names = ["", "?", "", "", *names]
-        self.index = {name: i for i, name in enumerate(self.names) if i > END}
-        self.split = cache(self._split)
+    def __init__(self, pieces: Pieces, pairs: Sequence[Pair], similar: int) -> None:
+        self.pieces = pieces
+        self.pairs = pairs
+        self.similar = similar
+        sources = self.presence([pair.source for pair in pairs])
+        targets = self.presence([pair.target for pair in pairs])
+        both = sources.t() @ targets
+        either = sources.sum(0)[:, None] + targets.sum(0)
+        self.dice = 2 * both / either.clamp(min=1)
+        # As if the pair itself were not there: a piece that occurs once would give it away.
+        self.dice_of_others = 2 * (both - 1).clamp(min=0) / (either - 2).clamp(min=1)
 
-    def _split(self, word: str) -> list[str]:
-        pieces = [*word]
-        while True:
-            known = [pair for pair in pairwise(pieces) if pair in self.rank]
-            if not known:
-                return pieces
-            merge(pieces, min(known, key=self.rank.__getitem__))
-
-    def encode(self, text: str) -> Tensor:
-        pieces = [piece for word in WORD.findall(text) for piece in self.split(word)]
-        return torch.tensor([BEGIN, *(self.index.get(p, UNKNOWN) for p in pieces), END])
-
-    def decode(self, numbers: Sequence[int]) -> str:
-        return "".join(self.names[number] for number in numbers)
-
-
-def merge(pieces: list[str], pair: tuple[str, str]) -> None:
-    """Joins the pair wherever it is in pieces, in place."""
-    i = 0
-    while i < len(pieces) - 1:
-        if pieces[i] == pair[0] and pieces[i + 1] == pair[1]:
-            pieces[i : i + 2] = [pair[0] + pair[1]]
-        i += 1
+    def presence(self, texts: Sequence[str]) -> Tensor:
+        """[texts, pieces], 1 where the piece occurs"""
+        made = torch.zeros(len(texts), len(self.pieces.names))
+        for row, text in zip(made, texts):
+            row[self.pieces.encode(text)[1:-1]] = 1
+        made[:, : END + 1] = 0
+        return made
 
 
 class Translator(nn.Module):
-    """The attention of Luong, Pham and Manning (2015), "general", with one layer in each part."""
+    """The attention of Luong, Pham and Manning (2015), "general", with one layer in each part, and
+    the copying of See, Liu and Manning (2017)."""
 
     def __init__(self, layer: Callable[..., Any], pieces: int, hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(pieces, hidden)
-        self.dropout = nn.Dropout(0.2)
+        self.marks = nn.Parameter(torch.randn(2, hidden))
+        self.dropout = nn.Dropout(0.3)
         self.encoder = layer(hidden, hidden // 2, bidirectional=True)
         self.decoder = layer(hidden, hidden)
         self.attention = nn.Linear(hidden, hidden, bias=False)
         self.mix = nn.Linear(2 * hidden, hidden)
         self.output = nn.Linear(hidden, pieces)
+        self.copies = nn.Linear(hidden, 1)
+        # How much more a place is looked at behind the piece written last, and if it is wanted.
+        self.follow = nn.Parameter(torch.tensor(3.0))
+        self.look = nn.Parameter(torch.tensor(1.0))
+        self.ask = nn.Parameter(torch.tensor(4.0))
         # One matrix for both: what a piece means is what it scores.
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=hidden**-0.5)
 
     def embed(self, text: Tensor) -> Tensor:
-        scale = self.embedding.embedding_dim**0.5
-        return self.dropout(self.embedding(text) * scale)
+        return self.embedding(text) * self.embedding.embedding_dim**0.5
 
-    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Memory, Any]:
-        """source [S, B] -> what to attend to, and the decoder's first state [1, B, hidden]."""
-        y, state = self.encoder(self.embed(source), lengths=lengths)
-        memory = Memory(y.transpose(0, 1), (source == PADDING).t())
+    def encode(self, batch: Batch) -> tuple[Memory, Any]:
+        """-> what to attend to, and the decoder's first state [1, B, hidden]"""
+        source = batch.source.t()
+        favoured = batch.wanted.gather(1, source) * batch.similar.t()
+        marks = torch.stack([batch.similar, favoured.t()], -1) @ self.marks
+        x = self.embed(batch.source) + marks
+        y, state = self.encoder(self.dropout(x), lengths=batch.lengths)
+        memory = Memory(y.transpose(0, 1), source == PADDING, source, batch.wanted, favoured)
         # Of each state both directions, one after the other.
         return memory, map_state(lambda s: torch.cat([*s], -1)[None], state)
 
     def decode(self, memory: Memory, text: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """text [T, B] -> scores of what follows [B, T, pieces], weights [B, T, S], state."""
-        h, state = self.decoder(self.embed(text), state)
-        h = h.transpose(0, 1)
+        """text [T, B] -> log-probabilities of what follows [B, T, pieces], weights [B, T, S],
+        state."""
+        h, state = self.decoder(self.dropout(self.embed(text)), state)
+        h = self.dropout(h.transpose(0, 1))
+        before = nn.functional.pad(memory.source[:, :-1], (1, 0))
+        follows = before[:, None] == text.t()[..., None]
         scores = self.attention(h) @ memory.keys.transpose(1, 2)
+        scores = scores + self.follow * follows + self.look * memory.favoured[:, None]
         weights = scores.masked_fill(memory.padding[:, None], -torch.inf).softmax(-1)
-        mixed = self.mix(torch.cat([h, weights @ memory.keys], -1)).tanh()
-        return self.output(self.dropout(mixed)), weights, state
+        mixed = self.dropout(self.mix(torch.cat([h, weights @ memory.keys], -1)).tanh())
+        written = (self.output(mixed) + self.ask * memory.wanted[:, None]).log_softmax(-1)
+        places = memory.source[:, None].expand_as(weights)
+        copied = torch.zeros_like(written).scatter_add(2, places, weights)
+        share = self.copies(mixed)
+        return (
+            torch.logaddexp(
+                written + nn.functional.logsigmoid(-share),
+                (copied + 1e-9).log() + nn.functional.logsigmoid(share),
+            ),
+            weights,
+            state,
+        )
 
     def forward(self, batch: Batch) -> Tensor:
-        """-> scores of each next piece [B, T - 1, pieces]"""
-        memory, state = self.encode(batch.source, batch.lengths)
+        """-> log-probabilities of each next piece [B, T - 1, pieces]"""
+        memory, state = self.encode(batch)
         return self.decode(memory, batch.target[:-1], state)[0]
 
 
@@ -156,13 +154,14 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def translate(
-    model: Any, pieces: Pieces, texts: Sequence[str], width: int, limit: int = 60
+    model: Any, known: Known, texts: Sequence[str], width: int, limit: int = 60
 ) -> list[str]:
     """The likeliest translations that a beam of `width` finds; greedy with a width of 1."""
     device = model.embedding.weight.device
-    batch = make_batch(pieces, [Pair(text, "") for text in texts], device)
+    pairs = [Pair(text, "") for text in texts]
+    batch = make_batch(known, pairs, nearest(known.pairs, texts, known.similar), device)
     B = len(texts)
-    memory, state = model.encode(batch.source, batch.lengths)
+    memory, state = model.encode(batch)
     rows = torch.arange(B, device=device).repeat_interleave(width)
     memory = Memory(*(part[rows] for part in memory))
     state = map_state(partial(torch.index_select, dim=1, index=rows), state)
@@ -172,8 +171,8 @@ def translate(
     total[:, 0] = 0
     lengths = torch.zeros_like(total)
     for _ in range(limit):
-        scores, _, state = model.decode(memory, written[:, -1][None], state)
-        step = scores[:, -1].log_softmax(-1).view(B, width, -1)
+        step, _, state = model.decode(memory, written[:, -1][None], state)
+        step = step.view(B, width, -1)
         ended = (written[:, -1] == END).view(B, width)
         if ended.all():
             break
@@ -189,61 +188,56 @@ def translate(
         written = torch.cat([written[rows], piece], 1)
     # The mean over pieces: a sum would favour short texts.
     chosen = (total / lengths).argmax(1) + torch.arange(B, device=device) * width
-    return [pieces.decode(row) for row in written[chosen].tolist()]
+    return [known.pieces.decode(row) for row in written[chosen].tolist()]
 
 
 @torch.no_grad()
-def attention_weights(model: Any, pieces: Pieces, pair: Pair) -> Tensor:
-    """[pieces of the target and END, pieces of the source and both ends]"""
-    batch = make_batch(pieces, [pair], model.embedding.weight.device)
-    memory, state = model.encode(batch.source, batch.lengths)
+def attention_weights(model: Any, known: Known, pair: Pair) -> Tensor:
+    """[pieces of the target and END, pieces of the source and of the similar ones' translations]"""
+    similar = nearest(known.pairs, [pair.source], known.similar)
+    batch = make_batch(known, [pair], similar, model.embedding.weight.device)
+    memory, state = model.encode(batch)
     return model.decode(memory, batch.target[:-1], state)[1][0].cpu()
 
 
-def make_batch(pieces: Pieces, pairs: Sequence[Pair], device: Any) -> Batch:
-    sources = [pieces.encode(pair.source) for pair in pairs]
-    targets = [pieces.encode(pair.target) for pair in pairs]
+def make_batch(
+    known: Known, pairs: Sequence[Pair], similar: Sequence[Sequence[int]], device: Any
+) -> Batch:
+    """`similar`: of each pair the numbers of the known ones whose translations are read too."""
+    encode = known.pieces.encode
+    messages = [encode(pair.source) for pair in pairs]
+    others = [[encode(known.pairs[i].target) for i in numbers] for numbers in similar]
+    sources = [torch.cat([a, *b]) for a, b in zip(messages, others)]
+    marks = [(torch.arange(len(s)) >= len(a)).float() for a, s in zip(messages, sources)]
+    itself = any(pair.target for pair in pairs)
+    dice = known.dice_of_others if itself else known.dice
+    wanted = torch.stack([dice[message].amax(0) for message in messages])
     pad = nn.utils.rnn.pad_sequence
-    made = Batch(pad(sources), torch.tensor([*map(len, sources)]), pad(targets))
+    lengths = torch.tensor([*map(len, sources)])
+    targets = [encode(pair.target) for pair in pairs]
+    made = Batch(pad(sources), pad(marks), wanted, lengths, pad(targets))
     return Batch(*(tensor.to(device) for tensor in made))
 
 
-def train_batches(
-    pieces: Pieces, known: Sequence[Pair], options: argparse.Namespace
-) -> Iterator[Batch]:
+def train_batches(known: Known, options: argparse.Namespace) -> Iterator[Batch]:
     """Forever: batches of pairs of about the same length, which have little padding."""
-    size = min(options.batch, len(known))
-    for indices in training.minibatches(len(known), 16 * size, options.seed):
-        chosen = sorted((known[i] for i in indices.tolist()), key=lambda pair: len(pair.target))
+    pairs = known.pairs
+    similar = nearest(pairs, [pair.source for pair in pairs], known.similar, others=True)
+    size = min(options.batch, len(pairs))
+    for indices in training.minibatches(len(pairs), 16 * size, options.seed):
+        chosen = sorted(indices.tolist(), key=lambda i: len(pairs[i].target))
         for start in torch.randperm(len(chosen) // size).tolist():
             part = chosen[start * size : (start + 1) * size]
-            yield make_batch(pieces, part, options.device)
+            yield make_batch(
+                known, [pairs[i] for i in part], [similar[i] for i in part], options.device
+            )
 
 
-def chrf(translations: Sequence[str], references: Sequence[str]) -> float:
-    """The chrF2 of a corpus, 0 to 100 (Popovic 2015): precision and recall of characters' n-grams
-    for n of 1 to 6, without spaces; recall counts twice."""
-    precision = 0.0
-    recall = 0.0
-    for n in range(1, 7):
-        shared = given = wanted = 0
-        for translation, reference in zip(translations, references):
-            found = ngrams(translation.replace(" ", ""), n)
-            right = ngrams(reference.replace(" ", ""), n)
-            shared += (found & right).total()
-            given += found.total()
-            wanted += right.total()
-        precision += shared / max(given, 1) / 6
-        recall += shared / max(wanted, 1) / 6
-    return 100 * 5 * precision * recall / max(4 * precision + recall, 1e-9)
-
-
-def ngrams(text: str, n: int) -> Counter[str]:
-    return Counter(text[i : i + n] for i in range(len(text) - n + 1))
-
-
-def nearest(known: Sequence[Pair], texts: Sequence[str]) -> list[str]:
-    """The translation of the known text with the most trigrams in common (cosine)."""
+def nearest(
+    known: Sequence[Pair], texts: Sequence[str], count: int, others: bool = False
+) -> list[list[int]]:
+    """Of each text the `count` known ones with the most trigrams in common (cosine), the best
+    first. With `others`, the texts are the known ones, and none is similar to itself."""
     grams = [ngrams(f" {pair.source} ".lower(), 3) for pair in known]
     index = {gram: i for i, gram in enumerate(sorted({g for counts in grams for g in counts}))}
 
@@ -255,24 +249,10 @@ def nearest(known: Sequence[Pair], texts: Sequence[str]) -> list[str]:
         return nn.functional.normalize(made, dim=1)
 
     asked = vectors([ngrams(f" {text} ".lower(), 3) for text in texts])
-    return [known[i].target for i in (asked @ vectors(grams).t()).argmax(1).tolist()]
-
-
-def catalogue(text: str) -> Iterator[Pair]:
-    """The translated messages of a gettext catalogue, without those that are marked as fuzzy."""
-    for block in re.split(r"\n\s*\n", text):
-        fields: dict[str, str] = {}
-        name = ""
-        for line in block.splitlines():
-            start = re.match(r'(msg\S+)\s+(?=")', line)
-            if start:
-                name = start[1]
-                line = line[start.end() :]
-            if name and line.startswith('"'):
-                fields[name] = fields.get(name, "") + ast.literal_eval(line)
-        fuzzy = re.search(r"^#,.*\bfuzzy\b", block, re.M)
-        if fields.get("msgid") and fields.get("msgstr") and not fuzzy:
-            yield Pair(" ".join(fields["msgid"].split()), " ".join(fields["msgstr"].split()))
+    cosines = asked @ vectors(grams).t()
+    if others:
+        cosines.fill_diagonal_(-1)
+    return cosines.topk(min(count, len(known) - 1), 1).indices.tolist()
 
 
 def read_catalogues() -> list[Pair]:
@@ -308,12 +288,13 @@ def read_pairs(path: Path | None) -> list[Pair]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = training.parser(__doc__, cell="gru", steps=1800, rate=3e-3)
+    parser = training.parser(__doc__, cell="gru", steps=700, rate=3e-3)
     option = parser.add_argument
     positive = training.positive
     option("--hidden", type=positive, default=192, help="hidden units (default: %(default)s)")
     option("--batch", type=positive, default=64, help="pairs in a step (default: %(default)s)")
     option("--merges", type=positive, default=1000, help="of pieces (default: %(default)s)")
+    option("--similar", type=positive, default=3, help="messages (default: %(default)s)")
     option("--beam", type=positive, default=5, help="texts in a beam (default: %(default)s)")
     option("--text", default="Delete this page", help="to be translated (default: %(default)s)")
     options = training.parse(parser, arguments, steps=30, hidden=32, merges=100)
@@ -335,30 +316,31 @@ def main(arguments: list[str] | None = None) -> None:
         order = order[:500]
     held = len(order) // 10
     test = [pairs[i] for i in order[:held]]
-    known = [pairs[i] for i in order[held:]]
-    pieces = Pieces([text for pair in known for text in pair], options.merges)
+    rest = [pairs[i] for i in order[held:]]
+    pieces = Pieces([text for pair in rest for text in pair], options.merges)
+    known = Known(pieces, rest, options.similar)
     model = Translator(training.layer(options.cell), len(pieces.names), options.hidden)
-    print(f"{len(known):,} pairs of up to {LONGEST} words; {len(pieces.names):,} pieces of words")
+    print(f"{len(rest):,} pairs of up to {LONGEST} words; {len(pieces.names):,} pieces of words")
 
-    runs = training.train(model, loss, train_batches(pieces, known, options), options)
+    runs = training.train(model, loss, train_batches(known, options), options)
     if options.compare:
         training.print_comparison(runs)
     sources = [pair.source for pair in test]
     translations = {
         "the English text": sources,
-        "the most similar message's": nearest(known, sources),
+        "the most similar message's": [rest[i].target for i, *_ in nearest(rest, sources, 1)],
     }
     for run in runs:
-        translations[f"{run.name}, greedy"] = translate(run.model, pieces, sources, 1)
+        translations[f"{run.name}, greedy"] = translate(run.model, known, sources, 1)
         translations[f"{run.name}, beam of {options.beam}"] = translate(
-            run.model, pieces, sources, options.beam
+            run.model, known, sources, options.beam
         )
     report(translations, test)
-    translated = translate(model, pieces, [options.text], options.beam)[0]
+    translated = translate(model, known, [options.text], options.beam)[0]
     print(f"\n{options.text} -> {translated}")
     path = options.out / "translation.png"
     pair = Pair(options.text, translated)
-    plot(path, runs, pieces, (pair, attention_weights(model, pieces, pair)))
+    plot(path, runs, known, (pair, attention_weights(model, known, pair)))
     print(f"Picture: {path}")
 
 
@@ -367,8 +349,10 @@ def report(translations: dict[str, list[str]], test: Sequence[Pair]) -> None:
     rows = []
     for name, texts in translations.items():
         exact = sum(a == b for a, b in zip(texts, targets)) / len(test)
-        rows.append((name, f"{chrf(texts, targets):.1f}", f"{exact:.1%}"))
-    training.print_table(f"{len(test)} held-out messages", ["chrF", "exactly right"], rows)
+        at_place = words_at_place(texts, targets)
+        rows.append((name, f"{chrf(texts, targets):.1f}", f"{at_place:.1%}", f"{exact:.1%}"))
+    columns = ["chrF", "words at their place", "exactly right"]
+    training.print_table(f"{len(test)} held-out messages", columns, rows)
     best = [*translations.values()][-1]
     print()
     for pair, text in [*zip(test, best)][:5]:
@@ -376,18 +360,20 @@ def report(translations: dict[str, list[str]], test: Sequence[Pair]) -> None:
 
 
 def plot(
-    path: Path, runs: Sequence[training.Run], pieces: Pieces, attended: tuple[Pair, Tensor]
+    path: Path, runs: Sequence[training.Run], known: Known, attended: tuple[Pair, Tensor]
 ) -> None:
     figure, (curves, axes) = training.pyplot().subplots(1, 2, figsize=(9, 4), layout="constrained")
     training.plot_losses(curves, runs, "nats per piece")
     pair, weights = attended
-    shown = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    batch = make_batch(known, [pair], nearest(known.pairs, [pair.source], known.similar), "cpu")
     source, target = (
-        [pieces.names[i] or "(end)" for i in pieces.encode(text).tolist()[1:]] for text in pair
+        [known.pieces.names[i] or "|" for i in numbers[:, 0].tolist()]
+        for numbers in (batch.source, batch.target[1:])
     )
-    axes.set_xticks(range(len(source) + 1), ["(begin)", *source], rotation=60)
+    shown = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source, rotation=90)
     axes.set_yticks(range(len(target)), target)
-    axes.set(xlabel="source", ylabel="written")
+    axes.set(xlabel="message | translations of similar ones", ylabel="written")
     figure.colorbar(shown, ax=axes, label="attention")
     figure.savefig(path, dpi=100)
 

@@ -18,7 +18,8 @@ import torch
 import rnn
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "training")
+HELPERS = ("texts", "training")
+EXAMPLES = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem not in HELPERS)
 # Those that make their data themselves.
 MADE = {"long_memory", "maze"}
 each_example = pytest.mark.parametrize("name", EXAMPLES)
@@ -210,19 +211,44 @@ def test_pieces_of_words(example: Callable[[str], Any]) -> None:
         assert pieces.decode(numbers) == text
 
 
+def test_retrieval(example: Callable[[str], Any]) -> None:
+    """A known pair does not see itself: neither its translation nor the pieces of it alone."""
+    translation = example("translation")
+    texts = ("red page", "red pages", "blue cat", "blue cats")
+    pairs = [translation.Pair(text, text[::-1]) for text in texts]
+    assert translation.nearest(pairs, ["red pages!"], 1) == [[1]]
+    assert translation.nearest(pairs, texts, 1, others=True) == [[1], [0], [3], [2]]
+    # The pieces are characters: "k" and "z" are in the second pair alone.
+    pairs = [translation.Pair("a", "b"), translation.Pair("k", "z")]
+    known = translation.Known(translation.Pieces(["abkz"], 1), pairs, 1)
+    index = known.pieces.index
+    asked = translation.make_batch(known, [translation.Pair("k", "")], [[0]], "cpu")
+    learnt = translation.make_batch(known, [pairs[1]], [[0]], "cpu")
+    assert asked.wanted[0, index["z"]] == 1
+    assert learnt.wanted[0, index["z"]] == 0
+    assert asked.similar[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_words_at_place(example: Callable[[str], Any]) -> None:
+    translation = example("translation")
+    assert translation.words_at_place(["Alle Seiten", "x"], ["Alle alten Seiten", "x"]) == 0.5
+
+
 def test_beam_search(example: Callable[[str], Any]) -> None:
     """A beam with room for all texts finds the likeliest; of one, the likeliest next piece."""
     translation = example("translation")
     torch.manual_seed(1)
     pieces = translation.Pieces(["ab", "ba"], 1)
     model = translation.Translator(rnn.GRU, len(pieces.names), 8).eval()
-    batch = translation.make_batch(pieces, [translation.Pair("ab", "")], "cpu")
+    pairs = [translation.Pair("ab", "ba"), translation.Pair("ba", "ab")]
+    known = translation.Known(pieces, pairs, 1)
+    batch = translation.make_batch(known, [translation.Pair("ab", "")], [[0]], "cpu")
 
     @torch.no_grad()
     def next_scores(text: Sequence[int]) -> torch.Tensor:
-        memory, state = model.encode(batch.source, batch.lengths)
+        memory, state = model.encode(batch)
         given = torch.tensor([translation.BEGIN, *text])[:, None]
-        return model.decode(memory, given, state)[0][0].log_softmax(-1)
+        return model.decode(memory, given, state)[0][0]
 
     greedy: list[int] = []
     while len(greedy) < 3 and translation.END not in greedy:
@@ -236,7 +262,7 @@ def test_beam_search(example: Callable[[str], Any]) -> None:
     best = max(scores, key=scores.__getitem__)
     assert best != tuple(greedy)
     for width, wanted in ((1, greedy), (len(scores), best)):
-        found = translation.translate(model, pieces, ["ab"], width, limit=3)
+        found = translation.translate(model, known, ["ab"], width, limit=3)
         assert found == [pieces.decode(wanted)]
 
 
