@@ -137,16 +137,22 @@ def backward(
             dh_prev = ds_prev[0] + dr_all[step.rows] @ w_hh[gates]
             ds = _with_ended(xp, _cut(xp, step, [dh_prev, *ds_prev[1:]], cell.carried), ds)
         _write([d[n] for d in _arrays(xp, *(gradients.s0 or ()))], ds)
-        if dx is not None and w_ih is None:
-            dx[:, gates] = dx_all
-        elif dx is not None and len(layout.reverse) == 1:
-            dx[...] = dx_all @ w_ih
-        elif dx is not None:
-            dx += dx_all @ w_ih[gates]
+        if dx is not None:
+            _write_input_grad(dx, dx_all, w_ih, gates, alone=len(layout.reverse) == 1)
         # Accumulated in float64 at least: sums over many rows lose digits.
         sums = xp.result_type(x, "f8")
         own = [None if d is None else d[gates] for d in dweights]
         _write_weight_grads(own, x, h_all, dx_all, dr_all, sums)
+
+
+def _write_input_grad(dx: Any, dx_all: Any, w_ih: Any, gates: slice, alone: bool) -> None:
+    """Of one recurrence: adds to that of x, which is the pre-activations' own without `w_ih`."""
+    if w_ih is None:
+        dx[:, gates] = dx_all
+    elif alone:
+        dx[...] = dx_all @ w_ih
+    else:
+        dx += dx_all @ w_ih[gates]
 
 
 def _write_weight_grads(

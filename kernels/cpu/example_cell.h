@@ -47,6 +47,7 @@ struct Arguments {
   int64_t N;
   int64_t reverses;
   int64_t threads;
+  int64_t team;
   int64_t continues;
   int64_t continued;
   int64_t window[2];
