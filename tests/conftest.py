@@ -3,6 +3,7 @@ imported."""
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -223,3 +224,10 @@ def boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         layer_call, "module", lambda name: Watched(find(name)) if name in backends else find(name)
     )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """Dynamo compiles a function for only so many kinds of arguments, over all tests."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
