@@ -150,7 +150,8 @@ def check_layer(
     masks: Sequence[Tensor | None],
     N: int,
     batch_first: bool,
-) -> None:
+) -> int:
+    """Returns B."""
     w_hh, b_ih, b_hh = weights[1:4]
     batch_sizes = masks[1]
     size = x.shape
@@ -201,7 +202,7 @@ def check_layer(
         names = ["hidden"] if len(states) == 1 else [f"hidden[{k}]" for k in range(len(states))]
         for name, state in zip(names, states):
             expect(name, state, (N, B, H), floats, device)
-    check_masks(x, masks, T, B)
+    return check_masks(x, masks, T, B)
 
 
 def _check_range(lengths: Tensor, T: int, plain: bool) -> None:
@@ -218,9 +219,10 @@ def _check_range(lengths: Tensor, T: int, plain: bool) -> None:
     )
 
 
-def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> None:
+def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> int:
     """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B
-    sequences; with batch_sizes T is ignored, and B may be None if it is not known otherwise."""
+    sequences; with batch_sizes T is ignored, and B may be None if it is not known otherwise.
+    Returns B, which is 0 for batch_sizes whose numbers are not known yet."""
     lengths, batch_sizes, resets = masks
     device = x.device
     if batch_sizes is not None:
@@ -252,8 +254,13 @@ def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> No
             fits = (batch_sizes.sum() == x.shape[0]) & (batch_sizes[-1] > 0)
             fits = fits if B is None else fits & (batch_sizes[0] == B)
             transforms.assert_async(fits & (batch_sizes.diff() < 1).all(), wrong)
-        else:  # all these operations would take longer than a short sequence
-            sizes = batch_sizes.tolist()
-            falls = sizes == sorted(sizes, reverse=True)
-            if not falls or sum(sizes) != x.shape[0] or B not in (None, sizes[0]) or sizes[-1] < 1:
-                raise RuntimeError(wrong)
+            return 0
+        # All these operations would take longer than a short sequence
+        sizes: list[int] = batch_sizes.tolist()
+        falls = sizes == sorted(sizes, reverse=True)
+        if not falls or sum(sizes) != x.shape[0] or B not in (None, sizes[0]) or sizes[-1] < 1:
+            raise RuntimeError(wrong)
+        B = sizes[0]
+    # Not int(B): of a traced call it is symbolic.
+    sequences: int = B
+    return sequences

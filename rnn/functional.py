@@ -25,7 +25,7 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan, plan_text
 from .kernels.states import join_states, join_weights, part_views
 from .kernels.types import Save
-from .layer_call import LayerCall, batch_size
+from .layer_call import LayerCall
 from .segments import segment_windows
 from .torch_operators import by_torch
 from .transforms import (
@@ -136,7 +136,7 @@ def run_layer(  # noqa: PLR0913  as recurrence
     if autocast is not None:
         return _run_in(autocast, cell, x, weights, states, masks, *options)
     try:
-        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
+        B = check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
     except RuntimeError:
         refuse_nested(zip(len(weights) // 4 * NAMES, weights))
         raise
@@ -146,7 +146,6 @@ def run_layer(  # noqa: PLR0913  as recurrence
     whole_sequences = masks[0] is masks[1] is masks[2] is None and not (
         keep or recompute or checkpoint
     )
-    B = batch_size(x, masks[1], batch_first)
     H = weights[1].shape[1]
     decision = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
     if decision.dtype != x.dtype:
