@@ -150,8 +150,7 @@ def check_layer(
     masks: Sequence[Tensor | None],
     N: int,
     batch_first: bool,
-) -> int:
-    """Returns B."""
+) -> int:  # B
     w_hh, b_ih, b_hh = weights[1:4]
     batch_sizes = masks[1]
     size = x.shape
