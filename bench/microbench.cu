@@ -66,8 +66,9 @@ KERNEL grid_barrier(i64* cycles, int steps, u32* arrived) {
   report(cycles, start, failed);
 }
 
-// Every block sends packets of 16 bytes to all, each with the number of the step, so that the data is its own flag. Two
-// buffers are enough: who sends step i has seen all of step i - 1, and so nobody still reads step i - 2.
+// Every block sends packets of 16 bytes to all, each with the number of the step, so that the data
+// is its own flag. Two buffers are enough: who sends step i has seen all of step i - 1, and so
+// nobody still reads step i - 2.
 // all [2, gridDim.x * packets] is 0 before.
 KERNEL grid_exchange(i64* cycles, int steps, uint4* all, int packets) {
   i64 start = clock64();

@@ -14,11 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from .notices import warn
+from .notices import warn_once
 
 try:
     import fcntl
@@ -126,11 +125,11 @@ def _trusted(folder: Path | None, name: str, suffix: str) -> Path | None:
         folder.mkdir(0o700, parents=True, exist_ok=True)
         for path in (folder, *folder.glob(f"{name}.*{suffix}")):
             if why := trouble(path):
-                say(
+                text = (
                     f"rnn does not use compiled programs in {folder}, as {path} {why}; they "
-                    "are compiled for this "
-                    "process alone"
+                    "are compiled for this process alone"
                 )
+                warn_once(text, text)
                 return None
     except OSError:
         return None
@@ -146,12 +145,6 @@ def trouble(path: Path, owners: Collection[int] = ()) -> str:
     if not {status.st_uid, path.lstat().st_uid} <= {*(owners or (os.geteuid(),))}:
         return "belongs to another user"
     return "can be written to by others" if status.st_mode & 0o022 else ""
-
-
-@cache
-def say(text: str) -> None:
-    """A warning, once."""
-    warn(text)
 
 
 def _private_folder() -> Path:

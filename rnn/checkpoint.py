@@ -142,7 +142,10 @@ class _Adjoint:
             for places, t in zip((*sums, *ds), (*part.sums, *part.ds)):
                 for n, own in zip(sweep.numbers, [] if t is None else t.chunk(len(sweep.numbers))):
                     places[n] = own
-        joined = [None if own[0] is None else torch.cat(own) for own in sums]  # type: ignore[arg-type]
+        joined = [
+            None if own[0] is None else torch.cat(own)  # type: ignore[arg-type]
+            for own in sums
+        ]
         x: Any = None
         for part in parts:
             x = part.x if x is None else x.add_(part.x)

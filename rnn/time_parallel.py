@@ -189,7 +189,8 @@ def _one_way(
     if solution is None:
         return None
     if trains((x, *weights, *states)):
-        y, others, *last = _Chunked.apply(group, solution, report, body, *weights, *states)  # type: ignore[no-untyped-call]
+        given = group, solution, report, body, *weights, *states
+        y, others, *last = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
     else:
         y, others, *last = _in_time(group, solution.outputs)
     if C * L < T:

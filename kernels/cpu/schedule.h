@@ -56,8 +56,8 @@ struct SequenceGroup {
 //
 // Each of `groups` takes its own sequences through time, in `windows` of its own: a thread works in
 // memory of its own and waits for no other. If there are too few sequences for all threads, the
-// hidden units of a group are divided into `shares`, but for a cell of WHOLE_ROWS. Windows are in gates, dx, dr and x_rows
-// [N, groups, max_rows, ...].
+// hidden units of a group are divided into `shares`, but for a cell of WHOLE_ROWS. Windows are in
+// gates, dx, dr and x_rows [N, groups, max_rows, ...].
 struct Schedule : Arguments {
   // Pre-activations of a single gate are computed where y goes.
   static constexpr bool GATES_IN_Y = GATES == 1 && !SEPARATE_RECURRENT_GRAD;

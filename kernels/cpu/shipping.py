@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import build_cache
+from ..notices import warn_once
 from . import build, targets
 
 IN_PACKAGE = Path(__file__).parent / "prebuilt"
@@ -90,8 +91,13 @@ def find(code: str, flags: Sequence[str], names: Sequence[str]) -> Found:
         except OSError as error:
             refused.append(f"{path} cannot be loaded: {error}")
     if refused:
-        build_cache.say(f"rnn does without prebuilt libraries: {'; '.join(refused)}")
+        _warn(refused)
     return Found(None, refused)
+
+
+def _warn(reasons: list[str]) -> None:
+    text = f"rnn does without prebuilt libraries: {'; '.join(reasons)}"
+    warn_once(text, text)
 
 
 def missed() -> list[str]:
@@ -102,7 +108,7 @@ def missed() -> list[str]:
         if libraries(folder)
     ]
     if reasons:
-        build_cache.say(f"rnn does without prebuilt libraries: {'; '.join(reasons)}")
+        _warn(reasons)
     return reasons
 
 

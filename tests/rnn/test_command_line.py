@@ -23,7 +23,7 @@ import rnn
 from rnn import dispatch
 from rnn.command_line import backends, doctor, main, timing
 from rnn.command_line import machine as this_machine
-from rnn.kernels import build_cache, cells, reference
+from rnn.kernels import build_cache, cells, notices, reference
 from rnn.kernels.cpu import build, native, shipping, targets
 from rnn.kernels.plan import Gpu, Plan
 
@@ -60,7 +60,7 @@ class Machine:
         native.load.cache_clear()
         dispatch.native_available.cache_clear()
         dispatch._plan.cache_clear()
-        build_cache.say.cache_clear()
+        self.monkeypatch.setattr(notices, "_given", set())
 
 
 @pytest.fixture(scope="module")
