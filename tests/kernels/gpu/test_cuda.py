@@ -301,13 +301,32 @@ FAULTS = {
         "const u32 to = (peer + rank) % C;",
         "const u32 to = peer % (C - 1);",
     ),
-    "the row of another step": ("block packed", "offsets + t,", "offsets + t / 2,"),
+    "the row of another step": ("block packed", "offsets + t + (", "offsets + t / 2 + ("),
     "the reset of another sequence": (
         "block packed",
         "resets + boundary + sequence(p)",
         "resets + boundary",
     ),
-    "a number in place of the next": ("block packed", "load_if(p + 1, two)", "load_if(p, two)"),
+    "a number in place of the next": (
+        "block packed",
+        "load_if(p + 1, there && two)",
+        "load_if(p, there && two)",
+    ),
+    "what was loaded for the step before": (
+        "block packed",
+        "if (!EARLY) fetch(u + 1);",
+        "if (!EARLY) fetch(u);",
+    ),
+    "what was loaded for the step before, in a cluster": (
+        "cluster packed",
+        "if (EARLY) fetch(u + 1);",
+        "if (EARLY) fetch(u);",
+    ),
+    "what was loaded for the next step": (
+        "cluster packed",
+        "const Inputs now = ahead;",
+        "const Inputs& now = ahead;",
+    ),
     "phases of packets not looked at": ("grid", "wrong |= word(pair, 3) ^ phase(c);", ""),
     "phases of signs not looked at": ("grid", "wrong |= sign(pair) ^ phase(c);", ""),
     "the last sequence left out": ("grid", "(u32)(B - b0 - 1)", "(u32)(B - b0 - 2)"),
@@ -342,8 +361,8 @@ def test_planted_faults_are_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     where, *change = FAULTS[fault]
-    # both kernels have it
-    assert change[0] in EMULATION + cuda.text("packets.cuh") + cuda.text("worker.cuh")
+    shared = EMULATION + cuda.text("packets.cuh") + cuda.text("worker.cuh")
+    assert all(change[0] in shared + cuda.text(kernel) for kernel in ("forward.cu", "backward.cu"))
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
     scope = where.split()[0]
     packed = "packed" in where

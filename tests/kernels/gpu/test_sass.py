@@ -51,3 +51,29 @@ def test_what_no_kernel_has(kernel: Kernel) -> None:
     if plan.scope != "grid":
         # The least of NVRTC 12.8 to 13.2: 189, of the RNN of H 512
         assert found.load_distance >= 185
+
+
+# Cells, modes, H, batch, backward, blocks, masks, even; the least cycles from a load of what the
+# next step is given to what waits for it, the most estimated cycles of a step.
+LOADS = [
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False), 215, 430),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, False, False), 225, 480),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, True, True), 95, 540),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True), 280, 540),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, False, False), 390, 730),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, True, True), 170, 715),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, True, False), 85, 880),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, True, True), 320, 830),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, True, False), 310, 900),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, True, 16, True, False), 300, 1030),
+    (Kernel("lstm", "bfloat16", 512, 16, False, 16, True, True), 700, 1340),
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16, True, True), 370, 1460),
+]
+
+
+@pytest.mark.parametrize(("kernel", "distance", "cycles"), LOADS)
+def test_no_step_waits_for_its_own_loads(kernel: Kernel, distance: int, cycles: int) -> None:
+    """With masks and odd H too."""
+    _, found = report(kernel)
+    assert found.load_distance >= distance
+    assert found.cycles <= cycles
