@@ -47,8 +47,9 @@ class BackwardTensors(NamedTuple):
     dr: Tensor
     # [R, N, H]: the h that entered each row, where resets or lengths keep it from being y's
     h_prev: Tensor | None
-    # [R], as integers: all bits of a row that is a step of its sequence, none of one past its end
-    ran: Tensor | None
+    # [R], as integers: all bits of a row that is a step of its sequence, none of one past its end;
+    # with resets [1 + N, R], zeros: all bits of a row that a gradient comes to, any and each of N
+    marks: Tensor | None
     lengths: Tensor | None
     offsets: Tensor | None
     resets: Tensor | None

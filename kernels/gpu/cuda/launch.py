@@ -229,17 +229,17 @@ def launch(
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     masks = lengths, layout.offsets, layout.resets
     grad_of_y = True
-    ran: tuple[Tensor | None, ...] = ()
+    marks: tuple[Tensor | None, ...] = ()
     if isinstance(tensors, BackwardTensors):
         grad_of_y = tensors.dy is not None
-        ran = (tensors.ran,)
+        marks = (tensors.marks,)
     numbers_at = [_address(t) for t in _numbers(tensors)]
     pair_bytes = 2 * w_hh.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)
     masked = any(t is not None for t in masks)
     kernel = load(cell, plan, w_hh.dtype, adjoint, masked, even, grad_of_y, w_hh.device)
-    addresses = *numbers_at, *map(_address, masks), *map(_address, ran)
+    addresses = *numbers_at, *map(_address, masks), *map(_address, marks)
     sizes = layout.steps, B, R, H, layout.reverses
     for k, part in enumerate(parts):
         packets_at = _address(packets) + k * slice_bytes

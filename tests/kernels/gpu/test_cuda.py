@@ -240,7 +240,7 @@ PADDING_FAULTS = {
     "rows that are not set to 0": ("* H + unit] = 0;", "* H + unit];"),
     "rows of another sequence": ("for (i64 t = lengths[b]; t", "for (i64 t = lengths[0]; t"),
     "padding marked as steps": ("t < lengths[b] ? (Bits)~0 : (Bits)0", "(Bits)~0"),
-    "a row of another sequence marked": ("ran[t * B + b] = ", "ran[t * B + (b + 1) % B] = "),
+    "a row of another sequence marked": ("marks[t * B + b] = ", "marks[t * B + (b + 1) % B] = "),
 }
 
 
@@ -254,6 +254,45 @@ def test_padding(fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> N
     monkeypatch.setattr(cuda, "load", loader(folder, PADDING_FAULTS[fault]))
     with pytest.raises((AssertionError, RuntimeError)):
         test_gpu.check_padding("lstm", plan)
+
+
+MARK_FAULTS = {
+    "gradients of NaN": ("comes |= ds_next[k] != 0.f;", "comes = true;"),
+    "a state left out": ("EACH(k, CARRIED) comes", "EACH(k, 1) comes"),
+    "a row of another sequence marked": ("worker.b0 + worker.sequence(p),", "worker.b0,"),
+    "a row of another direction marked": (" 1 + worker.n, R,", " 2 - worker.n, R,"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("scope", "form"),
+    [
+        ("cluster", "lengths"),
+        *(
+            pytest.param(scope, form, marks=pytest.mark.slow)
+            for scope in ("block", "cluster", "grid")
+            for form in ("padded", "packed")
+        ),
+    ],
+)
+def test_steps_not_asked_for(scope: str, form: str) -> None:
+    plan = plan_for(scope, 18, SINGLE, 1 if scope == "block" else 2, 2)
+    test_gpu.check_not_asked_for("lstm", plan, form)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", MARK_FAULTS)
+def test_wrong_marks_are_found(fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    right = loader(folder)
+    wrong = loader(folder, MARK_FAULTS[fault])
+
+    def load(cell: Any, plan: Any, dtype: Any, adjoint: bool, *choices: Any) -> Any:
+        return (wrong if adjoint else right)(cell, plan, dtype, adjoint, *choices)
+
+    monkeypatch.setattr(cuda, "load", load)
+    with pytest.raises(AssertionError, match="d_"):
+        test_gpu.check_not_asked_for("lstm", plan_for("cluster", 18, SINGLE, 2, 2), "lengths")
 
 
 FAULTS = {
