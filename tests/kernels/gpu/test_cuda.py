@@ -5,6 +5,8 @@ import importlib
 import itertools
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -484,6 +486,34 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         launch((16, 9, 1), ())
 
 
+THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from rnn.kernels.gpu.cuda.launch import build
+
+ready = Barrier(4)
+
+def compiled(k):
+    ready.wait()
+    return build('extern "C" __global__ void f(int* p) {{ *p = {k}; }}'.format(k=k), 90)
+
+with ThreadPoolExecutor(4) as pool:
+    assert all(cubin for cubin, _ in pool.map(compiled, range(4)))
+"""
+
+
+def test_threads_that_compile_first() -> None:
+    """At the same time, in a process that has not loaded the compiler."""
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stderr
+
+
 class Driver:
     """Answers as the CUDA driver does: `active` clusters by size, and an error for other sizes."""
 
@@ -672,6 +702,7 @@ def test_compiles() -> None:
 FULL = [
     (80, "gru", 16, 64, SINGLE, "tf32x3", False, True, True),
     (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, True, True),
+    (80, "gru", 4096, 360, BRAIN, "ieee", True, True, False),
     (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),
