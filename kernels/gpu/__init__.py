@@ -45,7 +45,7 @@ def _is_padded(layout: Layout) -> bool:
 
 
 def _new_marks(layout: Layout, y: Tensor, needs: Gradients[bool]) -> Tensor | None:
-    """None where the products of the weights' gradients may read all rows."""
+    """For which rows the products of weights' gradients read; None where that may be all."""
     R = len(y)
     integer = _INTEGERS[y.element_size()]
     if layout.resets is not None and (needs.w_ih or needs.w_hh):

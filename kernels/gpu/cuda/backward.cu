@@ -2,7 +2,7 @@
 // dx (unused where it equals dr) and dr [R, N, G, H]; h_prev [R, N, H] or null; S gradients of the
 // last states [N, B, H], or null for zeros, and S of the initial ones, or null. marks [R] or null:
 // all bits of rows that are steps, none of those past an end; with resets [1 + N, R], zeros that
-// become all bits in rows that a gradient comes to, any and each of N.
+// become all bits in rows that a gradient comes to, in any direction and in each.
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
     const T* dstates, T* dx, T* dr, T* h_prev,
