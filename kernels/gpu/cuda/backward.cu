@@ -76,8 +76,31 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     y_at = pin_register(row * worker.y_row);
     before_at = BEFORE ? pin_register(row_of_states * worker.y_row) : y_at;
   };
+  // All that is loaded for a sequence in one branch.
+  auto fetch_in_branches = [&](int t) {
+    EACH(p, P) {
+      const i64 at = y_at + worker.at(p, worker.y_row);
+      EACH(k, STATES) ahead.s[p][k] = ahead.d[p][k] = {};
+      EACH(k, SAVED) ahead.saved[p][k] = {};
+      if (!worker.runs(t, p)) {
+        EACH(k, STATES) if (worker.end[p])
+          ahead.s[p][k] = worker.load(state + k * worker.layer + worker.at(p, H), true);
+        continue;
+      }
+      EACH(k, STATES)
+        ahead.s[p][k] = worker.load((k ? states + (k - 1) * worker.plane : y) + at, true);
+      if (GRAD_OF_Y) ahead.d[p][0] = worker.load(dy + at, true);
+      EACH(k, STATES) if (k && dstates)
+        ahead.d[p][k] = worker.load(dstates + (k - 1) * worker.plane + at, true);
+      EACH(k, SAVED) ahead.saved[p][k] = worker.load(saved + k * worker.plane + at, true);
+    }
+  };
   auto fetch = [&](int u) {
     const int t = worker.time(u, !worker.reverse);
+    if (IN_BRANCHES) {
+      fetch_in_branches(t);
+      return;
+    }
     EACH(p, P) {
       const i64 at = y_at + worker.at(p, worker.y_row);
       const bool runs = worker.runs(t, p);
