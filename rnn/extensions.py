@@ -14,11 +14,17 @@ from .autograd import own_gradient
 from .boundary import alive
 from .checks import check_layer
 from .composite import composite, composite_layer
-from .functional import BATCH_FIRST
+from .functional import BATCH_FIRST, run_in
 from .kernels import cells
 from .kernels.cells import Cell
 from .layer_call import batch_size
-from .normalized import layer_norm, normalized_call, normalized_layer, why_stepwise
+from .normalized import (
+    layer_norm,
+    normalized_call,
+    normalized_layer,
+    other_dtype,
+    why_stepwise,
+)
 from .regularisers import (
     Arguments,
     Norm,
@@ -199,7 +205,11 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     dropped = bool(layer.training and layer.recurrent_dropout)
     norm = None
     run = operator
-    why = why_stepwise(layer, (x, *weights, *parts, *masks))
+    why = why_stepwise(layer, B, (x, *weights, *parts, *masks))
+    dtype = other_dtype(layer, x) if layer.layer_norm and not why else None
+    if dtype is not None:
+        run = partial(extended_layer, layer, index, operator)
+        return run_in(dtype, run, cell, x, weights, states, masks, reverse, keep, *options)
     if why:
         say_stepwise(layer, why)
         run = partial(_composite, stepwise(layer, index, dropped))
@@ -283,7 +293,7 @@ def _states(
 
     def rows(name: str) -> list[Tensor]:
         every = torch.stack([getattr(layer, f"{name}_l{index}{suffix}") for suffix in suffixes])
-        return [row[:, None].expand(-1, B, -1) for row in every.unbind(1)]
+        return [row[:, None].expand(-1, B, -1).to(x.dtype) for row in every.unbind(1)]
 
     cell = layer.layer_cell()
     if states is not None:

@@ -1,4 +1,5 @@
-"""Layer norm in the kernels of the CPU, which have a row of hidden units in one place.
+"""Layer norm in the kernels that have a row of hidden units in one place: those of the CPU, and
+Triton's whose blocks have all units of their sequences.
 
 W_ih x of all steps and its norm come before the recurrence, in torch's operations. Those of W_hh h
 and of an LSTM's c are part of the cell's step, whose constants are their gains."""
@@ -17,39 +18,66 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.types import Save, Weights
 from .layer_call import LayerCall
-from .regularisers import Arguments, Norm, clip_norm, extended_cell, norm_of
-from .transforms import active_transform, any_autocast, traced
+from .regularisers import (
+    Arguments,
+    Norm,
+    clip_limit,
+    clip_norm,
+    extended_cell,
+    norm_of,
+    zoned_states,
+)
+from .transforms import active_transform, any_autocast, autocast_dtype, traced
 
-_BACKENDS = ("native", "numpy")
+_WORDS = dict(
+    native="C++, compiled for this machine",
+    numpy="NumPy",
+    triton="Triton, scope block, each block keeps all of W_hh",
+)
 
 
-def why_stepwise(layer: Any, tensors: Sequence[Tensor | None]) -> str:
-    """The options for which a call of a layer runs step by step, and for layer norm why; "" where
-    kernels run. `tensors`: x and all others of the call."""
+def _has_rows(plan: Plan, H: int) -> bool:
+    """Whether its kernels have all H units of a sequence in one place."""
+    if plan.backend == "triton":
+        return plan.scope == "block" and plan.units >= H
+    return plan.backend in ("native", "numpy")
+
+
+def why_stepwise(layer: Any, B: int, tensors: Sequence[Tensor | None]) -> str:
+    """The options for which a call of a layer for B sequences runs step by step, and for layer norm
+    why; "" where kernels run. `tensors`: x and all others of the call."""
     options = []
     if clip_norm(layer) is not None:
         options = ["layer_norm"] if layer.layer_norm else []
         options += ["clip_recurrent_grad by a norm"]
     elif layer.layer_norm:
-        problem = _unserved(layer, [t for t in tensors if t is not None])
+        problem = _unserved(layer, B, [t for t in tensors if t is not None])
         options = [f"layer_norm {problem}"] if problem else []
     return " and ".join(options)
 
 
-def _unserved(layer: Any, tensors: Sequence[Tensor]) -> str:
+def _unserved(layer: Any, B: int, tensors: Sequence[Tensor]) -> str:
     """Why layer norm is not in kernels; "" where it is."""
-    x = tensors[0]
     if active_transform() or traced(*tensors):
         return "under a transform or compiled"
-    if any_autocast():
-        return "under autocast"
-    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
-        return f"in {x.dtype} on {x.device.type}"
-    if layer.plan is not None and layer.plan.backend not in _BACKENDS:
-        return f"by the plan {layer.plan.backend!r}"
-    if not _cell(layer).whole_rows:
+    if not layer_cell(layer).whole_rows:
         return "of a cell that does not use W_hh h"
+    found = _decision(layer, tensors[0], B)
+    if found.plan is None:
+        return f"({found.reason})"
+    if not _has_rows(found.plan, _units(layer)):
+        return f"by the plan {found.plan.backend!r} of scope {found.plan.scope!r}"
     return ""
+
+
+def other_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
+    """In which dtype all of a call for x is to be computed, if not as it is: that of autocast, or
+    that of the kernels for x."""
+    autocast = autocast_dtype(x.device.type) if any_autocast() else None
+    if autocast is not None:
+        return autocast
+    dtype = dispatch.support(x, layer.plan).dtype
+    return None if dtype == x.dtype else dtype
 
 
 def layer_norm(layer: Any) -> Norm:
@@ -57,17 +85,33 @@ def layer_norm(layer: Any) -> Norm:
     return norm_of(layer.layer_cell(), bool(layer.bias))
 
 
-def _cell(layer: Any) -> Cell:
-    """With layer norm alone."""
-    return extended_cell(layer.layer_cell(), None, (), False, layer_norm(layer))
+def _units(layer: Any) -> int:
+    """Of a head."""
+    units: int = layer.hidden_size // layer.num_heads
+    return units
+
+
+def layer_cell(layer: Any) -> Cell:
+    """With all options of the layer, as they are now."""
+    dropped = bool(layer.training and layer.recurrent_dropout)
+    options = clip_limit(layer), zoned_states(layer), dropped
+    return extended_cell(layer.layer_cell(), *options, layer_norm(layer))
+
+
+def _decision(layer: Any, x: Tensor, B: int) -> dispatch.Decision:
+    recurrences = (False,) * (layer.num_heads * (1 + layer.bidirectional))
+    return dispatch.decide(layer_cell(layer), x, B, _units(layer), recurrences, layer.plan, False)
 
 
 def words(layer: Any, x: Tensor) -> str:
     """Of `rnn.explain`."""
-    H = layer.hidden_size // layer.num_heads
-    plan = layer.plan or dispatch.choose_plan(_cell(layer), x, 1, H, (False,))
-    kernels = "C++, compiled for this machine" if plan.backend == "native" else "NumPy"
-    return f"{kernels}, with layer_norm; W_ih x and its norm before it in torch operations"
+    found = _decision(layer, x, 1)
+    assert found.plan is not None
+    why = f" ({found.reason})" if found.reason else ""
+    return (
+        f"{_WORDS[found.plan.backend]}, with layer_norm{why}; W_ih x and its norm before it in "
+        "torch operations"
+    )
 
 
 def normalized_call(
@@ -82,7 +126,7 @@ def normalized_call(
     def whole(name: str) -> Tensor:
         """Of all directions."""
         parts = [getattr(layer, f"{name}_l{index}{suffix}") for suffix in suffixes]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(call.x.dtype)
 
     def constants(t: Tensor | None, count: int) -> list[Tensor]:
         if t is None or not count:
