@@ -158,14 +158,14 @@ def run_layer(  # noqa: PLR0913  as recurrence
         )
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
-        return _with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
+        return with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
     if len(weights) > 4:
         alive(weights)
     y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
 
 
-def _with_gradients(
+def with_gradients(
     call: LayerCall,
     x: Tensor,
     weights: Sequence[Any],

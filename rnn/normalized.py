@@ -4,19 +4,22 @@ Triton's whose blocks have all units of their sequences.
 W_ih x of all steps and its norm come before the recurrence, in torch's operations. Those of W_hh h
 and of an LSTM's c are part of the cell's step, whose constants are their gains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from . import dispatch, layer_call
-from .autograd import apply, trains
+from .autograd import trains
 from .device_copies import on_device
+from .functional import with_gradients
 from .kernels.cells import Cell
 from .kernels.plan import Plan
-from .kernels.types import Save, Weights
+from .kernels.types import Weights
 from .layer_call import LayerCall
 from .regularisers import (
     Arguments,
@@ -148,7 +151,12 @@ def normalized_call(
         steps = torch.arange(x.shape[0], device=x.device)[:, None]
         x = torch.where((steps < on_device("lengths", lengths, x.device))[..., None], x, 0)
     w_ih: Any = call.w_ih
-    gates = _input_gates(x, w_ih, whole("norm_ih"), bias, N)
+    given = x, w_ih, whole("norm_ih"), bias, N
+    if layer.checkpoint and trains(given[:-1]):
+        # Not even W_ih x before its norm is kept
+        gates = checkpoint_of(_input_gates, *given, use_reentrant=False, preserve_rng_state=False)
+    else:
+        gates = _input_gates(*given)
     return Arguments(call.cell, gates, None, call.w_hh, None, None, [*call.states, *further])
 
 
@@ -176,13 +184,40 @@ def normalized_layer(  # noqa: PLR0913  as run_layer
     checkpoint: int,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `functional.run_layer`, for a call that `normalized_call` has made: y alone is in the
-    caller's layout. `checkpoint` is without effect."""
+    caller's layout."""
     B, H = states[0].shape[1:]
     chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
+    if checkpoint and len({*reverse}) > 1:
+        # Spans of time of one direction alone have pre-activations of no other
+        options = keep, chosen, recompute, batch_first, checkpoint
+        halves = [
+            normalized_layer(cell, *half, masks, way, *options)
+            for half, way in _directions(x, weights, states, reverse)
+        ]
+        ys, others, last = zip(*halves)
+        several = None if others[0] is None else torch.cat(others, -1)
+        return torch.cat(ys, -1), several, [torch.cat(parts) for parts in zip(*last)]
     call = LayerCall(cell, chosen, x, masks, reverse)
     if trains((x, *weights, *states)):
-        save = Save.STATES if recompute else Save.ACTIVATIONS
-        y, others, _, *last = apply(call, save, 4, *masks, x, *weights, *states)
+        found = with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
+        y, several, last = found
     else:
-        y, others, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
-    return y.transpose(0, 1) if batch_first else y, others if keep else None, last
+        y, several, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
+    return y.transpose(0, 1) if batch_first else y, several if keep else None, last
+
+
+def _directions(
+    x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], reverse: Sequence[int]
+) -> Iterator[tuple[tuple[Tensor, Sequence[Any], Sequence[Tensor]], Sequence[int]]]:
+    """x, weights and states of the recurrences of each direction, those of one after the other."""
+    N = len(reverse)
+    width = x.shape[-1] // N
+    _, w_hh, *_ = weights
+    first = 0
+    for _, same in groupby(reverse):
+        way = [*same]
+        last = first + len(way)
+        gates = x[..., first * width : last * width]
+        own = w_hh[first * width : last * width]
+        yield (gates, (None, own, None, None), [s[first:last] for s in states]), way
+        first = last

@@ -313,21 +313,6 @@ def backward_kernel(
     step = step_info(u, descending, tile, T, B, tensors)
     while u < u1:
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
-        acc = zeros[:1]
-        flowed = last.runs & ~last.cut
-        if SCOPE == "library":
-            acc = load_tiles(
-                tensors.product, tile.s0, 0, tile.o_s, tile.mask & flowed[None, :], None, 1
-            )
-        elif SCOPE == "block":
-            for g in tl.static_range(G):
-                dr = tl.where(last.cut[None, :], 0.0, gr[g])
-                acc = dots(ws, dr, acc, g, 0, 1, PRECISION)
-        else:
-            dr = tensors.dr + last.row * (N * G * H) + tile.x0
-            pitch = N * G * H
-            acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
-        d = add_in_own_layout(acc, d[:1], 1) + d[1:]
         m_run = tile.mask & step.runs[None, :]
         row = step.row * (N * H) + tile.y0
         row_prev = step_next.row * (N * H) + tile.y0
@@ -353,11 +338,26 @@ def backward_kernel(
         s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, CARRIED)
         s_prev = s_prev + constants
         dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
-        ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
+        dh = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
         a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
+        acc = zeros[:1]
+        flowed = last.runs & ~last.cut
+        if SCOPE == "library":
+            acc = load_tiles(
+                tensors.product, tile.s0, 0, tile.o_s, tile.mask & flowed[None, :], None, 1
+            )
+        elif SCOPE == "block":
+            for g in tl.static_range(G):
+                dr = tl.where(last.cut[None, :], 0.0, gr[g])
+                acc = dots(ws, dr, acc, g, 0, 1, PRECISION)
+        else:
+            dr = tensors.dr + last.row * (N * G * H) + tile.x0
+            pitch = N * G * H
+            acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
+        ds = add_in_own_layout(acc, dh[:1], 1) + dh[1:]
         gx, gr, ds_prev = CELL(a, s_prev, s_next, ds)
         ds_prev = select_tiles(~step.cut[None, :], ds_prev, None, CARRIED) + ds_prev[CARRIED:]
-        d = select_tiles(step.runs[None, :], ds_prev, d, S)
+        d = select_tiles(step.runs[None, :], ds_prev, ds, S)
         gr = select_tiles(m_run, gr, None, G)
         gx = zero_past_ends(gx, step.runs, tensors, G)
         rows = rows_of(step, tile, tensors, B)

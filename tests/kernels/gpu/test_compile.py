@@ -121,7 +121,7 @@ def may_spill(H: int, G: int, units: int, norm: bool) -> tuple[int, int]:
     if not H % 16:
         return 32, 0
     if not norm:
-        return 256, 32 if G == 4 and units == 128 else 0
+        return 256, 32 if G == 4 and units == 128 else 4
     return 320, 48 if G == 4 and units == 128 else 16
 
 
