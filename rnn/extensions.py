@@ -115,8 +115,10 @@ def _check_clip(value: Any) -> None:
 def prepare(layer: Any) -> bool:
     """Makes the cells of the layer's options. Returns whether any option is on."""
     zoned = zoned_states(layer)
+    norm = layer_norm(layer) if layer.layer_norm else None
     for dropped in {False, bool(layer.recurrent_dropout)}:
-        extended_cell(layer.layer_cell(), clip_limit(layer), zoned, dropped)
+        for kind in {None, norm}:
+            extended_cell(layer.layer_cell(), clip_limit(layer), zoned, dropped, kind)
     return bool(
         layer.num_heads > 1
         or layer.recurrent_dropout

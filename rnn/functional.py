@@ -208,7 +208,7 @@ def _seen_by_pytorch(  # noqa: PLR0913  as run_layer
         operator = partial(_vmap, plan=plan, recompute=recompute)
     elif not transform:
         kernels = plan is not None or bool(serves)
-        operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
+        operator = partial(record, plan=plan, recompute=recompute, kernels=kernels)
     return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first, operator)
 
 
@@ -247,7 +247,7 @@ def run_in(
     return y.to(back), others if others is None else others.to(back), [s.to(back) for s in last]
 
 
-def _record(
+def record(
     cell: Cell,
     given: tuple[Any, ...],
     masks: Sequence[Any],

@@ -5,6 +5,7 @@ W_ih x of all steps and its norm come before the recurrence, in torch's operatio
 and of an LSTM's c are part of the cell's step, whose constants are their gains."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from . import dispatch, layer_call
 from .autograd import trains
+from .composite import composite_layer
 from .device_copies import on_device
-from .functional import with_gradients
-from .kernels.cells import Cell
+from .functional import record, with_gradients
+from .kernels.cells import Cell, is_registered
 from .kernels.plan import Plan
 from .kernels.types import Weights
 from .layer_call import LayerCall
@@ -61,10 +63,15 @@ def why_stepwise(layer: Any, B: int, tensors: Sequence[Tensor | None]) -> str:
 
 def _unserved(layer: Any, B: int, tensors: Sequence[Tensor]) -> str:
     """Why layer norm is not in kernels; "" where it is."""
-    if active_transform() or traced(*tensors):
-        return "under a transform or compiled"
-    if not layer_cell(layer).whole_rows:
+    if active_transform():
+        return "under a transform"
+    cell = layer_cell(layer)
+    if not cell.whole_rows:
         return "of a cell that does not use W_hh h"
+    if traced(*tensors):
+        known = tensors[0].is_cpu and is_registered(cell)
+        served = layer.plan is None or _has_rows(layer.plan, _units(layer))
+        return "" if known and served else "where it is compiled"
     found = _decision(layer, tensors[0], B)
     if found.plan is None:
         return f"({found.reason})"
@@ -152,7 +159,7 @@ def normalized_call(
         x = torch.where((steps < on_device("lengths", lengths, x.device))[..., None], x, 0)
     w_ih: Any = call.w_ih
     given = x, w_ih, whole("norm_ih"), bias, N
-    if layer.checkpoint and trains(given[:-1]):
+    if layer.checkpoint and not traced(x) and trains(given[:-1]):
         # Not even W_ih x before its norm is kept
         gates = checkpoint_of(_input_gates, *given, use_reentrant=False, preserve_rng_state=False)
     else:
@@ -185,6 +192,12 @@ def normalized_layer(  # noqa: PLR0913  as run_layer
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `functional.run_layer`, for a call that `normalized_call` has made: y alone is in the
     caller's layout."""
+    if traced(x):
+        operator = partial(record, plan=plan, recompute=recompute, kernels=True)
+        y, several, last = composite_layer(
+            cell, x, weights, states, masks, reverse, keep, False, operator
+        )
+        return y.transpose(0, 1) if batch_first else y, several, last
     B, H = states[0].shape[1:]
     chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
     if checkpoint and len({*reverse}) > 1:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels.plan import Plan
@@ -251,3 +252,35 @@ def test_second_derivatives_with_checkpoint() -> None:
     layer = normalized("LSTM", 2, 3, checkpoint=2, plan=REFERENCE)
     x = torch.randn(3, 1, 2, dtype=DOUBLE, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
+
+
+def test_compiled() -> None:
+    """An operator in the graph, as of other layers; in float64, whose sums a compiler orders."""
+    layer = normalized("GRU", 4, 6, batch_first=True, recurrent_dropout=0.3).eval()
+    x = torch.randn(3, 5, 4, dtype=DOUBLE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for more in ({}, dict(lengths=torch.tensor([5, 0, 3]))):
+        found = []
+        for run in (compiled, layer):
+            leaf = x.clone().requires_grad_()
+            y, h = run(leaf, **more)
+            loss = y.sin().sum() + h.cos().sum()
+            grads = torch.autograd.grad(loss, [leaf, *layer.parameters()])
+            found.append([y, h, *grads])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    program = torch.export.export(layer, (x,))
+    assert str(program.graph).count("fused_rnn.forward") == 1
+    assert torch.equal(program.module()(x)[0], layer(x)[0])
+
+
+def test_flops() -> None:
+    """Of the products with x and with h."""
+    layer = normalized("GRU", 4, 6)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = layer(torch.randn(5, 3, 4, dtype=DOUBLE))
+    rows, gates = 5 * 3, 3 * 6
+    assert counter.get_total_flops() == 2 * rows * gates * (4 + 6)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    # of W_ih and of W_hh, and back through W_hh: gains are among the states that need gradients
+    assert counter.get_total_flops() == 2 * gates * rows * (4 + 6 + 6)

@@ -118,11 +118,12 @@ def may_spill(H: int, G: int, units: int, norm: bool) -> tuple[int, int]:
     A launch of one step may spill a few words, as may what comes before the loop; in the loop they
     would be read at every step. Addresses take twice as many registers where nothing is aligned.
     Layer norm takes more of them, and without these plans it would run step by step in torch."""
+    largest = G == 4 and units == 128
     if not H % 16:
-        return 32, 0
+        return 32, 4 if norm and largest else 0
     if not norm:
-        return 256, 32 if G == 4 and units == 128 else 4
-    return 320, 48 if G == 4 and units == 128 else 16
+        return 256, 32 if largest else 4
+    return 400, 64 if largest else 32
 
 
 def check(row: Row, used: dict[str, Any], capability: int) -> str:
