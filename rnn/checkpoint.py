@@ -11,7 +11,6 @@ says. With other kernels a window is a segment, and gradients of W are sums over
 results differ by rounding."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +19,11 @@ from torch import Tensor
 from .autograd import by_composite, state_grads, to_dense, wanted, weight_grads
 from .boundary import ready
 from .kernels.cpu import native
+from .kernels.states import join_weights
 from .kernels.types import Gradients, OutputGrads, Outputs, Save
 from .layer_call import LayerCall
 from .resets import requested_steps
-from .segments import Rows, Segments, Sweep, side_by_side
+from .segments import Rows, Segments, Sweep
 from .transforms import needs_composite, without_autocast
 
 # Gradients of the inputs of _Segments before x
@@ -46,42 +46,20 @@ class _Segments(torch.autograd.Function):
         call, segments, keep, count, lengths, batch_sizes, resets, x, *rest = inputs
         rows = Rows(call, x, rest[:count])
         states = call.initial_states(ready(rest[count:]))
-        N = len(call.reverse)
-        S = call.cell.states
-        B = call.layout.sequences
-        H = rows.H
-        y = x.new_empty(rows.starts[-1], N * H)
-        others = y.new_empty(S - 1, *y.shape) if keep and S > 1 else None
-        every = segments.all()
-        kept = x.new_zeros(len(every), S, N, B, H)
-        last = [x.new_empty(N, B, H) for _ in range(S)]
-
-        def run(sweep: Sweep) -> None:
-            own = sweep.numbers
-            now: Any = None if states is None else [s[own] for s in states]
-            for i in reversed(range(len(every))):
-                steps = segments.steps(every[i], sweep.back)
-                if now is not None:
-                    now = sweep.cut(steps, now)
-                    kept[i][:, own] = torch.stack(now)
-                found = sweep.forward(steps, now, Save.STATES if keep else Save.NOTHING)
-                sweep.write_units(y, steps, found.y)
-                if others is not None and found.states is not None:
-                    sweep.write_units(others, steps, found.states)
-                now = found.last
-            for end, s in zip(last, now):
-                end[own] = s
-
-        sweeps = rows.sweeps()
+        save = Save.STATES if keep else Save.NOTHING
         with call.context(x):
-            side_by_side(sweeps, [partial(run, sweep) for sweep in sweeps])
+            if call.plan.backend == "native":
+                kept, found = _keep_states(rows, segments, states, save)
+            else:
+                kept, found = _forward_by_segments(rows, segments, states, save)
         ctx.call = call
         ctx.segments = segments
         ctx.count = count
         ctx.save_for_backward(lengths, batch_sizes, resets, kept, x, *rest)
         ctx.set_materialize_grads(False)
+        y = found.y
         y = y.view(x.shape[:-1] + y.shape[-1:]) if call.rows_are_given else call.from_rows(y)
-        return y, call.scatter_rows(others), *call.in_callers_order(last)
+        return y, call.scatter_rows(found.states), *call.in_callers_order(found.last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -101,6 +79,58 @@ class _Segments(torch.autograd.Function):
             of_weights = weight_grads(gradients, needs, count)
             of_states = state_grads(gradients.s0, needs[1 + count :])
             return *_NO_GRADS, gradients.x, *of_weights, *of_states
+
+
+def _keep_states(rows: Rows, segments: Segments, states: Any, save: Save) -> tuple[Tensor, Outputs]:
+    """The states that enter segments [segments, S, N, B, H], and the outputs, in one call of the
+    C++."""
+    call = rows.call
+    steps = segments.entered()
+    kept = rows.new_states(len(segments.all()))
+    if states is not None:
+        kept[-1] = torch.stack(states)
+    weights = join_weights(rows.weights)
+    found = call.backend().forward(
+        call.cell, call.plan, call.layout, rows.x, weights, states, save, native.Kept(kept, steps)
+    )
+    return kept, found
+
+
+def _forward_by_segments(
+    rows: Rows, segments: Segments, states: Any, save: Save
+) -> tuple[Tensor, Outputs]:
+    """Likewise, in a call for each segment and direction."""
+    call = rows.call
+    every = segments.all()
+    kept = rows.new_states(len(every))
+    S, N, _, H = kept.shape[1:]
+    y = rows.x.new_empty(len(rows.x), N * H)
+    others = y.new_empty(S - 1, *y.shape) if save and S > 1 else None
+    last = [torch.empty_like(s) for s in kept[0]]
+    for sweep in rows.sweeps():
+        own = sweep.numbers
+        now: Any = None if states is None else [s[own] for s in states]
+        for i in reversed(range(len(every))):
+            steps = segments.steps(every[i], sweep.back)
+            if now is not None:
+                now = sweep.cut(steps, now)
+                kept[i][:, own] = torch.stack(now)
+            found = call.backend().forward(
+                call.cell,
+                call.plan,
+                sweep.layout(steps),
+                rows.x[rows.of(steps)],
+                sweep.weights,
+                now,
+                save,
+            )
+            sweep.write_units(y, steps, found.y)
+            if others is not None and found.states is not None:
+                sweep.write_units(others, steps, found.states)
+            now = found.last
+        for end, s in zip(last, now):
+            end[own] = s
+    return kept, Outputs(y, others, last, None)
 
 
 class _Adjoint:
@@ -128,6 +158,11 @@ class _Adjoint:
         self.dothers = dothers
         self.dlast = call.last_grads(ends)
 
+    def _run(self, adjoint: bool, calls: Sequence[Any]) -> None:
+        """Calls of the C++, of every direction: other kernels have run already."""
+        if self.call.plan.backend == "native":
+            native.together(adjoint, self.call.cell, self.call.plan, calls)
+
     def run(self, kept: Tensor) -> Gradients[Any]:
         """From the kept states [segments, S, N, B, H] to the gradients of x, in the caller's
         layout, of the joined weights and of the states before the first step."""
@@ -137,9 +172,15 @@ class _Adjoint:
         ds: list[list[Any]] = [[None] * N for _ in range(call.cell.states)]
         sweeps = self.rows.sweeps()
         parts = [_SweepAdjoint(self, sweep) for sweep in sweeps]
-        side_by_side(sweeps, [partial(part.run, kept) for part in parts])
+        for i, windows in enumerate(self.segments.all()):
+            for part in parts:
+                part.enter(kept[i])
+            for w in reversed(windows):
+                self._run(False, [part.recompute(w) for part in parts])
+            for w in windows:
+                self._run(True, [part.add_window(w) for part in parts])
         for sweep, part in zip(sweeps, parts):
-            for places, t in zip((*sums, *ds), (*part.sums, *part.ds)):
+            for places, t in zip((*sums, *ds), (*part.gradients(), *part.ds)):
                 for n, own in zip(sweep.numbers, [] if t is None else t.chunk(len(sweep.numbers))):
                     places[n] = own
         joined = [
@@ -172,9 +213,13 @@ class _SweepAdjoint:
             sweep.rows.x.new_zeros(shape) if grad is None else grad[own]
             for grad in last or [None] * self.call.cell.states
         ]
+        self.states: Any = None
+        # Of the windows of a segment, what was computed again
+        self.again: list[tuple[Any, Outputs]] = []
         self.sums: list[Tensor | None] = [None] * 4
-        # Of both directions they are added at last
-        self.x = torch.zeros_like(sweep.rows.x) if whole.needs.x else None
+        # Of both directions they are added at last. The C++ adds those of several recurrences.
+        new = torch.zeros_like if sweep.native and len(own) > 1 else torch.empty_like
+        self.x = new(sweep.rows.x) if whole.needs.x else None
         if sweep.native:
             self._take_memory()
 
@@ -185,39 +230,64 @@ class _SweepAdjoint:
         w_ih, w_hh = self.sweep.weights[:2]
         split = self.call.cell.split
         b_hh = needs.b_hh or (needs.b_ih and not split)
+        b_grad = w_hh.new_empty(len(w_hh)) if b_hh else None
         self.sums = [
             torch.empty_like(w_ih) if needs.w_ih else None,
             torch.empty_like(w_hh) if needs.w_hh else None,
             w_hh.new_empty(len(w_hh)) if needs.b_ih and split else None,
-            w_hh.new_empty(len(w_hh)) if b_hh else None,
+            b_grad,
         ]
         each = native.recurrence_threads(len(self.call.reverse))
         size = (0 if w_ih is None else w_ih.numel()) + w_hh.numel() + 2 * len(w_hh)
-        self.threads = self.sweep.threads or native.threads()
+        self.threads = self.sweep.share or native.threads()
         self.group_grads = w_hh.new_empty((each - 1) * size)
 
-    def run(self, kept: Tensor) -> None:
-        """From the kept states [segments, S, N, B, H]."""
-        sweep = self.sweep
-        segments = self.whole.segments
-        for i, windows in enumerate(segments.all()):
-            states: Any = [*kept[i][:, sweep.numbers]]
-            again = []
-            for w in reversed(windows):
-                steps = segments.steps(range(w, w + 1), sweep.back)
-                states = sweep.cut(steps, states)
-                outputs = sweep.forward(steps, states, Save.ACTIVATIONS)
-                again.append((states, outputs))
-                states = outputs.last
-            for w in windows:
-                self._window(w, *again.pop())
+    def gradients(self) -> Sequence[Tensor | None]:
+        """Of the joined weights."""
+        w_ih, w_hh, b_ih, b_hh = self.sums
         if self.sweep.native and not self.call.cell.split and self.whole.needs.b_ih:
-            self.sums[2] = self.sums[3]
+            b_ih = b_hh
+        return w_ih, w_hh, b_ih, b_hh
 
-    def _window(self, w: int, states: Any, outputs: Outputs) -> None:
-        whole = self.whole
+    def _steps(self, w: int) -> tuple[int, int]:
+        return self.whole.segments.steps(range(w, w + 1), self.sweep.back)
+
+    def enter(self, kept: Tensor) -> None:
+        """A segment that begins with these states [S, N, B, H]."""
+        self.states = [*kept[:, self.sweep.numbers]]
+
+    def recompute(self, w: int) -> Any:
+        """A window of it; or the call of the C++ that does so."""
         sweep = self.sweep
-        steps = whole.segments.steps(range(w, w + 1), sweep.back)
+        call = self.call
+        steps = self._steps(w)
+        states = sweep.cut(steps, self.states)
+        layout = sweep.layout(steps)
+        x = sweep.rows.x[sweep.rows.of(steps)]
+        found: Any = None
+        backend = call.backend()
+        if sweep.native:
+            outputs = backend.new_outputs(call.cell, layout, x, sweep.weights, Save.ACTIVATIONS)
+            found = native.forward_call(
+                call.cell, layout, x, sweep.weights, states, outputs, sweep.share
+            )
+        else:
+            outputs = backend.forward(
+                call.cell, call.plan, layout, x, sweep.weights, states, Save.ACTIVATIONS
+            )
+        self.again.append((states, outputs))
+        self.states = outputs.last
+        return found
+
+    def add_window(self, w: int) -> Any:
+        """The adjoint of the window; or the call of the C++ that does so."""
+        whole = self.whole
+        call = self.call
+        sweep = self.sweep
+        if w > 0:
+            self.ds = sweep.cut(self._steps(w - 1), self.ds)
+        states, outputs = self.again.pop()
+        steps = self._steps(w)
         rows = sweep.rows.of(steps)
         x = sweep.rows.x[rows]
         layout = sweep.layout(steps)
@@ -225,33 +295,23 @@ class _SweepAdjoint:
         coming = OutputGrads(dy, sweep.own_units(whole.dothers, steps), self.ds)
         outputs = outputs._replace(last=None)
         if layout.resets is not None:
-            x, states, outputs = requested_steps(self.call.plan, layout, x, states, outputs, coming)
+            x, states, outputs = requested_steps(call.plan, layout, x, states, outputs, coming)
         dx = None if self.x is None else self.x[rows]
-        call = self.call
-        if self.sweep.native:
-            count = whole.segments.windows
-            part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads)
-            ds = [torch.empty_like(s) for s in states]
-            gradients: Gradients[Any] = Gradients._make([dx, *self.sums, ds])
-            native.backward(
-                call.cell,
-                call.plan,
-                layout,
-                x,
-                sweep.weights,
-                states,
-                outputs,
-                coming,
-                gradients,
-                part,
-            )
-        else:
+        if not sweep.native:
+            needs = whole.needs
             found = call.backend().backward(
-                call.cell, call.plan, layout, x, sweep.weights, states, outputs, coming, whole.needs
+                call.cell, call.plan, layout, x, sweep.weights, states, outputs, coming, needs
             )
-            ds = found.s0
+            self.ds = found.s0
             self._add(dx, found)
-        self.ds = sweep.cut(steps, ds)
+            return None
+        count = whole.segments.windows
+        part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads)
+        self.ds = [torch.empty_like(s) for s in states]
+        gradients: Gradients[Any] = Gradients._make([dx, *self.sums, self.ds])
+        return native.backward_call(
+            call.cell, layout, x, sweep.weights, states, outputs, coming, gradients, part
+        )
 
     def _add(self, dx: Tensor | None, found: Gradients[Any]) -> None:
         """A window's gradients, of weights in float32 at least."""

@@ -1,8 +1,8 @@
 """How `checkpoint` cuts a call in time: its segments, the rows of spans of time, and the
 recurrences of one direction going through them."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from itertools import accumulate
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .boundary import ready
 from .kernels.cpu import native
 from .kernels.states import join_weights
-from .kernels.types import Layout, Outputs, Weights
+from .kernels.types import Layout, Weights
 from .layer_call import LayerCall
 
 
@@ -61,15 +61,22 @@ class Segments(NamedTuple):
         last = self.windows
         return self.begins[last - windows.stop], self.begins[last - windows.start]
 
+    def entered(self) -> Tensor:
+        """The step with which each segment begins, [2, segments]: going forward, and backward, each
+        in ascending order."""
+        steps = [
+            [self.steps(windows, False)[0] for windows in reversed(self.all())],
+            [self.steps(windows, True)[1] - 1 for windows in self.all()],
+        ]
+        return torch.tensor(steps, dtype=torch.int64, device="cpu")
+
 
 class Rows:
     """The rows of a call, and of its spans of time."""
 
     def __init__(self, call: LayerCall, x: Tensor, weights: Sequence[Any]) -> None:
         self.call = call
-        starts = [0]
-        for size in call.layout.sizes:
-            starts.append(starts[-1] + size)
+        starts = [0, *accumulate(call.layout.sizes)]
         self.starts = starts
         x, *weights = ready((call.to_rows(x), *weights))
         self.x = x.view(starts[-1], x.shape[-1])
@@ -85,6 +92,12 @@ class Rows:
             for back in directions
         ]
 
+    def new_states(self, count: int) -> Tensor:
+        """Zeros for the states that enter so many segments, [count, S, N, B, H]."""
+        call = self.call
+        N = len(call.reverse)
+        return self.x.new_zeros(count, call.cell.states, N, call.layout.sequences, self.H)
+
     def of(self, steps: tuple[int, int]) -> slice:
         return slice(self.starts[steps[0]], self.starts[steps[1]])
 
@@ -99,11 +112,15 @@ class Sweep:
         N = len(self.call.reverse)
         self.all = len(numbers) == N
         self.numbers = numbers
+        first, last = numbers[0], numbers[-1]
+        # A slice is not copied
+        side_by_side = last - first + 1 == len(numbers)
+        self.places: Any = slice(first, last + 1) if side_by_side else numbers
         self.native = self.call.plan.backend == "native"
-        # Of the C++: its share of them, beside the other direction
-        self.threads = 0
+        # Of the threads of the C++, beside the other direction; 0 for all
+        self.share = 0
         if self.native and not self.all:
-            self.threads = native.recurrence_threads(N) * len(numbers)
+            self.share = native.recurrence_threads(N) * len(numbers)
         weights = rows.weights
         if len(weights) > 4:
             own = [weights[4 * n + k] for n in numbers for k in range(4)]
@@ -114,7 +131,7 @@ class Sweep:
     def _of_recurrences(self, w: Tensor | None, N: int) -> Tensor | None:
         if w is None or self.all:
             return w
-        own: Tensor = w.unflatten(0, (N, -1))[self.numbers].flatten(0, 1)
+        own: Tensor = w.unflatten(0, (N, -1))[self.places].flatten(0, 1)
         return own
 
     def layout(self, steps: tuple[int, int]) -> Layout:
@@ -139,7 +156,7 @@ class Sweep:
             return None
         rows = t[..., self.rows.of(steps), :]
         if not self.all:
-            rows = rows.unflatten(-1, (-1, self.rows.H))[..., self.numbers, :].flatten(-2)
+            rows = rows.unflatten(-1, (-1, self.rows.H))[..., self.places, :].flatten(-2)
         return rows.contiguous()
 
     def write_units(self, t: Tensor, steps: tuple[int, int], values: Tensor) -> None:
@@ -149,7 +166,7 @@ class Sweep:
             rows.copy_(values)
         else:
             heads = values.unflatten(-1, (-1, self.rows.H))
-            rows.unflatten(-1, (-1, self.rows.H))[..., self.numbers, :] = heads
+            rows.unflatten(-1, (-1, self.rows.H))[..., self.places, :] = heads
 
     def cut(self, steps: tuple[int, int], states: Sequence[Tensor]) -> list[Tensor]:
         """States [M, B, H] that enter these steps, or their gradients, with 0 where a reset lies
@@ -165,31 +182,3 @@ class Sweep:
         between = (resets & running)[:, None]
         carried = self.call.cell.carried
         return [*(torch.where(between, 0, s) for s in states[:carried]), *states[carried:]]
-
-    def forward(self, steps: tuple[int, int], states: Any, save: int) -> Outputs:
-        """Through these steps, from S states [M, B, H]."""
-        call = self.call
-        x = self.rows.x[self.rows.of(steps)]
-        layout = self.layout(steps)
-        own = (self.threads,) if self.threads else ()
-        found: Outputs = call.backend().forward(
-            call.cell, call.plan, layout, x, self.weights, states, save, *own
-        )
-        return found
-
-
-def side_by_side(sweeps: Sequence[Sweep], functions: Sequence[Callable[[], None]]) -> None:
-    """What is to be done for each sweep, at the same time where the C++ has a thread for each."""
-    if len(sweeps) == 1 or not sweeps[0].native or native.threads() == 1:
-        for function in functions:
-            function()
-        return
-
-    def run(function: Callable[[], None]) -> None:
-        # A thread's own setting, on in a new one
-        with torch.no_grad():
-            function()
-
-    with ThreadPoolExecutor(len(functions)) as pool:
-        for _ in pool.map(run, functions):
-            pass

@@ -29,11 +29,19 @@ def forward(
     weights: Weights,
     s0: States,
     save: int,
-    team: int = 0,
+    kept: Any = None,
 ) -> Outputs:
     """Of x [R, I], or without w_ih of pre-activations [R, N*G*H] (C++ takes [T, B, I] too; y has
-    the same leading dimensions), and of s0, S states [N, B, H], zeros if None. C++ has so many
-    threads or, for 0, all."""
+    the same leading dimensions), and of s0, S states [N, B, H], zeros if None. C++ also writes to
+    `kept`, a native.Kept."""
+    outputs = new_outputs(cell, layout, x, weights, save)
+    further = () if kept is None else (kept,)
+    _kernel(plan.backend).forward(cell, plan, layout, x, weights, s0, outputs, *further)
+    return outputs
+
+
+def new_outputs(cell: Cell, layout: Layout, x: Tensor, weights: Weights, save: int) -> Outputs:
+    """Memory for what `forward` gives."""
     N = len(layout.reverse)
     S = cell.states
     H = weights.w_hh.shape[1]
@@ -51,10 +59,7 @@ def forward(
             states = x.new_empty(S - 1, R, N * H)
         if cell.saved and save == Save.ACTIVATIONS:
             saved = x.new_empty(cell.saved, R, N * H)
-    outputs = Outputs(y, states, last, saved)
-    own = (team,) if team else ()
-    _kernel(plan.backend).forward(cell, plan, layout, x, weights, s0, outputs, *own)
-    return outputs
+    return Outputs(y, states, last, saved)
 
 
 def backward(

@@ -33,7 +33,9 @@ struct Arguments {
   NUMBER* b_ih_grad;
   NUMBER* b_hh_grad;
   NUMBER* group_grads;
+  NUMBER* kept;
   const int64_t* offsets;
+  const int64_t* kept_steps;
   const bool* resets;
   const NUMBER* s0[STATES];
   const NUMBER* dlast[STATES];
@@ -47,9 +49,10 @@ struct Arguments {
   int64_t N;
   int64_t reverses;
   int64_t threads;
-  int64_t team;
+  int64_t parts;
   int64_t continues;
   int64_t continued;
+  int64_t segments;
   int64_t window[2];
 };
 struct Step {

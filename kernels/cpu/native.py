@@ -4,7 +4,7 @@ and this machine, and kept on disk. Threads are those of torch, where the compil
 import ctypes
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ _FLAGS_OF_ANY_CPU = [
     "-fPIC",
 ]
 _FLAGS = [*_FLAGS_OF_ANY_CPU, "-march=native"]
-_FUNCTIONS = ("needed", "adjoint_windows", "forward", "backward", "struct_size")
+_FUNCTIONS = ("needed", "adjoint_windows", "forward", "backward", "together", "struct_size")
 _OF_ONE_STEP = ("step", "step_backward")
 SOURCES = Path(__file__).parent
 
@@ -145,6 +145,13 @@ def _typed(library: Any, cell: Cell, prebuilt: bool) -> Any:
         library.step_backward.restype = ctypes.c_int64
     library.forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     library.backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    library.together.argtypes = [
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.POINTER(ctypes.c_char_p),
+        ctypes.POINTER(ctypes.c_void_p),
+        ctypes.c_int64,
+    ]
     return library
 
 
@@ -152,6 +159,8 @@ def threads() -> int:
     return 1 if forked() else torch.get_num_threads()
 
 
+# Numbers between the memory of two calls
+_APART = 1024
 # The fields of Arguments that are one tensor come first; those from here on, but for `sizes`, are S
 # tensors each.
 _FIRST_STATES_FIELD = Arguments._fields.index("s0")
@@ -180,23 +189,50 @@ def _packed(cell: Cell, arguments: Arguments) -> bytes:
     return _pack(count)(*addresses, *sizes[:-1], *sizes.window)
 
 
-def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
-    """Calls one of the library's functions, and gives it the memory that it needs."""
-    w_hh = arguments.w_hh
+def _library(cell: Cell, plan: Plan, w_hh: Tensor) -> Any:
     dtype = w_hh.dtype
     if dtype not in NUMBERS or not w_hh.is_cpu:
         got = f"{dtype} on {w_hh.device}"
         raise RuntimeError(f'The plan "native" is for float32 and float64 on the CPU, got {got}')
-    fixed_order = plan.precision == "fixed"
-    library = load_fixed_order(cell, dtype) if fixed_order else load(cell, dtype)
-    sizes = arguments.sizes
+    return load_fixed_order(cell, dtype) if plan.precision == "fixed" else load(cell, dtype)
+
+
+def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
+    """Calls one of the library's functions, and gives it the memory that it needs."""
+    w_hh = arguments.w_hh
+    library = _library(cell, plan, w_hh)
     packed = _packed(cell, arguments)
-    if arguments.offsets is None and not fixed_order:
-        needed = _needed(cell, dtype, sizes)
+    if arguments.offsets is None and plan.precision != "fixed":
+        needed = _needed(cell, w_hh.dtype, arguments.sizes)
     else:
         needed = library.needed(packed)
     memory = scratch(w_hh, needed)  # held while it is in use
     getattr(library, name)(packed, memory.data_ptr())
+
+
+def together(adjoint: bool, cell: Cell, plan: Plan, calls: Sequence[Arguments]) -> None:
+    """What `forward_call` or `backward_call` gave, at the same time where there are threads."""
+    if len(calls) == 1:
+        _call("backward" if adjoint else "forward", cell, plan, calls[0])
+        return
+    w_hh = calls[0].w_hh
+    library = _library(cell, plan, w_hh)
+    packed = [_packed(cell, call) for call in calls]
+    starts = [0]
+    for one in packed:
+        # A multiple of a cache line, and away from the next
+        needed = -(-library.needed(one) // 16) * 16
+        starts.append(starts[-1] + needed + _APART)
+    memory = scratch(w_hh, starts[-1])  # held while it is in use
+    count = len(calls)
+    places = [memory.data_ptr() + w_hh.itemsize * start for start in starts[:-1]]
+    library.together(
+        count,
+        min(count, threads()),
+        (ctypes.c_char_p * count)(*packed),
+        (ctypes.c_void_p * count)(*places),
+        adjoint,
+    )
 
 
 @lru_cache(4096)
@@ -213,7 +249,7 @@ def _pack(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"{count}q").pack
 
 
-def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor, team: int = 0) -> Sizes:
+def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor, share: int = 0) -> Sizes:
     steps, reverse, sizes, _, offsets, _, B = layout
     rows, H = w_hh.shape
     shape = x.shape
@@ -221,8 +257,9 @@ def _sizes(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor, team: int = 0) -
     # Of numbers of 4 bytes.
     windows = _windows(sizes[0], rows * w_hh.itemsize // 4, cell.split)
     N = len(reverse)
-    team = team or threads()
-    return Sizes(steps, B, R, shape[-1], H, N, layout.reverses, team, team, 0, 0, windows)
+    parts = threads()
+    own = share or parts
+    return Sizes(steps, B, R, shape[-1], H, N, layout.reverses, own, parts, 0, 0, 0, windows)
 
 
 @lru_cache(4096)
@@ -239,6 +276,14 @@ def _windows(sequences: int, width: int, split: bool) -> tuple[int, int]:
     return forward, backward
 
 
+class Kept(NamedTuple):
+    """Where forward writes the states that enter some steps: `kept` and `kept_steps` of
+    Arguments."""
+
+    states: Tensor
+    steps: Tensor
+
+
 def forward(
     cell: Cell,
     plan: Plan,
@@ -247,12 +292,29 @@ def forward(
     weights: Weights,
     s0: States,
     outputs: Outputs,
-    team: int = 0,
+    kept: Kept | None = None,
 ) -> None:
-    """Writes `outputs`, by so many threads or, for 0, by all."""
-    sizes = _sizes(cell, layout, x, weights.w_hh, team)
+    """Writes `outputs` and `kept`."""
+    call = forward_call(cell, layout, x, weights, s0, outputs)
+    if kept is not None:
+        sizes = call.sizes._replace(segments=len(kept.states))
+        call = call._replace(kept=kept.states, kept_steps=kept.steps, sizes=sizes)
+    _call("forward", cell, plan, call)
+
+
+def forward_call(
+    cell: Cell,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
+    share: int = 0,
+) -> Arguments:
+    """What writes `outputs`, by so many threads or, for 0, by all."""
+    sizes = _sizes(cell, layout, x, weights.w_hh, share)
     # By position: with names this takes as long as asking each tensor for its address
-    arguments = Arguments(
+    return Arguments(
         x,
         weights.w_ih,
         weights.w_hh,
@@ -269,7 +331,9 @@ def forward(
         None,  # b_ih_grad
         None,  # b_hh_grad
         None,  # group_grads
+        None,  # kept
         layout.offsets,
+        None,  # kept_steps
         layout.resets,
         s0,
         None,  # dlast
@@ -277,7 +341,6 @@ def forward(
         None,  # s0_grad
         sizes,
     )
-    _call("forward", cell, plan, arguments)
 
 
 class Part(NamedTuple):
@@ -308,7 +371,7 @@ def adjoint_windows(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> list
     return [*begins[:count], layout.steps]
 
 
-def backward(  # noqa: PLR0913  the part, beside what every backend has
+def backward(
     cell: Cell,
     plan: Plan,
     layout: Layout,
@@ -318,10 +381,26 @@ def backward(  # noqa: PLR0913  the part, beside what every backend has
     outputs: Outputs,
     grads: OutputGrads,
     gradients: Gradients[Tensor | None],
-    part: Part | None = None,
 ) -> None:
     """Writes those of `gradients` that are not None; with more than one recurrence it adds to that
-    of x. A part of the sequence is one window, whose gradients of W are added to those there."""
+    of x."""
+    call = backward_call(cell, layout, x, weights, s0, outputs, grads, gradients)
+    _call("backward", cell, plan, call)
+
+
+def backward_call(
+    cell: Cell,
+    layout: Layout,
+    x: Tensor,
+    weights: Weights,
+    s0: States,
+    outputs: Outputs,
+    grads: OutputGrads,
+    gradients: Gradients[Tensor | None],
+    part: Part | None = None,
+) -> Arguments:
+    """What `backward` calls. A part of the sequence is one window, whose gradients of W are added
+    to those that are there."""
     w_hh = weights.w_hh
     sizes = _sizes(cell, layout, x, w_hh)
     group_grads = None
@@ -334,7 +413,7 @@ def backward(  # noqa: PLR0913  the part, beside what every backend has
             # One window, whatever the sizes of groups
             window=(sizes.window[0], 2 * max(1, layout.steps)),
         )
-    arguments = Arguments(
+    return Arguments(
         x,
         weights.w_ih,
         w_hh,
@@ -351,7 +430,9 @@ def backward(  # noqa: PLR0913  the part, beside what every backend has
         gradients.b_ih,
         gradients.b_hh,
         group_grads,
+        None,  # kept
         layout.offsets,
+        None,  # kept_steps
         layout.resets,
         s0,
         grads.last,
@@ -359,4 +440,3 @@ def backward(  # noqa: PLR0913  the part, beside what every backend has
         gradients.s0,
         sizes,
     )
-    _call("backward", cell, plan, arguments)

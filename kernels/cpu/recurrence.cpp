@@ -25,6 +25,20 @@ static void load_first_states(const Schedule& schedule, const WorkItem& item) {
   });
 }
 
+// After step t: the states that enter the next one, if a segment begins with it.
+static void keep_states(const Schedule& schedule, const WorkItem& item, i64 t) {
+  if (!schedule.kept) return;
+  const i64 next_t = item.reverse ? t - 1 : t + 1;
+  const i64 segment = schedule.segment_entered(item.reverse, next_t);
+  if (segment < 0) return;
+  const i64 parity = (item.reverse ? schedule.steps - 1 - next_t : next_t) % 2;
+  const i64 size = schedule.N * schedule.B * schedule.H;
+  item.for_each_state(schedule, [&](i64 k, i64, i64 at, const Number* row, i64 bytes) {
+    Number* const to = schedule.kept + (segment * STATES + k) * size + at;
+    std::memcpy(to, row + parity * STATES * item.state_size, bytes);
+  });
+}
+
 // W_ih x + b_ih of an item's window, and + b_hh unless the cell takes W_hh h + b_hh separately. A
 // cell of WHOLE_ROWS takes pre-activations as they come.
 static void input_product(const Schedule& schedule, const WorkItem& item) {
@@ -60,7 +74,7 @@ static void input_gradients(const Schedule& schedule, const ThreadWork& work, i6
   };
   i64 rounds = 0;
   for (i64 n = 0; n < N; ++n) rounds = std::max(rounds, alike(n, N));
-  const bool add = N > 1 || schedule.continues || schedule.continued;
+  const bool add = N > 1;
   for (i64 round = 0; round < rounds; ++round) {
     for (const WorkItem& item : work.items) {
       const i64 count = alike(item.n, N);
@@ -91,11 +105,7 @@ extern "C" i64 struct_size(int i) {
 // they share it: pages that are never touched take no memory.
 extern "C" i64 needed(const Arguments& arguments) {
   const i64 forward = Schedule(arguments, false, nullptr).used;
-  const Schedule adjoint(arguments, true, nullptr);
-  // The copies come last: here are those of the team beyond `threads`.
-  const i64 beyond = arguments.team - arguments.threads;
-  const i64 backward = adjoint.used + beyond * (OUTER_COPY + SHARING_PAD);
-  return std::max(forward, backward);
+  return std::max(forward, Schedule(arguments, true, nullptr).used);
 }
 
 // The steps with which the windows of a backward pass begin, at most `size` of them: their number.
@@ -129,17 +139,16 @@ extern "C" void forward(const Arguments& arguments, Number* memory) {
         pack_hidden_forward(schedule, work);
         barrier_if(true);
       }
-      auto nothing = [](const Schedule&, const WorkItem&, i64) {};
-      work.for_each_step(schedule, w, false, forward_step, nothing);
+      work.for_each_step(schedule, w, false, forward_step, keep_states);
     }
   }
 }
 
-// With more than one recurrence, or in several calls, the gradient of x is added to what is there.
+// With more than one recurrence the gradient of x is added to what is there.
 extern "C" void backward(const Arguments& arguments, Number* memory) {
   const Schedule schedule(arguments, true, memory);
   prefer_huge_pages(arguments.x_grad, arguments.R * arguments.I);
-#pragma omp parallel num_threads(arguments.team)
+#pragma omp parallel num_threads(arguments.threads)
   {
     ThreadWork work(schedule);
     // Whether threads read each other's rows.
@@ -170,5 +179,26 @@ extern "C" void backward(const Arguments& arguments, Number* memory) {
       barrier_if(true);
       add_private_gradients(schedule, work);
     }
+  }
+}
+
+// So that a thread of a team can have a team of its own.
+static void allow_nested_teams() {
+#if defined(_OPENMP) && defined(__clang__)
+  omp_set_max_active_levels(2);
+#elif defined(_OPENMP)
+  // What libgomp before GCC 11 listens to, too
+  omp_set_nested(1);
+#endif
+}
+
+// Several calls, of `forward` or of `backward`, by so many threads at a time, and those that the
+// calls are divided among.
+extern "C" void together(i64 count, i64 threads, const Arguments* const* calls,
+                         Number* const* memory, i64 adjoint) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (i64 i = 0; i < count; ++i) {
+    if (threads > 1 && calls[i]->threads > 1) allow_nested_teams();
+    (adjoint ? backward : forward)(*calls[i], memory[i]);
   }
 }

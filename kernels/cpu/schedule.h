@@ -191,6 +191,14 @@ struct Schedule : Arguments {
   }
   bool is_reset(i64 t, i64 b) const { return resets && resets[t * B + b]; }
   bool is_reverse(i64 n) const { return reverses >> n & 1; }
+  // The segment whose first step is t, going forward or backward, or -1.
+  i64 segment_entered(bool reverse, i64 t) const {
+    const i64* const first = kept_steps + reverse * segments;
+    const i64* const found = std::lower_bound(first, first + segments, t);
+    if (found == first + segments || *found != t) return -1;
+    const i64 place = found - first;
+    return reverse ? place : segments - 1 - place;
+  }
   i64 window_begin(i64 g, i64 j) const { return group[g].window_begin(j, windows); }
   // Rows of window j of the groups from g on, before `end`.
   i64 window_rows(i64 g, i64 end, i64 j) const {

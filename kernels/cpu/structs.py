@@ -23,11 +23,13 @@ Pair = Annotated[tuple[int, int], "int64_t", "2"]
 
 
 class Sizes(NamedTuple):
-    """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a forward
-    and a backward pass: windows of time have about as many rows as so many steps of B
-    sequences. A call is divided among `threads`; a backward pass has a `team` of so many or more,
-    which share the sums over all groups. Of a backward pass in several calls, `continues` says that
-    one came before, to whose gradients of W this one adds, and `continued` that another follows."""
+    """Bit n of `reverses` is set if recurrence n goes backward. `window` is a pair, for a
+    forward and a backward pass: windows of time have about as many rows as so many steps of B
+    sequences. A call is divided among `threads`. Of W's rows so many `parts` are summed up by
+    themselves where the sums are over all groups: the order of a sum depends on their number.
+    Of a backward pass in several calls, `continues` says that one came before, to whose
+    gradients of W this one adds, and `continued` that another follows. `segments` is how many
+    states are kept."""
 
     steps: Size
     B: Size
@@ -37,17 +39,21 @@ class Sizes(NamedTuple):
     N: Size
     reverses: Size
     threads: Size
-    team: Size
+    parts: Size
     continues: Size
     continued: Size
+    segments: Size
     window: Pair
 
 
 class Arguments(NamedTuple):
-    """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S tensors
-    each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last` is written
-    by forward, s0_grad by backward. `group_grads` keeps the gradients
-    of W of all groups but the first between the calls of a backward pass in several."""
+    """The arguments of `forward` and `backward` in recurrence.cpp: tensors first, then S
+    tensors each, then sizes, as `_call` packs them. s0 and dlast are zero where missing; `last`
+    is written by forward, s0_grad by backward. `group_grads` keeps the gradients of W of all
+    groups but the first between the calls of a backward pass in several. Forward writes to
+    `kept` [segments, S, N, B, H] the states that enter the steps `kept_steps` [2, segments]: in
+    ascending order those of recurrences that go forward, then of those that go backward. A
+    segment's number is its place in the order in which the adjoint comes to them."""
 
     x: Required
     w_ih: Input
@@ -65,13 +71,15 @@ class Arguments(NamedTuple):
     b_ih_grad: Output = None
     b_hh_grad: Output = None
     group_grads: Output = None
+    kept: Output = None
     offsets: Integers = None
+    kept_steps: Integers = None
     resets: Flags = None
     s0: InputStates = None
     dlast: InputStates = None
     last: OutputStates = None
     s0_grad: OutputStates = None
-    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, (1, 1))
+    sizes: Sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, (1, 1))
 
 
 class StepSizes(NamedTuple):

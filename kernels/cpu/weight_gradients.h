@@ -64,7 +64,7 @@ static void weight_gradients(const Schedule& schedule, const WeightGrads& to, Wi
 }
 
 // Private: each item sums its group's rows, for a share of the rows of W. Else all threads sum the
-// rows of all groups, recurrence after recurrence, each thread for its part of the rows of W.
+// rows of all groups, recurrence after recurrence, each thread for its parts of the rows of W.
 static void window_weight_gradients(const Schedule& schedule, const ThreadWork& work, i64 w) {
   const i64 gate_rows = GATES * schedule.H;
   const i64 shares = schedule.shares;
@@ -86,9 +86,11 @@ static void window_weight_gradients(const Schedule& schedule, const ThreadWork& 
     const i64 x_row = schedule.first_row(schedule.window_begin(0, j));
     const WindowRows window = {n * schedule.groups * schedule.max_rows,
                                schedule.window_rows(0, schedule.groups, j), x_row};
-    const i64 begin = gate_rows * work.thread / work.threads;
-    const i64 end = gate_rows * (work.thread + 1) / work.threads;
-    weight_gradients(schedule, WeightGrads(schedule, n, 0), window, begin, end, add, copy);
+    work.for_each(schedule.parts, [&](i64 part) {
+      const i64 begin = gate_rows * part / schedule.parts;
+      const i64 end = gate_rows * (part + 1) / schedule.parts;
+      weight_gradients(schedule, WeightGrads(schedule, n, 0), window, begin, end, add, copy);
+    });
   }
 }
 

@@ -79,7 +79,7 @@ def same_bits(found: list[Tensor], plain: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", LAYERS)
 def test_two_directions_lengths_and_resets(name: str, threads: int, set_threads: Any) -> None:
     """A reset at the border of windows, one within, and 4 rows of W beyond whole tiles."""

@@ -868,22 +868,24 @@ class TestCubins:
 
     @pytest.mark.parametrize("fault", ["none", "empty", "half", "foreign", "planted"])
     def test_spoilt(self, fault: str, made: list[bytes]) -> None:
-        path = cuda._cubin("text", 90)
+        # Of its own: the process keeps what it compiled where no folder can be trusted
+        text = f"text, {fault}"
+        path = cuda._cubin(text, 90)
         assert path.read_bytes() == made[0]
         if fault == "planted":
             path.chmod(0o666)
             path.write_bytes(b"worse")
             with pytest.warns(UserWarning, match="can be written to by others"):
-                other = cuda._cubin("text", 90)
+                other = cuda._cubin(text, 90)
             assert other != path and path.read_bytes() == b"worse"
             path = other
         elif fault != "none":
             path.write_bytes(
                 {"empty": b"", "half": made[0][:300], "foreign": b"\x7fELF" + bytes(1000)}[fault]
             )
-        assert cuda._cubin("text", 90) == path and path.read_bytes() == made[0]
+        assert cuda._cubin(text, 90) == path and path.read_bytes() == made[0]
         assert len(made) == 1 + (fault != "none")
-        assert cuda._cubin("text", 100) != path
+        assert cuda._cubin(text, 100) != path
 
     def test_a_folder_that_others_can_write_to(self, made: list[bytes], tmp_path: Path) -> None:
         """CuPy's may be so: ours, in it, is not."""
