@@ -202,14 +202,14 @@ def normalized_layer(  # noqa: PLR0913  as run_layer
     chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
     if checkpoint and len({*reverse}) > 1:
         # Spans of time of one direction alone have pre-activations of no other
-        options = keep, chosen, recompute, batch_first, checkpoint
+        options: Any = keep, chosen, recompute, batch_first, checkpoint
         halves = [
             normalized_layer(cell, *half, masks, way, *options)
             for half, way in _directions(x, weights, states, reverse)
         ]
-        ys, others, last = zip(*halves)
+        ys, others, ends = zip(*halves)
         several = None if others[0] is None else torch.cat(others, -1)
-        return torch.cat(ys, -1), several, [torch.cat(parts) for parts in zip(*last)]
+        return torch.cat(ys, -1), several, [torch.cat(parts) for parts in zip(*ends)]
     call = LayerCall(cell, chosen, x, masks, reverse)
     if trains((x, *weights, *states)):
         found = with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)

@@ -209,15 +209,16 @@ def of_checkpoint(name: str, every: Any, **options: Any) -> Any:
     return make(name, 3, 130 if name == "RNN" else 19, layer_norm=True, checkpoint=every, **options)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize(
+    "name", ["LSTM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RNN", "GRU"))]
+)
 def test_checkpoint(name: str) -> None:
     """The same bits, and of what was kept a part: the rest is computed once more."""
-    options = dict(dtype=torch.float32)
-    x = torch.randn(LONG, 1, 3)
-    plain = checkpointed(of_checkpoint(name, False, **options), x)
+    x = torch.randn(LONG, 1, 3, dtype=DOUBLE)
+    plain = checkpointed(of_checkpoint(name, False), x)
     for every in (True, 1, LONG // 2):
-        assert same_bits(checkpointed(of_checkpoint(name, every, **options), x), plain)
-    every, few = (kept(of_checkpoint(name, some, **options), x) for some in (False, True))
+        assert same_bits(checkpointed(of_checkpoint(name, every), x), plain)
+    every, few = (kept(of_checkpoint(name, some), x) for some in (False, True))
     assert few < every / 4
 
 
@@ -238,7 +239,7 @@ def test_checkpoint_with_lengths_and_resets() -> None:
 def test_checkpoint_of_two_directions(plan: Plan | None) -> None:
     """Each by itself: sums over other windows."""
     T = 60 if plan else LONG
-    options = dict(bidirectional=True, num_layers=2, plan=plan, batch_first=True, bias=False)
+    options = dict(bidirectional=True, num_layers=2, plan=plan, batch_first=True)
     x = torch.randn(2, T, 3, dtype=DOUBLE)
     resets = torch.rand(2, T) < 0.1
     plain, found = (

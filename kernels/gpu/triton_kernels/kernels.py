@@ -313,23 +313,6 @@ def backward_kernel(
     step = step_info(u, descending, tile, T, B, tensors)
     while u < u1:
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
-        # What a step reads does not wait for the products.
-        m_run = tile.mask & step.runs[None, :]
-        row = step.row * (N * H) + tile.y0
-        row_prev = step_next.row * (N * H) + tile.y0
-        # The state that entered: of the step before in time, the initial one, or 0 after a reset.
-        m_before = m_run & (step_next.runs & ~step.cut)[None, :]
-        m_first = m_run & ~(step_next.runs | step.cut)[None, :]
-        h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
-        others = load_tiles(tensors.states, row, y_plane, o_y, m_run, None, CARRIED - 1)
-        s_next = h_next + others
-        h_prev = load_tiles(tensors.y, row_prev, 0, o_y, m_before, None, 1)
-        others = load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, CARRIED - 1)
-        s_prev = h_prev + others
-        s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, CARRIED)
-        dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
-        dh = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
-        a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
         acc = zeros[:1]
         flowed = last.runs & ~last.cut
         if SCOPE == "library":
@@ -344,7 +327,14 @@ def backward_kernel(
             dr = tensors.dr + last.row * (N * G * H) + tile.x0
             pitch = N * G * H
             acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
-        ds = add_in_own_layout(acc, dh[:1], 1) + dh[1:]
+        d = add_in_own_layout(acc, d[:1], 1) + d[1:]
+        m_run = tile.mask & step.runs[None, :]
+        row = step.row * (N * H) + tile.y0
+        row_prev = step_next.row * (N * H) + tile.y0
+        # The state that entered: of the step before in time, the initial one, or 0 after a reset.
+        m_before = m_run & (step_next.runs & ~step.cut)[None, :]
+        m_first = m_run & ~(step_next.runs | step.cut)[None, :]
+        h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
         constants = load_tiles(
             tensors.state,
@@ -355,9 +345,19 @@ def backward_kernel(
             None,
             S - CARRIED,
         )
-        gx, gr, ds_prev = CELL(a, s_prev + constants, s_next + constants, ds)
+        others = load_tiles(tensors.states, row, y_plane, o_y, m_run, None, CARRIED - 1)
+        s_next = h_next + others + constants
+        h_prev = load_tiles(tensors.y, row_prev, 0, o_y, m_before, None, 1)
+        others = load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, CARRIED - 1)
+        s_prev = h_prev + others
+        s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, CARRIED)
+        s_prev = s_prev + constants
+        dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
+        ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
+        a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
+        gx, gr, ds_prev = CELL(a, s_prev, s_next, ds)
         ds_prev = select_tiles(~step.cut[None, :], ds_prev, None, CARRIED) + ds_prev[CARRIED:]
-        d = select_tiles(step.runs[None, :], ds_prev, ds, S)
+        d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
         gx = zero_past_ends(gx, step.runs, tensors, G)
         rows = rows_of(step, tile, tensors, B)

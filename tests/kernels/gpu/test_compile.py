@@ -120,10 +120,10 @@ def may_spill(H: int, G: int, units: int, norm: bool) -> tuple[int, int]:
     Layer norm takes more of them, and without these plans it would run step by step in torch."""
     largest = G == 4 and units == 128
     if not H % 16:
-        return 32, 4 if norm and largest else 0
+        return 32, 8 if norm and largest else 0
     if not norm:
-        return 256, 32 if largest else 4
-    return 400, 64 if largest else 32
+        return 256, 32 if largest else 0
+    return 512, 128 if largest else 32
 
 
 def check(row: Row, used: dict[str, Any], capability: int) -> str:
