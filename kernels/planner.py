@@ -30,13 +30,14 @@ GRID_ROW_BYTES = 768
 MOST_TILES = 2**16 - 1  # of a launch
 # Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling. Fewer of several
 # gates in float32 from capability 10.0 on. In a grid all of W_hh may have no more than
-# GRID_REGISTERS from there on, and for 32 sequences FEWER_GRID_REGISTERS, but for several gates of
-# more than 4 warps on capability 9.0.
+# GRID_REGISTERS from there on, and for 32 sequences FEWER_GRID_REGISTERS; but of several gates more
+# in more than 4 warps on capability 9.0, and FEWEST_GRID_REGISTERS in 4 or fewer before that.
 WEIGHT_REGISTERS = 64
 FEWER_REGISTERS = 32
 MOST_REGISTERS = 128
 GRID_REGISTERS = 96
 FEWER_GRID_REGISTERS = 80
+FEWEST_GRID_REGISTERS = 64
 
 
 class NoPlan(ValueError):
@@ -46,8 +47,10 @@ class NoPlan(ValueError):
 def _grid_registers(plan: Plan, gated: bool, gpu: Gpu) -> int:
     if plan.sequences > 16:
         # of a thread with one pair
-        enough = gated and gpu.capability // 10 == 9 and plan.warps > 4
-        return GRID_REGISTERS if enough else FEWER_GRID_REGISTERS
+        if gated and gpu.capability // 10 == 9 and plan.warps > 4:
+            return GRID_REGISTERS
+        few = gated and gpu.capability < 90 and plan.warps <= 4
+        return FEWEST_GRID_REGISTERS if few else FEWER_GRID_REGISTERS
     return GRID_REGISTERS if gpu.capability >= 100 else MOST_REGISTERS
 
 

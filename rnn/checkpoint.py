@@ -294,7 +294,7 @@ class _SweepAdjoint:
         dy = sweep.own_units(whole.dy, steps)
         coming = OutputGrads(dy, sweep.own_units(whole.dothers, steps), self.ds)
         outputs = outputs._replace(last=None)
-        if layout.resets is not None:
+        if layout.resets is not None and call.plan.scope == "host":
             x, states, outputs = requested_steps(call.plan, layout, x, states, outputs, coming)
         dx = None if self.x is None else self.x[rows]
         if not sweep.native:

@@ -24,6 +24,7 @@ _MODULES = {
     "device": "gpu",
     "native": "cpu.native",
     "properties": "gpu.device",
+    "compiler": "gpu.cuda.compiler",
 }
 _SWITCH: Any = torch.backends.cudnn.rnn  # once: the way to it takes as long as an operation
 OPERATORS: dict[Cell, Any] = {
@@ -59,7 +60,7 @@ def use_library(library: str) -> None:
     """Raises whatever is wrong with Triton or CuPy, as it is installed on this machine."""
     found = import_module(library)
     if library == "cupy":
-        found.cuda.nvrtc.getVersion()  # its compiler is a library of its own
+        module("compiler").nvrtc()  # a library of its own
         found.cuda.runtime.getDeviceCount()  # raises where its CUDA does not fit the driver
 
 

@@ -272,7 +272,7 @@ def backward(
     s0 = call.initial_states(ends[S:])
     coming = OutputGrads(dy, dothers, call.last_grads(ends[:S]))
     kept = Outputs(y, others, None, saved)
-    if call.layout.resets is not None:
+    if call.layout.resets is not None and call.plan.scope == "host":
         rows, s0, kept = requested_steps(call.plan, call.layout, rows, s0, kept, coming)
     whole = Weights(w_ih, w_hh, None, None)
     with call.context(x):

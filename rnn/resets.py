@@ -1,5 +1,5 @@
 """Steps from which, up to the next reset, no gradient is asked for: what they hold must not reach a
-gradient."""
+gradient. (The kernels of a GPU see to it by themselves.)"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ def requested_steps(
     y, others, _, saved = outputs
     dy, dothers, dlast = grads
     tensors = [t for t in (x, y, others, saved, *(s0 or ())) if t is not None]
-    # A GPU would have to be waited for.
+    # A GPU, with arrays of CuPy's, would have to be waited for.
     if not x.is_cuda and all(bool(t.sum().isfinite()) for t in tensors):
         return x, s0, outputs
     N = len(layout.reverse)

@@ -7,6 +7,7 @@ layers. Gradients that are to be differentiated again come from the differentiab
 
 import math
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,8 +28,18 @@ from .transforms import needs_composite, only_autograd, without_autocast
 
 # A tensor of each dtype of the C++, for what is to be like it.
 _LIKE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in native.NUMBERS}
-# What the C++ is told: B, I, H, L, how many parameters a layer has, and threads.
-Sizes = tuple[int, int, int, int, int, int]
+# What the C++ is told: B, I, H, L, how many parameters a layer has, threads, and the order of sums.
+Sizes = tuple[int, int, int, int, int, int, int]
+
+
+class _Order(threading.local):
+    """Whether single steps of this thread have the bits of the same step among others: sums then
+    have the order that they have in a sequence of several steps."""
+
+    of_sequences = False
+
+
+order = _Order()
 
 
 @lru_cache
@@ -78,7 +89,7 @@ def _step(
     return _Step(
         shapes,
         [dtype.itemsize * math.prod(shape) for shape in shapes],
-        (batch, inputs, hidden, layers, parameters, 1),
+        (batch, inputs, hidden, layers, parameters, 1, 0),
         batch * gates * (hidden + inputs) >= STEP_PRODUCT,
         layers == 1 and x[0] == 1,
         native.load(cell, dtype).step if compiled else None,
@@ -178,7 +189,11 @@ def single_step(
             x, first, weights, parameters > 2, layers, 0.0, False, False, batch_first
         )
         return y, tuple(last) if count > 1 else last[0]
-    sizes = (*step.sizes[:5], native.threads()) if step.large else step.sizes
+    sizes = step.sizes
+    if step.large or order.of_sequences:
+        threads = native.threads()
+        own = threads if step.large else 1
+        sizes = (*sizes[:5], own, threads if order.of_sequences else 0)
     if trains(given):
         y, *last = _apply(cell, step, sizes, addresses, *given)
     else:
@@ -192,7 +207,7 @@ def _forward(
     """y, the last states, and for the adjoint [L, A+S, B, H] the activations and the states once
     more: what is returned may be edited in place. `addresses` are of x, the states and the
     parameters."""
-    batch, _, hidden, layers, _, _ = sizes
+    batch, _, hidden, layers, *_ = sizes
     first = cell.states + 1
     h = x.new_empty(layers, batch, hidden)
     last = [h]
@@ -312,7 +327,7 @@ def _differentiable(
     d: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """As `_backward`, from the formula: whatever d is, and to be differentiated again."""
-    batch, inputs, hidden, layers, parameters, _ = sizes
+    batch, inputs, hidden, layers, parameters, _, _ = sizes
     first = cell.states + 1
     given = [*tensors[:first]]
     for k in range(layers):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import as_tensor
+from .single_step import order
 from .stack import Stack
 
 
@@ -51,21 +52,22 @@ class Streaming(nn.Module):
         it is `streaming.layer`, whose parameters are those of this module.
     detach: whether the state that is kept has no graph, so that gradients end at the calls. If not,
         they flow back through all calls since the last reset.
+    same_bits: whether on the CPU a step has the bits that it has in a whole sequence of as many
+        sequences, in whatever chunks (float32 and float64, compiled C++, the same number of
+        threads). If not, a single step is faster by a tenth to two thirds, for weights that do not
+        fit the caches more, and differs by rounding: docs/numerics.md.
 
     The state is in buffers: `.to` moves and casts them. They are of a stream and not of the model,
     so no `state_dict` has them, and one of a model that has seen nothing loads at any time; copies
     and pickles have them, without a graph. Outside of torch.no_grad the output has the graph of its
     own call.
 
-    A call is a call of the layer: numbers, dtypes and errors are the layer's, and so is the speed.
-    On the CPU a single step, a chunk and a whole sequence differ by rounding; they have the same
-    bits if the layer's plan is Plan("native", precision="fixed"), which takes two to three times as
-    long for a single step: docs/numerics.md.
+    A call is a call of the layer: dtypes and errors are the layer's.
 
-    Raises TypeError for what is none of our layers and a detach that is no bool, ValueError for a
+    Raises TypeError for what is none of our layers and an option that is no bool, ValueError for a
     bidirectional layer, whose other direction begins at the end."""
 
-    def __init__(self, layer: Any, detach: bool = True) -> None:
+    def __init__(self, layer: Any, detach: bool = True, same_bits: bool = True) -> None:
         super().__init__()
         if not isinstance(layer, Stack):
             raise TypeError(
@@ -75,10 +77,12 @@ class Streaming(nn.Module):
             raise ValueError(
                 "Expected a layer in one direction: the other one begins at the end of the sequence"
             )
-        if not isinstance(detach, bool):
-            raise TypeError(f"Expected detach to be a bool, got {type(detach).__name__}")
+        for name, value in (("detach", detach), ("same_bits", same_bits)):
+            if not isinstance(value, bool):
+                raise TypeError(f"Expected {name} to be a bool, got {type(value).__name__}")
         self.layer = layer
         self.detach = detach
+        self.same_bits = same_bits
         self._names = [f"state_{k}" for k in range(layer.layer_cell().carried)]
         for name in self._names:
             self.register_buffer(name, None, persistent=False)
@@ -191,7 +195,15 @@ class Streaming(nn.Module):
             if not torch.compiler.is_compiling() and first.is_inference():
                 state = _usable(state)
         y: Tensor
-        y, last = layer(rows, state)
+        if self.same_bits and not torch.compiler.is_compiling():
+            before = order.of_sequences
+            order.of_sequences = True
+            try:
+                y, last = layer(rows, state)
+            finally:
+                order.of_sequences = before
+        else:
+            y, last = layer(rows, state)
         self._keep(_as_tuple(last))
         return y.squeeze(time) if dimensions == 2 else y
 

@@ -69,6 +69,7 @@ struct Step {
   int64_t layers;
   int64_t parameters;
   int64_t threads;
+  int64_t order;
 };
 struct StepAdjoint {
   const NUMBER* x;
@@ -87,4 +88,5 @@ struct StepAdjoint {
   int64_t layers;
   int64_t parameters;
   int64_t threads;
+  int64_t order;
 };

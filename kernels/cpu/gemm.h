@@ -23,10 +23,9 @@ constexpr int independent_sums(int vectors) {
 
 // sums[i][v] += a[i] . panel[v], where a[i, k] is a[i * stride + k * step]. Not inlined, or the
 // sums do not stay in registers.
-template <int ROWS, int VECTORS>
+template <int ROWS, int VECTORS, int CHAINS = independent_sums(ROWS * VECTORS)>
 __attribute__((noinline)) static void multiply(Vector (&sums)[ROWS][VECTORS], const Number* a,
                                                i64 stride, i64 step, const Number* panel, i64 K) {
-  constexpr int CHAINS = independent_sums(ROWS * VECTORS);
   Vector chains[CHAINS][ROWS][VECTORS] = {};
   i64 k = 0;
   for (; k + CHAINS <= K; k += CHAINS)
@@ -120,8 +119,9 @@ struct RowBlock {
 };
 
 // Rows of K numbers, `stride` apart, times a matrix in panels of VECTORS vectors: a result of
-// `columns` columns, plus two biases that can be null, or added to what is there.
-template <int VECTORS>
+// `columns` columns, plus two biases that can be null, or added to what is there. With SUMS an
+// element has so many sums of its own, whatever rows its tile has.
+template <int VECTORS, int SUMS = 0>
 static void product(const std::vector<RowBlock>& blocks, i64 stride, const Number* panels, i64 K,
                     i64 columns, const Number* bias1, const Number* bias2, bool add) {
   constexpr int MAX_ROWS = ACCUMULATORS / VECTORS;
@@ -141,7 +141,9 @@ static void product(const std::vector<RowBlock>& blocks, i64 stride, const Numbe
           // By the time that the sums are ready, their place is in the cache.
           UNROLLED(i, ROWS) __builtin_prefetch(out[i] + v * LANES, 1);
         }
-        multiply(sums, block.a + first * stride, stride, 1, panels + u * K, K);
+        constexpr int CHAINS = SUMS ? SUMS : independent_sums(ROWS * VECTORS);
+        multiply<ROWS, VECTORS, CHAINS>(sums, block.a + first * stride, stride, 1,
+                                        panels + u * K, K);
         UNROLLED(i, ROWS) UNROLLED(v, VECTORS)
           store(out[i] + v * LANES, sums[i][v], valid_lanes(v));
       });

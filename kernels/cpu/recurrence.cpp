@@ -50,7 +50,8 @@ static void input_product(const Schedule& schedule, const WorkItem& item) {
   const bool add_b_hh = b_ih && !SEPARATE_RECURRENT_GRAD;
   const Number* const b_hh = add_b_hh ? schedule.b_hh + n * gate_rows : nullptr;
   const Number* const panels = schedule.input_panels + n * schedule.padded_inputs * I;
-  product<INPUT_VECTORS>(item.input_rows(schedule), I, panels, I, gate_rows, b_ih, b_hh, false);
+  // One sum: a step by itself has the bits of the same step among others.
+  product<INPUT_VECTORS, 1>(item.input_rows(schedule), I, panels, I, gate_rows, b_ih, b_hh, false);
 }
 
 // The gradients of x in window w. Recurrences that have the same steps there, those of a direction,

@@ -18,6 +18,17 @@ static inline i64 padded_to(i64 n, i64 tile) { return (n + tile - 1) / tile * ti
 // The width of long rows is no power of 2, or all rows would have the same place in the caches.
 static inline i64 odd_width(i64 n) { return n < 256 ? n : n + LANES; }
 
+// How many groups B sequences are divided into, for so many threads of a recurrence.
+static inline i64 group_count(i64 threads, i64 B, i64 H) {
+  const bool large = GATES * H * H * NUMBER_BYTES > CACHE_BYTES;
+  const i64 min_rows = large ? ACCUMULATORS : 4;
+  return std::max<i64>(1, std::min(threads, (B + min_rows - 1) / min_rows));
+}
+
+// Which of the groups sequence b is in, if all are as long; and the first sequence of a group.
+static inline i64 group_of(i64 b, i64 groups, i64 B) { return b * groups / B; }
+static inline i64 first_of_group(i64 g, i64 groups, i64 B) { return (g * B + groups - 1) / groups; }
+
 // Sequences that are taken through time together, the longest first, and how many steps each has.
 struct SequenceGroup {
   std::vector<i64> sequences;
@@ -102,10 +113,7 @@ struct Schedule : Arguments {
   }
   void divide_work(bool adjoint) {
     tile = adjoint ? PANEL_WIDTH : FORWARD_VECTORS * LANES;
-    const bool large = GATES * H * H * NUMBER_BYTES > CACHE_BYTES;
-    const i64 min_rows = large ? ACCUMULATORS : 4;
-    const i64 threads_each = (threads + N - 1) / N;
-    groups = std::max<i64>(1, std::min(threads_each, (B + min_rows - 1) / min_rows));
+    groups = group_count((threads + N - 1) / N, B, H);
     shares = std::max<i64>(1, std::min(threads / (N * groups), (H + tile - 1) / tile));
     if (WHOLE_ROWS) shares = 1;
     assign_sequences();
@@ -167,7 +175,7 @@ struct Schedule : Arguments {
     auto less = [](const SequenceGroup& a, const SequenceGroup& b) { return a.rows < b.rows; };
     i64 to = 0;
     for (i64 b = 0; b < B; ++b) {
-      if (!offsets) to = b * groups / B;
+      if (!offsets) to = group_of(b, groups, B);
       else if (b % at_a_time == 0)
         to = std::min_element(group.begin(), group.end(), less) - group.begin();
       group[to].add(b, lengths[b]);

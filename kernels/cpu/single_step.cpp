@@ -23,7 +23,7 @@ static inline i64 thread_number() {
 
 // Returns 0; or, having done nothing, how many numbers of memory it needs if it has fewer.
 extern "C" i64 step(const Step& call) {
-  const bool in_place = call.B < MIN_PACKED_FORWARD;
+  const bool in_place = !call.order && call.B < MIN_PACKED_FORWARD;
   const i64 tile = in_place ? LANES : FORWARD_VECTORS * LANES;
   const i64 tiles = (call.H + tile - 1) / tile;
   const i64 width = GATES * tile;

@@ -26,8 +26,10 @@ struct StepLayer {
   i64 B;
   i64 I;
   i64 H;
+  i64 order;
 
-  StepLayer(const Step& call, i64 l) : B(call.B), I(l ? call.H : call.I), H(call.H) {
+  StepLayer(const Step& call, i64 l)
+      : B(call.B), I(l ? call.H : call.I), H(call.H), order(call.order) {
     const Number* const* const pointers = reinterpret_cast<const Number* const*>(&call + 1);
     const Number* const* const weights = pointers + call.parameters * l;
     const bool biased = call.parameters > 2;
@@ -43,14 +45,14 @@ struct StepLayer {
     y = l == call.layers - 1 ? call.y : nullptr;
     saved = call.saved ? call.saved + l * SAVED_ALL * B * H : nullptr;
   }
-  // A vector of units from u on of sequence b, from the products with x and h. If only their sum is
-  // needed, that is `r`.
+  // A vector of units from u on of sequence b, from the products with x and h, in which the biases
+  // are where the sums have an order. If only their sum is needed, that is `r`.
   void finish(i64 b, i64 u, int lanes, const Vector* x, const Vector* r) const {
     Vector gates[GATES], sums[GATES], s_prev[STATES], s_next[STATES], a[SAVED + 1];
     UNROLLED(g, GATES) {
       gates[g] = SEPARATE_RECURRENT_GRAD ? x[g] : Vector{};
       sums[g] = r[g];
-      if (b_ih) {
+      if (b_ih && !order) {
         (SEPARATE_RECURRENT_GRAD ? gates[g] : sums[g]) += load(b_ih + g * H + u, lanes);
         sums[g] += load(b_hh + g * H + u, lanes);
       }
@@ -95,29 +97,60 @@ struct StepLayer {
       pack_rows(to + (g * FORWARD_VECTORS + v) * LANES, WIDTH * LANES, from, K, K, H - unit);
     }
   }
-  // A tile of units from u on of all rows, with W packed into `panel`.
+  // Sums begin with the biases where they have the order of several steps.
+  template <int ROWS, int WIDTH>
+  void begin(Vector (&from_x)[ROWS][WIDTH], Vector (&from_h)[ROWS][WIDTH], i64 u) const {
+    if (!b_ih) return;
+    UNROLLED(j, WIDTH) {
+      const i64 unit = u + j % FORWARD_VECTORS * LANES;
+      const i64 at = j / FORWARD_VECTORS * H + unit;
+      const Vector of_x = load(b_ih + at, lanes_of_units(unit, H));
+      const Vector of_h = load(b_hh + at, lanes_of_units(unit, H));
+      LOOP(i, ROWS) {
+        from_x[i][j] = SEPARATE_RECURRENT_GRAD ? of_x : of_x + of_h;
+        from_h[i][j] = of_h;
+      }
+    }
+  }
+  // A tile of units from u on of a few rows, with W packed into panels.
+  template <int ROWS>
+  void packed_rows(i64 u, i64 b, const Number* input, const Number* hidden) const {
+    constexpr int WIDTH = GATES * FORWARD_VECTORS;
+    Vector from_x[ROWS][WIDTH] = {};
+    Vector from_h[ROWS][WIDTH] = {};
+    if (order) {
+      begin(from_x, from_h, u);
+      multiply<ROWS, WIDTH, 1>(from_x, x + b * I, I, 1, input, I);
+      if (!SEPARATE_RECURRENT_GRAD) std::memcpy(from_h, from_x, sizeof from_h);
+    } else {
+      multiply(SEPARATE_RECURRENT_GRAD ? from_x : from_h, x + b * I, I, 1, input, I);
+    }
+    multiply(from_h, s[0] + b * H, H, 1, hidden, H);
+    LOOP(i, ROWS) UNROLLED(v, FORWARD_VECTORS) {
+      const i64 unit = u + v * LANES;
+      if (unit >= H) continue;
+      Vector gates[GATES], sums[GATES];
+      UNROLLED(g, GATES) {
+        gates[g] = from_x[i][g * FORWARD_VECTORS + v];
+        sums[g] = from_h[i][g * FORWARD_VECTORS + v];
+      }
+      finish(b + i, unit, lanes_of_units(unit, H), gates, sums);
+    }
+  }
+  // Likewise of all rows.
   void packed(i64 u, Number* panel) const {
     constexpr int WIDTH = GATES * FORWARD_VECTORS;
     constexpr int MAX_ROWS = std::max(1, ACCUMULATORS / WIDTH);
     Number* const hidden = panel + I * WIDTH * LANES;
     pack_tile(panel, w_ih, I, u);
     pack_tile(hidden, w_hh, H, u);
-    for_row_tiles<MAX_ROWS>(B, 0, [&](auto count, i64 b) {
-      constexpr int ROWS = decltype(count)::value;
-      Vector from_x[ROWS][WIDTH] = {};
-      Vector from_h[ROWS][WIDTH] = {};
-      multiply(SEPARATE_RECURRENT_GRAD ? from_x : from_h, x + b * I, I, 1, panel, I);
-      multiply(from_h, s[0] + b * H, H, 1, hidden, H);
-      LOOP(i, ROWS) UNROLLED(v, FORWARD_VECTORS) {
-        const i64 unit = u + v * LANES;
-        if (unit >= H) continue;
-        Vector gates[GATES], sums[GATES];
-        UNROLLED(g, GATES) {
-          gates[g] = from_x[i][g * FORWARD_VECTORS + v];
-          sums[g] = from_h[i][g * FORWARD_VECTORS + v];
-        }
-        finish(b + i, unit, lanes_of_units(unit, H), gates, sums);
-      }
-    });
+    const i64 groups = order ? group_count(order, B, H) : 1;
+    for (i64 g = 0; g < groups; ++g) {
+      const i64 first = first_of_group(g, groups, B);
+      const i64 count = first_of_group(g + 1, groups, B) - first;
+      for_row_tiles<MAX_ROWS>(count, first, [&](auto rows, i64 b) {
+        packed_rows<decltype(rows)::value>(u, b, panel, hidden);
+      });
+    }
   }
 };

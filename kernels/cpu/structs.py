@@ -83,7 +83,8 @@ class Arguments(NamedTuple):
 
 
 class StepSizes(NamedTuple):
-    """`memory` has `size` numbers; `parameters` is the number per layer."""
+    """`memory` has `size` numbers; `parameters` is the number per layer. Sums have the order of a
+    sequence of several steps that has `order` threads, or where that is 0 the fastest."""
 
     memory: Output
     size: Size
@@ -93,6 +94,7 @@ class StepSizes(NamedTuple):
     layers: Size
     parameters: Size
     threads: Size
+    order: Size
 
 
 class Step(NamedTuple):

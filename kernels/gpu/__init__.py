@@ -44,6 +44,17 @@ def _is_padded(layout: Layout) -> bool:
     return layout.lengths is not None and layout.offsets is None
 
 
+def _new_marks(layout: Layout, y: Tensor, needs: Gradients[bool]) -> Tensor | None:
+    """For which rows the products of weights' gradients read; None where that may be all."""
+    R = len(y)
+    integer = _INTEGERS[y.element_size()]
+    if layout.resets is not None and (needs.w_ih or needs.w_hh):
+        return y.new_zeros(1 + len(layout.reverse), R, dtype=integer)
+    if _is_padded(layout) and needs.w_ih:
+        return y.new_empty(1, R, dtype=integer)
+    return None
+
+
 def forward(
     cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
 ) -> Outputs:
@@ -130,9 +141,7 @@ def _backward(
     dr = y.new_empty(len(y), len(w_hh))
     dx = y.new_empty(dr.shape) if cell.split else None
     h_prev = None if layout.lengths is None and layout.resets is None else y.new_empty(y.shape)
-    ran = None
-    if _is_padded(layout) and needs.w_ih:
-        ran = y.new_empty(len(y), dtype=_INTEGERS[y.element_size()])
+    marks = _new_marks(layout, y, needs)
     dfirst = [y.new_empty(N, B, H) if needs.s0 else None for _ in range(S)]
     tensors = BackwardTensors(
         w_hh=w_hh,
@@ -145,7 +154,7 @@ def _backward(
         dx=dx,
         dr=dr,
         h_prev=h_prev,
-        ran=ran,
+        marks=marks,
         lengths=layout.lengths,
         offsets=layout.offsets,
         resets=layout.resets,
@@ -153,9 +162,12 @@ def _backward(
         dfirst=tuple(dfirst),
     )
     _launcher(plan)(cell, plan, layout, tensors, B)
-    if ran is not None:
-        # 0 times a NaN in the padding is NaN: all bits there are set to 0, in one launch
-        x = torch.bitwise_and(x.view(ran.dtype), ran[:, None]).view(x.dtype)
+    if marks is not None:
+        # 0 times a NaN of a row without a mark is NaN: all bits there are set to 0, a launch each
+        if needs.w_ih:
+            x = torch.bitwise_and(x.view(marks.dtype), marks[0, :, None]).view(x.dtype)
+        if needs.w_hh and h_prev is not None and layout.resets is not None:
+            h_prev.view(marks.dtype).view(-1, N, H).bitwise_and_(marks[1:].T[..., None])
     first = dfirst if needs.s0 else None
     return _products(cell, plan, layout, x, w_ih, tensors, needs)._replace(s0=first)
 

@@ -47,8 +47,10 @@ class BackwardTensors(NamedTuple):
     dr: Tensor
     # [R, N, H]: the h that entered each row, where resets or lengths keep it from being y's
     h_prev: Tensor | None
-    # [R], as integers: all bits of a row that is a step of its sequence, none of one past its end
-    ran: Tensor | None
+    # [1, R], as integers: all bits of a row that is a step of its sequence, none of one past its
+    # end; with resets [1 + N, R], zeros that become all bits in rows that a gradient comes to, in
+    # any direction and in each
+    marks: Tensor | None
     lengths: Tensor | None
     offsets: Tensor | None
     resets: Tensor | None

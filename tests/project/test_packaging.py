@@ -37,7 +37,7 @@ FLOORS = [
         "kernels.gpu.triton_kernels.cuda_graph",
         "kernels.gpu.triton_kernels.tiles",
     ],
-    ["kernels.gpu.faults"],
+    ["kernels.gpu.faults", "kernels.gpu.cuda.compiler"],
     [
         "kernels.cpu.workspace",
         "kernels.reference",

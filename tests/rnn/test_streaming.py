@@ -4,6 +4,7 @@ exports."""
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pack_sequence
 import rnn
 from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
+from rnn.single_step import order
 from tests.cases import check_recurrence, close
 from tests.small import LAYERS, B, H, I, pair
 
@@ -73,10 +75,10 @@ def test_whole_sequence(name: str, options: dict[str, Any]) -> None:
 @OPTIONS
 @LAYERS
 def test_layer_by_hand(name: str, options: dict[str, Any]) -> None:
-    """The bits of the layer's own calls with the state in hand."""
+    """The bits of the layer's own calls with the state in hand, where asked for."""
     layer = getattr(rnn, name)(I, H, **options).eval()
     time = int(bool(options.get("batch_first")))
-    streaming = rnn.Streaming(layer)
+    streaming = rnn.Streaming(layer, same_bits=False)
     state = None
     x = torch.randn(T, B, I)
     for rows in x.split(SIZES):
@@ -84,6 +86,55 @@ def test_layer_by_hand(name: str, options: dict[str, Any]) -> None:
         got = fed(streaming, rows, [len(rows)], time)
         assert torch.equal(got, want.transpose(0, time))
         assert all(map(torch.equal, flat(streaming.state), flat(state)))
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Any]:
+    count = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(count)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(num_layers=2, bias=False), dict(num_heads=2, learned_state=True)],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@LAYERS
+def test_same_bits(name: str, options: dict[str, Any], threads: int, set_threads: Any) -> None:
+    """Step by step, in chunks and as a whole, y and the last states, with gradients and without:
+    fewer sequences than a tile of rows has, as many, and more; of one group and of two."""
+    torch.manual_seed(0)
+    set_threads(threads)
+    steps = 9
+    for batch, inputs, units in [(1, 5, 4), (3, 24, 34), (6, 7, 80), (14, 17, 16), (40, 3, 8)]:
+        layer = getattr(rnn, name)(inputs, units, **options).eval()
+        x = torch.randn(steps, batch, inputs)
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                y, last = layer(x)
+                for size in (1, 2, 4):
+                    streaming = rnn.Streaming(layer)
+                    sizes = [size] * (steps // size) + [steps % size] * bool(steps % size)
+                    assert torch.equal(fed(streaming, x, sizes, 0), y)
+                    assert all(map(torch.equal, flat(streaming.state), flat(last)))
+
+
+@needs_compiler
+@LAYERS
+def test_steps_by_hand_have_their_own_order(name: str) -> None:
+    """What a Streaming does to its calls ends with them, with an error too."""
+    layer = getattr(rnn, name)(64, 64).eval()
+    x = torch.randn(1, 1, 64)
+    before = layer(x)[0]
+    streaming = rnn.Streaming(layer)
+    streaming(x[0])
+    with pytest.raises(RuntimeError):
+        streaming(torch.randn(1, 3))
+    assert torch.equal(layer(x)[0], before)
+    assert not order.of_sequences
 
 
 @needs_compiler
@@ -263,6 +314,8 @@ def test_errors() -> None:
         make(rnn.GRU(I, H, bidirectional=True))
     with pytest.raises(TypeError, match="detach"):
         make(rnn.GRU(I, H), detach=1)
+    with pytest.raises(TypeError, match="same_bits to be a bool, got str"):
+        make(rnn.GRU(I, H), same_bits="yes")
     streaming = make(rnn.LSTM(I, H))
     x = torch.randn(B, I)
     with pytest.raises(TypeError, match="PackedSequence"):
@@ -393,7 +446,7 @@ def test_after_inference_mode(name: str, detach: bool) -> None:
 
 def test_copies_of_a_stream_with_a_graph() -> None:
     """They go on from the same state, as leaves; the stream keeps its graph."""
-    stream = rnn.Streaming(rnn.LSTM(I, H), detach=False)
+    stream = rnn.Streaming(rnn.LSTM(I, H), detach=False, same_bits=False)
     x = torch.randn(B, I)
     stream(x)
     before = stream.state

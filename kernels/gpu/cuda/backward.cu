@@ -1,19 +1,21 @@
 // The adjoint, back through time. state [S, N, B, H] entered the first step; dy where GRAD_OF_Y;
 // dx (unused where it equals dr) and dr [R, N, G, H]; h_prev [R, N, H] or null; S gradients of the
-// last states [N, B, H], or null for zeros, and S of the initial ones, or null. ran [R] or null: all
-// bits of rows that are steps, none of those past an end.
+// last states [N, B, H], or null for zeros, and S of the initial ones, or null. marks [R] or null:
+// all bits of rows that are steps, none of those past an end; with resets [1 + N, R], zeros that
+// become all bits in rows that a gradient comes to, in any direction and in each.
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
     const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
     const T* dstates, T* dx, T* dr, T* h_prev,
     STATE_PARAMETERS(const T, dlast_), STATE_PARAMETERS(T, dfirst_),
-    const i64* lengths, const i64* offsets, const bool* resets, Bits* ran, uint4* packets,
+    const i64* lengths, const i64* offsets, const bool* resets, Bits* marks, uint4* packets,
     i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first_tile) {
   if (MASKS && lengths && !offsets) {
     zero_past_ends(dr, 1, GATES, lengths, steps, B, R, H, first_tile);
     if (SEPARATE_RECURRENT_GRAD)
       zero_past_ends(dx, 1, GATES, lengths, steps, B, R, H, first_tile);
     zero_past_ends(h_prev, 1, 1, lengths, steps, B, R, H, first_tile);
-    if (ran && blockIdx.x + blockIdx.z == 0) mark_rows(ran, lengths, steps, B, first_tile);
+    if (marks && !resets && blockIdx.x + blockIdx.z == 0)
+      mark_rows(marks, lengths, steps, B, first_tile);
   }
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, packets,
@@ -102,6 +104,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];
+      bool reached = false;
       EACH(k, STATES) {
         s_prev[0][k] = flows ? half_of(later[p].s[k], 0) : 0.f;
         s_prev[1][k] = flows ? half_of(later[p].s[k], 1) : 0.f;
@@ -115,11 +118,23 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         }
         EACH(k, SAVED) a[k] = half_of(now[p].saved[k], e);
         cell_backward(a, s_prev[e], s_next, ds_next, gx[e], gr[e], ds_prev);
+        // else 0 times the NaN that the step may hold would be NaN
+        bool comes = !(MASKS && resets);
+        EACH(k, CARRIED) comes |= ds_next[k] != 0.f;
+        EACH(g, GATES) {
+          gx[e][g] = comes ? gx[e][g] : 0.f;
+          gr[e][g] = comes ? gr[e][g] : 0.f;
+        }
+        EACH(k, STATES) ds_prev[k] = comes ? ds_prev[k] : ds_next[k];
+        reached |= comes;
         EACH(k, STATES) if (runs) d[p][k][e] = flows || k >= CARRIED ? ds_prev[k] : 0.f;
         EACH(g, GATES) outgoing[g][p][e] = flows ? gr[e][g] : 0.f;
       }
       now[p] = later[p];
       cuts[p] = cuts_later[p];
+      if (MASKS)
+        set_bits_if(marks, row, worker.b0 + worker.sequence(p), 1 + worker.n, R,
+                    runs && marks && resets && reached);
       if (!runs) continue;
       EACH(g, GATES) {
         worker.store(dr + row * worker.x_row + (g * worker.H + worker.at(p, worker.x_row)),

@@ -21,6 +21,7 @@ from ...plan import Plan, exchange_bytes, plan_text, shared_bytes, slices
 from ...types import Layout
 from ..faults import Refused, faults_of
 from ..tensors import BackwardTensors, ForwardTensors
+from .compiler import nvrtc
 
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 # Blocks of a cluster that every GPU with clusters can run, and the attribute that allows more
@@ -89,17 +90,16 @@ def text(name: str) -> str:
 
 def build(code: str, capability: int) -> tuple[bytes, str]:
     """A cubin, made without a GPU, and what the compiler says of it: registers and spills."""
-    from cupy.cuda import nvrtc
-
-    handle = nvrtc.createProgram(code, "recurrence.cu", [], [])
+    compiler = nvrtc()
+    handle = compiler.createProgram(code, "recurrence.cu", [], [])
     options = [f"--gpu-architecture=sm_{capability}", "--std=c++17", "--ptxas-options=-v"]
     try:
-        nvrtc.compileProgram(handle, options)
-        return nvrtc.getCUBIN(handle) + b"\0", nvrtc.getProgramLog(handle)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(nvrtc.getProgramLog(handle)) from error
+        compiler.compileProgram(handle, options)
+        return compiler.getCUBIN(handle) + b"\0", compiler.getProgramLog(handle)
+    except compiler.NVRTCError as error:
+        raise RuntimeError(compiler.getProgramLog(handle)) from error
     finally:
-        nvrtc.destroyProgram(handle)
+        compiler.destroyProgram(handle)
 
 
 def cache_folder() -> Path | None:
@@ -111,9 +111,7 @@ def cache_folder() -> Path | None:
 
 def _cubin(code: str, capability: int) -> Path:
     """Where a compiled program lies on disk; compiled now if it does not yet."""
-    from cupy.cuda import nvrtc
-
-    key = hashlib.sha256(f"{nvrtc.getVersion()} {capability} {code}".encode()).hexdigest()
+    key = hashlib.sha256(f"{nvrtc().getVersion()} {capability} {code}".encode()).hexdigest()
 
     def make() -> bytes:
         return build(code, capability)[0]
@@ -229,17 +227,17 @@ def launch(
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     masks = lengths, layout.offsets, layout.resets
     grad_of_y = True
-    ran: tuple[Tensor | None, ...] = ()
+    marks: tuple[Tensor | None, ...] = ()
     if isinstance(tensors, BackwardTensors):
         grad_of_y = tensors.dy is not None
-        ran = (tensors.ran,)
+        marks = (tensors.marks,)
     numbers_at = [_address(t) for t in _numbers(tensors)]
     pair_bytes = 2 * w_hh.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)
     masked = any(t is not None for t in masks)
     kernel = load(cell, plan, w_hh.dtype, adjoint, masked, even, grad_of_y, w_hh.device)
-    addresses = *numbers_at, *map(_address, masks), *map(_address, ran)
+    addresses = *numbers_at, *map(_address, masks), *map(_address, marks)
     sizes = layout.steps, B, R, H, layout.reverses
     for k, part in enumerate(parts):
         packets_at = _address(packets) + k * slice_bytes

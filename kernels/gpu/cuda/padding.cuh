@@ -13,12 +13,12 @@ DEVICE void zero_past_ends(T* to, int planes, int vectors, const i64* lengths, i
           to[(k * R + t * B + b) * row + (blockIdx.z * vectors + v) * H + unit] = 0;
   }
 }
-// No bit, in `ran` [R]; and all bits of the rows that are steps of the block's sequences.
-DEVICE void mark_rows(Bits* ran, const i64* lengths, i64 steps, i64 B, i64 first_tile) {
+// No bit, in `marks` [R]; and all bits of the rows that are steps of the block's sequences.
+DEVICE void mark_rows(Bits* marks, const i64* lengths, i64 steps, i64 B, i64 first_tile) {
   for (i64 i = threadIdx.x; i < steps * NB; i += THREADS) {
     const i64 t = i / NB;
     const i64 b = (first_tile + blockIdx.y) * NB + i % NB;
-    if (b < B) ran[t * B + b] = t < lengths[b] ? (Bits)~0 : (Bits)0;
+    if (b < B) marks[t * B + b] = t < lengths[b] ? (Bits)~0 : (Bits)0;
   }
 }
 

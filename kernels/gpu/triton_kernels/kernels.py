@@ -15,6 +15,7 @@ from ...cells import Cell, bind
 from ..tensors import BackwardTensors, ForwardTensors
 from .tiles import (
     add_in_own_layout,
+    any_nonzero,
     barrier,
     dots,
     load_matrices,
@@ -22,6 +23,7 @@ from .tiles import (
     load_states,
     load_step,
     load_tiles,
+    mark_rows,
     product,
     rows_of,
     select_tiles,
@@ -260,6 +262,7 @@ def backward_kernel(
     S: tl.constexpr,
     CARRIED: tl.constexpr,
     A: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -287,7 +290,7 @@ def backward_kernel(
             dx=load_pointer(table, 7, tensors.dx),
             dr=load_pointer(table, 8, tensors.dr),
             h_prev=load_pointer(table, 9, tensors.h_prev),
-            ran=load_pointer(table, 10, tensors.ran),
+            marks=load_pointer(table, 10, tensors.marks),
             lengths=load_pointer(table, 11, tensors.lengths),
             offsets=load_pointer(table, 12, tensors.offsets),
             resets=load_pointer(table, 13, tensors.resets),
@@ -356,6 +359,13 @@ def backward_kernel(
         ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
         a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
         gx, gr, ds_prev = CELL(a, s_prev, s_next, ds)
+        reached = m_run
+        if tensors.resets is not None:
+            # Elsewhere 0 times the NaN that a step may hold would be NaN.
+            reached = any_nonzero(ds, CARRIED, m_run, WHOLE_ROWS)
+            gx = select_tiles(reached, gx, None, G)
+            gr = select_tiles(reached, gr, None, G)
+            ds_prev = select_tiles(reached, ds_prev, ds, S)
         ds_prev = select_tiles(~step.cut[None, :], ds_prev, None, CARRIED) + ds_prev[CARRIED:]
         d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
@@ -367,10 +377,8 @@ def backward_kernel(
         store_tiles(tensors.dr, row_x, H, tile.o_x, gr, m_rows, G)
         store_tiles(tensors.outgoing, tile.s0 * G, H, o_gates, gr, tile.mask, G)
         store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_rows, 1)
-        if tensors.ran is not None:
-            once = tl.program_id(0) + tl.program_id(2) == 0
-            bits = tl.where(step.runs, -1, 0)
-            tl.store(tensors.ran + step.row + tile.o_b, bits, mask=rows & once)
+        if tensors.marks is not None:
+            mark_rows(tensors, step, tile, rows, reached, R)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step

@@ -72,6 +72,8 @@ def _constants(
             XN=1 if fused else cell.gates,
             SEPARATE_RECURRENT_GRAD=cell.split,
         )
+    else:
+        constants |= dict(WHOLE_ROWS=cell.whole_rows)
     return constants
 
 

@@ -102,6 +102,22 @@ def rows_of(step, tile, tensors, B):
 
 
 @triton.jit
+def mark_rows(tensors, step, tile, rows, reached, R):
+    """Sets the bits of a step's `rows` that run; with resets of those of which a gradient reaches a
+    unit, [BN, BB]."""
+    marks = tensors.marks + step.row
+    if tensors.resets is None:
+        once = tl.program_id(0) + tl.program_id(2) == 0
+        tl.store(marks + tile.o_b, tl.where(step.runs, -1, 0), mask=rows & once)
+    else:
+        # all that store, store the same
+        o_marks = tile.o_b[None, :] + 0 * tile.o_n[:, None]
+        bits = tl.full(reached.shape, -1, tl.int32)
+        tl.store(marks + o_marks, bits, mask=reached)
+        tl.store(marks + (1 + tile.n) * R + o_marks, bits, mask=reached)
+
+
+@triton.jit
 def load_step(table, u0, u1, T, R, EXTRA):
     """The launch's steps u0 <= u < u1, T and R: the arguments, or what a CUDA graph's table holds.
 
@@ -155,6 +171,18 @@ def select_tiles(mask, a, b, N):
     out = ()
     for k in tl.static_range(N):
         out = out + (tl.where(mask, a[k], 0.0 if b is None else b[k]),)
+    return out
+
+
+@triton.jit
+def any_nonzero(gradients, N, mask, WHOLE_ROWS):
+    """Where one of N tiles of gradients is not 0; of whole rows, or that of another unit is not."""
+    out = gradients[0] != 0.0
+    for k in tl.static_range(1, N):
+        out = out | (gradients[k] != 0.0)
+    out = out & mask
+    if WHOLE_ROWS:
+        out = (tl.max(out.to(tl.int32), 0, keep_dims=True) > 0) & mask
     return out
 
 

@@ -43,6 +43,9 @@ DEVICE u32 load_byte_if(const bool* p, bool there) { return there ? *p : 0; }
 DEVICE i64 load_row_if(const i64* p, bool there, i64 v) { return there ? *p : v; }
 DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
 DEVICE u32 load_if(const u16* p, bool there) { return there ? *p : 0; }
+template <class Bits> void set_bits_if(Bits* p, i64 i, i64 k, u32 plane, i64 pitch, bool there) {
+  if (there) p[i + k] = p[i + k + plane * pitch] = (Bits)~0;
+}
 DEVICE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 #if TYPE == FLOAT32

@@ -5,6 +5,8 @@ import importlib
 import itertools
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -240,7 +242,7 @@ PADDING_FAULTS = {
     "rows that are not set to 0": ("* H + unit] = 0;", "* H + unit];"),
     "rows of another sequence": ("for (i64 t = lengths[b]; t", "for (i64 t = lengths[0]; t"),
     "padding marked as steps": ("t < lengths[b] ? (Bits)~0 : (Bits)0", "(Bits)~0"),
-    "a row of another sequence marked": ("ran[t * B + b] = ", "ran[t * B + (b + 1) % B] = "),
+    "a row of another sequence marked": ("marks[t * B + b] = ", "marks[t * B + (b + 1) % B] = "),
 }
 
 
@@ -254,6 +256,45 @@ def test_padding(fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> N
     monkeypatch.setattr(cuda, "load", loader(folder, PADDING_FAULTS[fault]))
     with pytest.raises((AssertionError, RuntimeError)):
         test_gpu.check_padding("lstm", plan)
+
+
+MARK_FAULTS = {
+    "gradients of NaN": ("comes |= ds_next[k] != 0.f;", "comes = true;"),
+    "a state left out": ("EACH(k, CARRIED) comes", "EACH(k, 1) comes"),
+    "a row of another sequence marked": ("worker.b0 + worker.sequence(p),", "worker.b0,"),
+    "a row of another direction marked": (" 1 + worker.n, R,", " 2 - worker.n, R,"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("scope", "form"),
+    [
+        ("cluster", "lengths"),
+        *(
+            pytest.param(scope, form, marks=pytest.mark.slow)
+            for scope in ("block", "cluster", "grid")
+            for form in ("padded", "packed")
+        ),
+    ],
+)
+def test_steps_not_asked_for(scope: str, form: str) -> None:
+    plan = plan_for(scope, 18, SINGLE, 1 if scope == "block" else 2, 2)
+    test_gpu.check_not_asked_for("lstm", plan, form)
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", MARK_FAULTS)
+def test_wrong_marks_are_found(fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    right = loader(folder)
+    wrong = loader(folder, MARK_FAULTS[fault])
+
+    def load(cell: Any, plan: Any, dtype: Any, adjoint: bool, *choices: Any) -> Any:
+        return (wrong if adjoint else right)(cell, plan, dtype, adjoint, *choices)
+
+    monkeypatch.setattr(cuda, "load", load)
+    with pytest.raises(AssertionError, match="d_"):
+        test_gpu.check_not_asked_for("lstm", plan_for("cluster", 18, SINGLE, 2, 2), "lengths")
 
 
 FAULTS = {
@@ -445,6 +486,34 @@ def test_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         launch((16, 9, 1), ())
 
 
+THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from rnn.kernels.gpu.cuda.launch import build
+
+ready = Barrier(4)
+
+def compiled(k):
+    ready.wait()
+    return build('extern "C" __global__ void f(int* p) {{ *p = {k}; }}'.format(k=k), 90)
+
+with ThreadPoolExecutor(4) as pool:
+    assert all(cubin for cubin, _ in pool.map(compiled, range(4)))
+"""
+
+
+def test_threads_that_compile_first() -> None:
+    """At the same time, in a process that has not loaded the compiler."""
+    pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stderr
+
+
 class Driver:
     """Answers as the CUDA driver does: `active` clusters by size, and an error for other sizes."""
 
@@ -633,6 +702,7 @@ def test_compiles() -> None:
 FULL = [
     (80, "gru", 16, 64, SINGLE, "tf32x3", False, True, True),
     (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, True, True),
+    (80, "gru", 4096, 360, BRAIN, "ieee", True, True, False),
     (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),

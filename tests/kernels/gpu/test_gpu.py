@@ -20,6 +20,7 @@ from tests.cases import (
     NAMES,
     OF_EACH_SIZE,
     Case,
+    Operands,
     cell_of,
     check,
     check_recurrence,
@@ -309,6 +310,69 @@ def check_padding(name: str, plan: Plan) -> None:
         t = found[0].get(key)
         assert t is None or not torch.where(past, t.cpu(), 0).any()
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "scope"),
+    by_turns([*zip((*NAMES, "lstm"), ("padded", "lengths", "packed", "padded", "lengths"))], 1),
+)
+def test_steps_not_asked_for(name: str, form: str, scope: str) -> None:
+    check_not_asked_for(name, plan_for(scope, 18), form)
+
+
+def check_not_asked_for(name: str, plan: Plan, form: str, bad: float = float("nan")) -> None:
+    """What x and initial states hold in steps from which no gradient comes, up to a reset, reaches
+    none; what they hold in other steps reaches what it does in the reference."""
+    (T, B, I, H) = (4, 9, 3, 18)
+    o = operands(name, (T, B, I, H), form=form)
+    S = getattr(cells, name).states
+    step, sequence = torch.arange(T)[:, None], torch.arange(B)
+    begins = (step + sequence // 2) % 2 == 1
+    # every other episode of a sequence; of some sequences not by the second direction
+    forward = (begins.cumsum(0) + sequence) % 2 == 1
+    asked = torch.stack((forward, forward & (sequence % 3 > 0)))
+    ends = torch.full((B,), T) if o.lengths is None else o.lengths
+    outer = torch.stack((torch.zeros_like(ends), (ends - 1).clamp(min=0)))
+    # whether the episodes that the first states enter are asked for, and those of the last states
+    enters, leaves = (asked.gather(1, at[:, None])[:, 0] for at in (outer, outer.flip(0)))
+    dropped, wanted = ~enters & (ends > 0), leaves | (ends == 0)
+    assert dropped.any(1).all() and wanted.any(1).all()
+    dropped, wanted = (t.repeat_interleave(S, 0)[..., None] for t in (dropped, wanted))
+    into = asked.permute(1, 2, 0).repeat_interleave(H, 2)
+    x, *weights, s0 = o.given
+    *d, d_last = o.d
+    if S > 1:
+        # by the other states alone
+        d[0] = torch.where((sequence % 4 == 1)[:, None], 0, d[0])
+
+    def given(x: Tensor, bad: float) -> Operands:
+        return o._replace(
+            given=[
+                torch.where(forward[..., None], x, bad),
+                *weights,
+                torch.where(dropped, bad, s0),
+            ],
+            d=[*(torch.where(into, t, 0) for t in d), torch.where(wanted, d_last, 0)],
+            resets=begins,
+        )
+
+    def gradients(o: Operands, *how: Any, **more: Any) -> dict[str, Tensor]:
+        found = evaluate(o, *how, **more)
+        return {key: t.cpu() for key, t in found.items() if key.startswith("d_")}
+
+    zero = given(x, 0.0)
+    exact = gradients(zero, dtype=torch.float64, oracle=True)
+    close(gradients(given(x, bad), plan, DEVICE), gradients(zero, oracle=True), exact)
+    # and in a step that is asked for, of one sequence
+    t, b = (forward & (step < ends)).nonzero()[0].tolist()
+    worse = x.clone()
+    worse[t, b] = float("nan")
+    want, got = (
+        {key: t.isnan() for key, t in gradients(given(worse, bad), *how).items()}
+        for how in ((Plan("numpy"),), (plan, DEVICE))
+    )
+    assert want["d_w_ih"].any() and not want["d_x"].all()
+    torch.testing.assert_close(got, want)
 
 
 PRECISION = """

@@ -142,6 +142,19 @@ def test_float32(name: str, form: str) -> None:
     check(exact, ours, x, **more)
 
 
+def test_the_gradient_of_one_unit() -> None:
+    """It comes to all units of the row, also where steps are left out that none comes to."""
+    exact, ours = pair("LSTM", torch.float32)
+    x = torch.randn(T, B, I, dtype=DOUBLE, device=DEVICE)
+    resets = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 1]], device=DEVICE).bool()
+    found = []
+    for layer in (exact, ours):
+        y, _ = layer(x.to(layer.weight_ih_l0), resets=resets)
+        found.append(torch.autograd.grad(y[1:, :, 3].sum(), [*layer.parameters()]))
+    for want, own in zip(*found, strict=True):
+        torch.testing.assert_close(own.double(), want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     some(

@@ -120,10 +120,10 @@ def cublas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cublas]:
     cuda_graph.step_graph.cache_clear()
 
 
-def masks_of(form: str) -> tuple[Any, Any, Any]:
-    if form == "packed":
-        return None, torch.tensor([5, 5, 4, 2, 1, 1]), None
-    return (torch.tensor([6, 2, 3, 0, 1]) if form == "lengths" else None), None, None
+def masks_of(form: str, resets: bool) -> tuple[Any, Any, Any]:
+    lengths = torch.tensor([6, 2, 3, 0, 1]) if form == "lengths" else None
+    batch_sizes = torch.tensor([5, 5, 4, 2, 1, 1]) if form == "packed" else None
+    return lengths, batch_sizes, torch.rand(T, B) < 0.3 if resets else None
 
 
 # The switch of large products is at its default, which is not that of a plan in TF32.
@@ -156,9 +156,10 @@ def counted(
     plan: Plan = PLANS["cluster"],
     reverse: tuple[int, ...] = (0,),
     without: str = "",
+    resets: bool = False,
 ) -> Count:
     """`without` is the gradient that does not come: "dy", "dlast" or none."""
-    masks = masks_of(form)
+    masks = masks_of(form, resets)
     N = len(reverse)
     R = 18 if form == "packed" else T * B
     x = torch.randn((R, I) if form == "packed" else (T, B, I), dtype=dtype)
@@ -221,6 +222,23 @@ def test_launches_of_every_plan(
         case = name, dtype, hx, found
         assert found.forward <= 3, case
         assert found.backward <= 6, case
+        assert found.products <= 2 + 2 * len(reverse), case
+
+
+@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("scope", PLANS)
+def test_launches_with_resets(scope: str, form: str, cublas: Cublas) -> None:
+    """In backward two more than with lengths, for marks and for h where there are none; more than
+    six where blocks of a grid or a graph need one or two too."""
+    most = {"grid": 7, "cuda grid": 7, "launch": 7, "library": 8}.get(scope, 6)
+    for name, dtype, reverse, without in itertools.product(
+        OF_EACH_SIZE, (torch.float32, torch.bfloat16), ((0,), (0, 1)), ("", "dy", "dlast")
+    ):
+        cell = getattr(cells, name)
+        found = counted(cublas, cell, dtype, form, True, PLANS[scope], reverse, without, True)
+        case = name, dtype, reverse, without, found
+        assert found.forward <= 3, case
+        assert found.backward <= most, case
         assert found.products <= 2 + 2 * len(reverse), case
 
 
