@@ -14,7 +14,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (SEPARATE_RECURRENT_GRAD)
       zero_past_ends(dx, 1, GATES, lengths, steps, B, R, H, first_tile);
     zero_past_ends(h_prev, 1, 1, lengths, steps, B, R, H, first_tile);
-    if (marks && !resets && blockIdx.x + blockIdx.z == 0)
+    if (marks && !RESETS && blockIdx.x + blockIdx.z == 0)
       mark_rows(marks, lengths, steps, B, first_tile);
   }
   SHARED_MEMORY(memory);
@@ -151,7 +151,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     EACH(p, P) {
       const bool runs = worker.runs(t, p);
       // whether gradients flow on to the state that entered
-      const bool flows = runs && !(MASKS && pin_register(now.cuts[p]));
+      const bool flows = runs && !(RESETS && pin_register(now.cuts[p]));
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];
@@ -170,7 +170,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         EACH(k, SAVED) a[k] = half_of(now.saved[p][k], e);
         cell_backward(a, s_prev[e], s_next, ds_next, gx[e], gr[e], ds_prev);
         // else 0 times the NaN that the step may hold would be NaN
-        bool comes = !(MASKS && resets);
+        bool comes = !RESETS;
         EACH(k, CARRIED) comes |= ds_next[k] != 0.f;
         EACH(g, GATES) {
           gx[e][g] = comes ? gx[e][g] : 0.f;
@@ -181,9 +181,9 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         EACH(k, STATES) if (runs) d[p][k][e] = flows || k >= CARRIED ? ds_prev[k] : 0.f;
         EACH(g, GATES) outgoing[g][p][e] = flows ? gr[e][g] : 0.f;
       }
-      if (MASKS)
+      if (RESETS)
         set_bits_if(marks, rows[0], worker.b0 + worker.sequence(p), 1 + worker.n, R,
-                    runs && marks && resets && reached);
+                    runs && marks && reached);
       if (!runs) continue;
       EACH(g, GATES) {
         worker.store(dr + rows[0] * worker.x_row + (g * worker.H + worker.at(p, worker.x_row)),

@@ -55,7 +55,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   // The states that enter a step, and of these h, which is multiplied.
   auto enter = [&](const u32 (&cuts)[P]) {
     EACH(p, P) EACH(e, 2) {
-      EACH(k, CARRIED) if (MASKS && pin_register(cuts[p])) s[p][k][e] = 0.f;
+      EACH(k, CARRIED) if (RESETS && pin_register(cuts[p])) s[p][k][e] = 0.f;
       outgoing[0][p][e] = s[p][0][e];
     }
   };

@@ -11,6 +11,7 @@
 //   SPLITS                    warps that share a sum
 //   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
+//   RESETS                    there are resets
 //   GRAD_OF_Y                 the adjoint has one; else it is 0
 //   EVEN                      H is even, and pairs of numbers are aligned
 //   PLAN                      its text

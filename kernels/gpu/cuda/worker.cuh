@@ -198,8 +198,8 @@ struct Worker {
   DEVICE void find_cuts(u32 (&cuts)[P], int t) const {
     const i64 boundary = (i64)(t + reverse) * B + b0;
     EACH(p, P) {
-      const bool there = MASKS && resets && t + reverse < end[p];
-      cuts[p] = MASKS ? load_byte_if(resets + boundary + sequence(p), there) : 0;
+      const bool there = RESETS && t + reverse < end[p];
+      cuts[p] = RESETS ? load_byte_if(resets + boundary + sequence(p), there) : 0;
     }
   }
   // Reads the row of step t into the L2 cache. Neighbouring lanes share a line.

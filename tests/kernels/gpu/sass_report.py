@@ -320,7 +320,7 @@ def measure(cubin: bytes, log: str, scope: str, sends: int = 1) -> Report:
 
 class Kernel(NamedTuple):
     """`blocks` is 0 for what the plan takes, or so many of a cluster; `masks` whether there are
-    lengths, offsets or resets; `even` whether H is, and pairs of numbers are aligned."""
+    lengths or offsets, and resets; `even` whether H is, and pairs of numbers are aligned."""
 
     name: str
     mode: str
@@ -328,7 +328,7 @@ class Kernel(NamedTuple):
     B: int
     adjoint: bool
     blocks: int = 0
-    masks: bool = False
+    masks: cuda.Masks = cuda.Masks.NONE
     even: bool = True
 
 
@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[16])
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--blocks", type=int, default=0, help="only clusters of so many blocks")
-    parser.add_argument("--masks", action="store_true", help="with lengths, offsets or resets")
+    parser.add_argument("--masks", type=str.upper, default="NONE", choices=cuda.Masks.__members__)
     parser.add_argument("--odd", action="store_true", help="odd H, or pairs that are not aligned")
     parser.add_argument("--capability", type=int, default=90, choices=GPUS)
     asked = parser.parse_args()
@@ -372,7 +372,7 @@ def main() -> None:
     for name, mode, H, B, direction in itertools.product(
         asked.cells, asked.modes, asked.hidden, asked.batch, asked.directions
     ):
-        form = asked.blocks, asked.masks, not asked.odd
+        form = asked.blocks, cuda.Masks[asked.masks], not asked.odd
         kernel = Kernel(name, mode, H, B, direction == "backward", *form)
         try:
             plan, numbers = report(kernel, asked.capability)

@@ -646,14 +646,14 @@ def test_a_wait_that_does_not_end() -> None:
     # the LSTM in a grid has no registers for a message
     for scope, cell in (("cluster", cells.lstm), ("grid", cells.gru)):
         plan = plan_for(scope, 64, BRAIN, 2, 2)
-        code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, False, True)
+        code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, cuda.Masks.NONE, True)
         cubin, _ = cuda.build(code, 90)
         assert f"came in time for {plan_text(plan)}".encode() in cubin
         assert "wait_more(waited, c)" in code and f"#define WAIT_LIMIT {cuda.WAIT_LIMIT}" in code
 
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
-Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, bool, bool]
+Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, cuda.Masks, bool]
 
 
 def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) -> list[Kernel]:
@@ -667,7 +667,9 @@ def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) ->
             iter(cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, GPUS[capability])), None
         )
         if plan is not None:
-            for masks, adjoint in itertools.product((False, True), (False, True)):
+            for masks, adjoint in itertools.product(
+                (cuda.Masks.NONE, cuda.Masks.RESETS), (False, True)
+            ):
                 found[cell, plan, dtype, adjoint, masks, not masks] = None
     return list(found)
 
@@ -739,7 +741,8 @@ def test_compiles_with_few_registers_left(full: tuple[Any, ...]) -> None:
     gpu = GPUS[capability]
     plan = cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, gpu)[0]
     adjoint, masks, even = form
-    check_kernels(capability, [(cell, plan, dtype, adjoint, masks, even)])
+    looked_at = cuda.Masks.RESETS if masks else cuda.Masks.NONE
+    check_kernels(capability, [(cell, plan, dtype, adjoint, looked_at, even)])
 
 
 @pytest.mark.slow
