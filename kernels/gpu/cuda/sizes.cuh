@@ -67,7 +67,7 @@ constexpr int AHEAD = 8;
 // with them. A cluster's wait is for all loads in flight; the others differ in instructions, and in
 // registers.
 constexpr bool EARLY = SCOPE == CLUSTER || (PRECISE && ADJOINT && MASKS) ||
-                       (SCOPE == BLOCK && ADJOINT && GATES > 1);
+                       (SCOPE == BLOCK && ADJOINT && GATES > 1 && !RESETS);
 // whether what an adjoint loads for a sequence is in one branch, which saves the many loads of an
 // LSTM a predicate each
 constexpr bool IN_BRANCHES = EARLY && ADJOINT && GATES > 3 && !MASKS;
