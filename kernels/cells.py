@@ -103,8 +103,8 @@ def clip_grad(x: Any, limit: float) -> Any:
 
 
 def row_mean(x: Any) -> Any:
-    """The mean over all hidden units of a sequence, for layer norm, and its own adjoint. Only the
-    CPU's kernels have it: they have these units in one place."""
+    """The mean over all hidden units of a sequence, for layer norm, and its own adjoint. Kernels
+    have it that have these units in one place: the CPU's, and Triton's of scope block."""
     return x.do("row_mean", x) if isinstance(x, Value) else x.mean(-1, keepdim=True)
 
 

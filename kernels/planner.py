@@ -40,6 +40,10 @@ FEWER_GRID_REGISTERS = 80
 FEWEST_GRID_REGISTERS = 64
 
 
+class NoPlan(ValueError):
+    """No kernel serves a cell of that size."""
+
+
 def _grid_registers(plan: Plan, gated: bool, gpu: Gpu) -> int:
     if plan.sequences > 16:
         # of a thread with one pair
@@ -142,10 +146,14 @@ def triton_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) 
     )
     beside = size == 2 or G == 1 or (size == 4 and G * units < 256)
     fused = I <= FUSED_INPUT and beside and shared_fused <= gpu.shared_memory
+    # these take pre-activations
+    fused = fused and not cell.whole_rows
     in_block = units <= BLOCK_UNITS.get(G, {}).get(size, 0) and shared <= gpu.shared_memory
     if in_block and B <= 8 * MOST_TILES:
         warps = min(8, units // (16 if G == 1 else 8))
         found.append(Plan("triton", "block", units, 8, units, warps, fused, precision))
+    if cell.whole_rows:
+        return found
     if G * -(-H // 64) * 64 * size <= GRID_ROW_BYTES:
         grid = _in_slices(Plan("triton", "grid", 64, 8, 64, 4, False, precision), sizes, gpu)
         found += [grid] if grid else []
@@ -163,7 +171,7 @@ def ranked_plans(cell: Cell, sizes: Sizes, size: int, precision: str, gpu: Gpu) 
     """All plans that fit, the fastest by prediction first; `size` as for `triton_plans`."""
     found = triton_plans(cell, sizes, size, precision, gpu)
     size = min(size, 4)
-    if gpu.cuda:
+    if gpu.cuda and not cell.whole_rows:
         found = cuda_plans(cell, sizes, size, precision, gpu) + found
     return sorted(found, key=lambda plan: predict(cell, plan, size, sizes, gpu).both)
 
@@ -178,9 +186,14 @@ def make_plan(
 ) -> Plan:
     """The plan for `sizes` (B, I, H, N) in `dtype` ("float32"...), on the CPU where there is no
     `gpu` (of capability 80 or more); `tf32` allows that precision for float32; `native` says that
-    C++ can be compiled."""
+    C++ can be compiled.
+
+    Raises NoPlan for a cell of whole rows that are longer than a block of a GPU holds."""
     if gpu is None:
         return Plan("native" if native and dtype in ("float32", "float64") else "numpy")
     size = 2 if dtype != "float32" else 4 if tf32 else 8
     precision = {2: "ieee", 4: "tf32", 8: "tf32x3"}[size]
-    return ranked_plans(cell, sizes, size, precision, gpu)[0]
+    ranked = ranked_plans(cell, sizes, size, precision, gpu)
+    if not ranked:
+        raise NoPlan(f"no kernel has the {sizes[2]} hidden units of {cell.name} in one place")
+    return ranked[0]

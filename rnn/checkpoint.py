@@ -239,7 +239,7 @@ class _SweepAdjoint:
             b_grad,
         ]
         each = native.recurrence_threads(len(self.call.reverse))
-        size = w_ih.numel() + w_hh.numel() + 2 * len(w_hh)
+        size = (0 if w_ih is None else w_ih.numel()) + w_hh.numel() + 2 * len(w_hh)
         self.threads = self.sweep.share or native.threads()
         self.group_grads = w_hh.new_empty((each - 1) * size)
 

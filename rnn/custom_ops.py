@@ -97,7 +97,7 @@ def _op_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     )
 
 
-_INPUTS_SCHEMA = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
+_INPUTS_SCHEMA = "Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor s0"
 _MASKS_SCHEMA = "Tensor? lengths, Tensor? batch_sizes, Tensor? resets"
 _RESULTS_SCHEMA = (
     "Tensor y, Tensor? states, Tensor? saved, Tensor? dy, Tensor? dstates, Tensor? dlast"

@@ -15,7 +15,7 @@ from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.notices import warn
 from .kernels.plan import Gpu, Plan
-from .kernels.planner import make_plan
+from .kernels.planner import NoPlan, make_plan
 
 # Once: it searches the disk
 _FOUND = {library: find_spec(library) is not None for library in ("triton", "cupy")}
@@ -184,7 +184,7 @@ def support(x: Tensor, plan: Plan | None) -> Support:
 def choose_plan(cell: Cell, x: Tensor, batch: int, hidden: int, reverse: Sequence[int]) -> Plan:
     """For x [..., I] on a device and of a dtype that is served, of `batch` sequences, `hidden`
     units and a recurrence for each of `reverse`. float32 follows torch's own switch of TF32, as it
-    is now."""
+    is now. Raises NoPlan as `make_plan` does."""
     tf32 = x.is_cuda and x.dtype == torch.float32 and _SWITCH.fp32_precision == "tf32"
     sizes = batch, x.shape[-1], hidden, len(reverse)
     return _plan(cell, sizes, x.dtype, x.device, tf32)
@@ -219,13 +219,18 @@ def decide(
     """The decision for a call of the arguments of `choose_plan` and `torch_operator`; a plan that
     is given is followed."""
     serves, dtype, reason = support(x, plan)
-    if dtype != x.dtype:
-        reason = f"{x.dtype} is cast: {'autocast' if reason == 'autocast' else 'no kernel for it'}"
+    autocast = reason == "autocast"
+    if dtype != x.dtype or autocast:
+        cast = f"{x.dtype} is cast: {'autocast' if autocast else 'no kernel for it'}"
+        reason = cast if dtype != x.dtype else ""
         if not plan:
             serves, dtype, more = served(x.device, dtype)
             reason = "; ".join(filter(None, [reason, more]))
         x = x.new_empty((), dtype=dtype).expand(x.shape)
     operator = torch_operator(cell, x, reverse, plan, whole_sequences)
     if plan is None and serves:
-        plan = choose_plan(cell, x, batch, hidden, reverse)
+        try:
+            plan = choose_plan(cell, x, batch, hidden, reverse)
+        except NoPlan as error:
+            reason = "; ".join(filter(None, [reason, str(error)]))
     return Decision(plan, operator, dtype, reason)

@@ -139,7 +139,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         layer._run(operator, *args, **kwargs)
     # These do not ask the operator
     given = args[0] if args else kwargs["input"]
-    why = why_stepwise(layer, (given.data, *layer.parameters()))
+    why = why_stepwise(layer, 1, (given.data, *layer.parameters()))
     if why or layer.layer_norm:
         how = f"the formula in torch operations, slow ({why})"
         if not why:

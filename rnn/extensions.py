@@ -14,11 +14,17 @@ from .autograd import own_gradient
 from .boundary import alive
 from .checks import check_layer
 from .composite import composite, composite_layer
-from .functional import BATCH_FIRST
+from .functional import BATCH_FIRST, run_in
 from .kernels import cells
 from .kernels.cells import Cell
 from .layer_call import batch_size
-from .normalized import layer_norm, normalized_call, normalized_layer, why_stepwise
+from .normalized import (
+    layer_norm,
+    normalized_call,
+    normalized_layer,
+    other_dtype,
+    why_stepwise,
+)
 from .regularisers import (
     Arguments,
     Norm,
@@ -111,8 +117,10 @@ def _check_clip(value: Any) -> None:
 def prepare(layer: Any) -> bool:
     """Makes the cells of the layer's options. Returns whether any option is on."""
     zoned = zoned_states(layer)
+    norm = layer_norm(layer) if layer.layer_norm else None
     for dropped in {False, bool(layer.recurrent_dropout)}:
-        extended_cell(layer.layer_cell(), clip_limit(layer), zoned, dropped)
+        for kind in {None, norm}:
+            extended_cell(layer.layer_cell(), clip_limit(layer), zoned, dropped, kind)
     return bool(
         layer.num_heads > 1
         or layer.recurrent_dropout
@@ -203,7 +211,11 @@ def extended_layer(  # noqa: PLR0913  as run_layer
     dropped = bool(layer.training and layer.recurrent_dropout)
     norm = None
     run = operator
-    why = why_stepwise(layer, (x, *weights, *parts, *masks))
+    why = why_stepwise(layer, B, (x, *weights, *parts, *masks))
+    dtype = other_dtype(layer, x) if layer.layer_norm and not why else None
+    if dtype is not None:
+        run = partial(extended_layer, layer, index, operator)
+        return run_in(dtype, run, cell, x, weights, states, masks, reverse, keep, *options)
     if why:
         say_stepwise(layer, why)
         run = partial(_composite, stepwise(layer, index, dropped))
@@ -287,7 +299,7 @@ def _states(
 
     def rows(name: str) -> list[Tensor]:
         every = torch.stack([getattr(layer, f"{name}_l{index}{suffix}") for suffix in suffixes])
-        return [row[:, None].expand(-1, B, -1) for row in every.unbind(1)]
+        return [row[:, None].expand(-1, B, -1).to(x.dtype) for row in every.unbind(1)]
 
     cell = layer.layer_cell()
     if states is not None:

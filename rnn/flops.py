@@ -19,7 +19,9 @@ def _products(shapes: Sequence[Any]) -> tuple[int, int, int]:
     states; `shapes` as the operators take their tensors, x first."""
     (*rows, _), w_ih, w_hh, s0 = (shapes[k] for k in (0, 1, 2, 5))
     steps = 2 * math.prod(rows)
-    return steps * math.prod(w_ih), steps * math.prod(w_hh), 2 * s0[1] * math.prod(w_hh)
+    # without w_ih x are pre-activations
+    of_input = 0 if w_ih is None else steps * math.prod(w_ih)
+    return of_input, steps * math.prod(w_hh), 2 * s0[1] * math.prod(w_hh)
 
 
 def forward(

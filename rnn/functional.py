@@ -134,7 +134,7 @@ def run_layer(  # noqa: PLR0913  as recurrence
     # Asked first whether there is any: the type of a device takes as long as a check.
     autocast = autocast_dtype(x.device.type) if any_autocast() else None
     if autocast is not None:
-        return _run_in(autocast, cell, x, weights, states, masks, *options)
+        return run_in(autocast, run_layer, cell, x, weights, states, masks, *options)
     try:
         B = check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
     except RuntimeError:
@@ -149,7 +149,7 @@ def run_layer(  # noqa: PLR0913  as recurrence
     H = weights[1].shape[1]
     decision = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
     if decision.dtype != x.dtype:
-        return _run_in(decision.dtype, cell, x, weights, states, masks, *options)
+        return run_in(decision.dtype, run_layer, cell, x, weights, states, masks, *options)
     if decision.operator is not None:
         return by_torch(decision.operator, cell, x, weights, states, reverse, batch_first)
     if decision.plan is None:
@@ -158,14 +158,14 @@ def run_layer(  # noqa: PLR0913  as recurrence
         )
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
     if trains((x, *weights, *(states or ()))):
-        return _with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
+        return with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
     if len(weights) > 4:
         alive(weights)
     y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
 
 
-def _with_gradients(
+def with_gradients(
     call: LayerCall,
     x: Tensor,
     weights: Sequence[Any],
@@ -202,18 +202,19 @@ def _seen_by_pytorch(  # noqa: PLR0913  as run_layer
     serves, dtype, _ = dispatch.support(x, plan)
     if dtype != x.dtype:
         options = reverse, keep, plan, recompute, batch_first
-        return _run_in(dtype, cell, x, weights, states, masks, *options)
+        return run_in(dtype, run_layer, cell, x, weights, states, masks, *options)
     operator: Callable[..., Any] = composite
     if is_vmap(transform):
         operator = partial(_vmap, plan=plan, recompute=recompute)
     elif not transform:
         kernels = plan is not None or bool(serves)
-        operator = partial(_record, plan=plan, recompute=recompute, kernels=kernels)
+        operator = partial(record, plan=plan, recompute=recompute, kernels=kernels)
     return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first, operator)
 
 
-def _run_in(
+def run_in(
     dtype: torch.dtype,
+    run: Callable[..., tuple[Tensor, Tensor | None, list[Tensor]]],
     cell: Cell,
     x: Tensor,
     weights: Sequence[Any],
@@ -221,8 +222,8 @@ def _run_in(
     masks: Sequence[Any],
     *options: Any,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """As `run_layer`, whose other arguments are `options`, in another dtype: the results have it
-    under autocast, else that of x."""
+    """`run`, which is like `run_layer` and whose other arguments are `options`, in another dtype:
+    the results have it under autocast, else that of x."""
     if not traced(x, weights[1]):
         alive((x, *weights, *(states or ())))
     autocast = autocast_dtype(x.device.type) is not None
@@ -233,7 +234,7 @@ def _run_in(
         )
 
     with torch.autocast(x.device.type, enabled=False):
-        found = run_layer(
+        found = run(
             cell,
             cast(x),
             [cast(w) for w in weights],
@@ -246,7 +247,7 @@ def _run_in(
     return y.to(back), others if others is None else others.to(back), [s.to(back) for s in last]
 
 
-def _record(
+def record(
     cell: Cell,
     given: tuple[Any, ...],
     masks: Sequence[Any],

@@ -1,55 +1,93 @@
-"""Layer norm in the kernels of the CPU, which have a row of hidden units in one place.
+"""Layer norm in the kernels that have a row of hidden units in one place: those of the CPU, and
+Triton's whose blocks have all units of their sequences.
 
 W_ih x of all steps and its norm come before the recurrence, in torch's operations. Those of W_hh h
 and of an LSTM's c are part of the cell's step, whose constants are their gains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from . import dispatch, layer_call
-from .autograd import apply, trains
+from .autograd import trains
+from .composite import composite_layer
 from .device_copies import on_device
-from .kernels.cells import Cell
+from .functional import record, with_gradients
+from .kernels.cells import Cell, is_registered
 from .kernels.plan import Plan
-from .kernels.types import Save, Weights
+from .kernels.types import Weights
 from .layer_call import LayerCall
-from .regularisers import Arguments, Norm, clip_norm, extended_cell, norm_of
-from .transforms import active_transform, any_autocast, traced
+from .regularisers import (
+    Arguments,
+    Norm,
+    clip_limit,
+    clip_norm,
+    extended_cell,
+    norm_of,
+    zoned_states,
+)
+from .transforms import active_transform, any_autocast, autocast_dtype, traced
 
-_BACKENDS = ("native", "numpy")
+_WORDS = dict(
+    native="C++, compiled for this machine",
+    numpy="NumPy",
+    triton="Triton, scope block, each block keeps all of W_hh",
+)
 
 
-def why_stepwise(layer: Any, tensors: Sequence[Tensor | None]) -> str:
-    """The options for which a call of a layer runs step by step, and for layer norm why; "" where
-    kernels run. `tensors`: x and all others of the call."""
+def _has_rows(plan: Plan, H: int) -> bool:
+    """Whether its kernels have all H units of a sequence in one place."""
+    if plan.backend == "triton":
+        return plan.scope == "block" and plan.units >= H
+    return plan.backend in ("native", "numpy")
+
+
+def why_stepwise(layer: Any, B: int, tensors: Sequence[Tensor | None]) -> str:
+    """The options for which a call of a layer for B sequences runs step by step, and for layer norm
+    why; "" where kernels run. `tensors`: x and all others of the call."""
     options = []
     if clip_norm(layer) is not None:
         options = ["layer_norm"] if layer.layer_norm else []
         options += ["clip_recurrent_grad by a norm"]
     elif layer.layer_norm:
-        problem = _unserved(layer, [t for t in tensors if t is not None])
+        problem = _unserved(layer, B, [t for t in tensors if t is not None])
         options = [f"layer_norm {problem}"] if problem else []
     return " and ".join(options)
 
 
-def _unserved(layer: Any, tensors: Sequence[Tensor]) -> str:
+def _unserved(layer: Any, B: int, tensors: Sequence[Tensor]) -> str:
     """Why layer norm is not in kernels; "" where it is."""
-    x = tensors[0]
-    if active_transform() or traced(*tensors):
-        return "under a transform or compiled"
-    if any_autocast():
-        return "under autocast"
-    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
-        return f"in {x.dtype} on {x.device.type}"
-    if layer.plan is not None and layer.plan.backend not in _BACKENDS:
-        return f"by the plan {layer.plan.backend!r}"
-    if not _cell(layer).whole_rows:
+    if active_transform():
+        return "under a transform"
+    cell = layer_cell(layer)
+    if not cell.whole_rows:
         return "of a cell that does not use W_hh h"
+    if traced(*tensors):
+        known = tensors[0].is_cpu and is_registered(cell)
+        served = layer.plan is None or _has_rows(layer.plan, _units(layer))
+        return "" if known and served else "where it is compiled"
+    found = _decision(layer, tensors[0], B)
+    if found.plan is None:
+        return f"({found.reason})"
+    if not _has_rows(found.plan, _units(layer)):
+        return f"by the plan {found.plan.backend!r} of scope {found.plan.scope!r}"
     return ""
+
+
+def other_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
+    """In which dtype all of a call for x is to be computed, if not as it is: that of autocast, or
+    that of the kernels for x."""
+    autocast = autocast_dtype(x.device.type) if any_autocast() else None
+    if autocast is not None:
+        return autocast
+    dtype = dispatch.support(x, layer.plan).dtype
+    return None if dtype == x.dtype else dtype
 
 
 def layer_norm(layer: Any) -> Norm:
@@ -57,17 +95,33 @@ def layer_norm(layer: Any) -> Norm:
     return norm_of(layer.layer_cell(), bool(layer.bias))
 
 
-def _cell(layer: Any) -> Cell:
-    """With layer norm alone."""
-    return extended_cell(layer.layer_cell(), None, (), False, layer_norm(layer))
+def _units(layer: Any) -> int:
+    """Of a head."""
+    units: int = layer.hidden_size // layer.num_heads
+    return units
+
+
+def layer_cell(layer: Any) -> Cell:
+    """With all options of the layer, as they are now."""
+    dropped = bool(layer.training and layer.recurrent_dropout)
+    options = clip_limit(layer), zoned_states(layer), dropped
+    return extended_cell(layer.layer_cell(), *options, layer_norm(layer))
+
+
+def _decision(layer: Any, x: Tensor, B: int) -> dispatch.Decision:
+    recurrences = (False,) * (layer.num_heads * (1 + layer.bidirectional))
+    return dispatch.decide(layer_cell(layer), x, B, _units(layer), recurrences, layer.plan, False)
 
 
 def words(layer: Any, x: Tensor) -> str:
     """Of `rnn.explain`."""
-    H = layer.hidden_size // layer.num_heads
-    plan = layer.plan or dispatch.choose_plan(_cell(layer), x, 1, H, (False,))
-    kernels = "C++, compiled for this machine" if plan.backend == "native" else "NumPy"
-    return f"{kernels}, with layer_norm; W_ih x and its norm before it in torch operations"
+    found = _decision(layer, x, 1)
+    assert found.plan is not None
+    why = f" ({found.reason})" if found.reason else ""
+    return (
+        f"{_WORDS[found.plan.backend]}, with layer_norm{why}; W_ih x and its norm before it in "
+        "torch operations"
+    )
 
 
 def normalized_call(
@@ -82,7 +136,7 @@ def normalized_call(
     def whole(name: str) -> Tensor:
         """Of all directions."""
         parts = [getattr(layer, f"{name}_l{index}{suffix}") for suffix in suffixes]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(call.x.dtype)
 
     def constants(t: Tensor | None, count: int) -> list[Tensor]:
         if t is None or not count:
@@ -104,7 +158,12 @@ def normalized_call(
         steps = torch.arange(x.shape[0], device=x.device)[:, None]
         x = torch.where((steps < on_device("lengths", lengths, x.device))[..., None], x, 0)
     w_ih: Any = call.w_ih
-    gates = _input_gates(x, w_ih, whole("norm_ih"), bias, N)
+    given = x, w_ih, whole("norm_ih"), bias, N
+    if layer.checkpoint and not traced(x) and trains(given[:-1]):
+        # Not even W_ih x before its norm is kept
+        gates = checkpoint_of(_input_gates, *given, use_reentrant=False, preserve_rng_state=False)
+    else:
+        gates = _input_gates(*given)
     return Arguments(call.cell, gates, None, call.w_hh, None, None, [*call.states, *further])
 
 
@@ -132,13 +191,46 @@ def normalized_layer(  # noqa: PLR0913  as run_layer
     checkpoint: int,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """As `functional.run_layer`, for a call that `normalized_call` has made: y alone is in the
-    caller's layout. `checkpoint` is without effect."""
+    caller's layout."""
+    if traced(x):
+        operator = partial(record, plan=plan, recompute=recompute, kernels=True)
+        y, several, last = composite_layer(
+            cell, x, weights, states, masks, reverse, keep, False, operator
+        )
+        return y.transpose(0, 1) if batch_first else y, several, last
     B, H = states[0].shape[1:]
     chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
+    if checkpoint and len({*reverse}) > 1:
+        # Spans of time of one direction alone have pre-activations of no other
+        options: Any = keep, chosen, recompute, batch_first, checkpoint
+        halves = [
+            normalized_layer(cell, *half, masks, way, *options)
+            for half, way in _directions(x, weights, states, reverse)
+        ]
+        ys, others, ends = zip(*halves)
+        several = None if others[0] is None else torch.cat(others, -1)
+        return torch.cat(ys, -1), several, [torch.cat(parts) for parts in zip(*ends)]
     call = LayerCall(cell, chosen, x, masks, reverse)
     if trains((x, *weights, *states)):
-        save = Save.STATES if recompute else Save.ACTIVATIONS
-        y, others, _, *last = apply(call, save, 4, *masks, x, *weights, *states)
+        found = with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
+        y, several, last = found
     else:
-        y, others, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
-    return y.transpose(0, 1) if batch_first else y, others if keep else None, last
+        y, several, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
+    return y.transpose(0, 1) if batch_first else y, several if keep else None, last
+
+
+def _directions(
+    x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], reverse: Sequence[int]
+) -> Iterator[tuple[tuple[Tensor, Sequence[Any], Sequence[Tensor]], Sequence[int]]]:
+    """x, weights and states of the recurrences of each direction, those of one after the other."""
+    N = len(reverse)
+    width = x.shape[-1] // N
+    _, w_hh, *_ = weights
+    first = 0
+    for _, same in groupby(reverse):
+        way = [*same]
+        last = first + len(way)
+        gates = x[..., first * width : last * width]
+        own = w_hh[first * width : last * width]
+        yield (gates, (None, own, None, None), [s[first:last] for s in states]), way
+        first = last

@@ -200,8 +200,7 @@ def extended_cell(
     dropped: bool,
     norm: Norm | None = None,
 ) -> Cell:
-    """The cell with these options; registered if it is, but for layer norm, which nothing
-    records."""
+    """The cell with these options; registered if it is."""
     if limit is None and not zoned and not dropped and norm is None:
         return cell
     # torch.compile finds it there, and never has to make it.
@@ -222,7 +221,7 @@ def _make_cell(
     words += [] if limit is None else [f"clip{limit!r}"]
     words += [f"zoneout{''.join(map(str, zoned))}"] if zoned else []
     words += ["dropout"] if dropped else []
-    words += [] if norm is None else ["norm"]
+    words += [] if norm is None else ["norm-bias" if norm.biases else "norm"]
 
     def with_constants(x: Any, r: Any, s: Any, k: Any = ()) -> Any:
         return step(x, r, s, k)
@@ -234,4 +233,4 @@ def _make_cell(
         states=cell.states + constants + dropped,
         constants=cell.constants + constants,
     )
-    return cells.register(found) if norm is None and cells.is_registered(cell) else found
+    return cells.register(found) if cells.is_registered(cell) else found

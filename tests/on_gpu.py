@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 # Others come last.
-ORDER = ("test_gpu.py", "test_gpu_tools.py", "test_gpu_sizes.py")
+ORDER = ("test_gpu.py", "test_gpu_norm.py", "test_gpu_tools.py", "test_gpu_sizes.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

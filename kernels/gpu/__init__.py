@@ -58,7 +58,7 @@ def _new_marks(layout: Layout, y: Tensor, needs: Gradients[bool]) -> Tensor | No
 def forward(
     cell: Cell, plan: Plan, layout: Layout, x: Tensor, weights: Weights, s0: States, save: int
 ) -> Outputs:
-    """x [R, I], S states [N, B, H], zeros if None."""
+    """x [R, I], or without w_ih pre-activations [R, N*G*H]; S states [N, B, H], zeros if None."""
     found: Outputs = with_fallback(_forward, cell, plan, layout, x, weights, s0, save)
     return found
 
@@ -79,12 +79,13 @@ def _forward(
     saved = x.new_empty(A, R, N * H) if A and save == Save.ACTIVATIONS else None
     precision = differing(x, plan.precision)
     # a product in another precision than torch's would need a copy of the bias for each row
-    biased = plan.fused or (plan.scope == "library" and precision != "")
-    if not plan.fused:
+    fused = plan.fused and w_ih is not None
+    biased = fused or (plan.scope == "library" and precision != "")
+    if not fused and w_ih is not None:
         x = products.linear(x, w_ih, None if biased else b_ih, precision)
     tensors = ForwardTensors(
         x=x,
-        w_ih=w_ih if plan.fused else None,
+        w_ih=w_ih if fused else None,
         w_hh=w_hh,
         b_ih=b_ih if biased else None,
         b_hh=b_hh,
@@ -186,7 +187,7 @@ def _products(
     precision = differing(x, plan.precision)
     gradients: list[Tensor | None] = [None] * 6
     if needs.x:
-        gradients[0] = products.mm(dx, w_ih, precision)
+        gradients[0] = dx if w_ih is None else products.mm(dx, w_ih, precision)
     if needs.w_ih:
         gradients[1] = products.mm(dx.T, x, precision)
     if needs.w_hh:

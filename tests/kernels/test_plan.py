@@ -20,8 +20,9 @@ from rnn.kernels.plan import (
     slices,
     stored_fragments,
 )
-from rnn.kernels.planner import cuda_plans, make_plan
+from rnn.kernels.planner import NoPlan, cuda_plans, make_plan
 from rnn.kernels.prediction import Prediction, predict
+from rnn.regularisers import extended_cell, norm_of
 from tests.cases import CELLS
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,29 @@ def test_plans_fit(cell: Cell, gpu: Gpu) -> None:
             assert programs <= gpu.multiprocessors, (
                 "a grid that is not resident would wait for ever"
             )
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "tf32", "largest"),
+    [
+        (cells.rnn_tanh, "float16", False, 256),
+        (cells.rnn_tanh, "float32", False, 128),
+        (cells.gru, "bfloat16", False, 128),
+        (cells.lstm, "float32", True, 64),
+        (cells.lstm, "float32", False, 32),
+    ],
+)
+def test_rows_in_one_block(cell: Cell, dtype: str, tf32: bool, largest: int) -> None:
+    """Layer norm: a mean over all units, of which a program has some alone in other scopes."""
+    normal = extended_cell(cell, None, (), False, norm_of(cell, True))
+    for H in (1, largest // 2 + 1, largest):
+        plan = make_plan(normal, (8, 10, H, 2), dtype, WITH_CUDA, tf32)
+        assert (plan.backend, plan.scope, plan.fused) == ("triton", "block", False)
+        assert plan.units >= H
+    with pytest.raises(NoPlan, match=f"no kernel has the {largest + 1} hidden units of"):
+        make_plan(normal, (8, 10, largest + 1, 2), dtype, WITH_CUDA, tf32)
+    with pytest.raises(NoPlan):
+        make_plan(normal, (8, 10, largest, 2), dtype, WITH_CUDA._replace(shared_memory=1000), tf32)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

@@ -432,8 +432,8 @@ def test_tools_that_know_only_torch_nn() -> None:
 
 def test_says_that_layer_norm_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "_given", set())
-    layer = rnn.GRU(4, 6, layer_norm=True, dtype=torch.bfloat16)
-    x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
+    layer = rnn.GRU(4, 6, layer_norm=True, plan=Plan("cupy"))
+    x = torch.randn(5, 3, 4)
     with pytest.warns(UserWarning, match="step by step") as said:
         layer(x)
     assert [warning.filename for warning in said] == [__file__]
@@ -535,9 +535,8 @@ def test_explained() -> None:
 
 @pytest.mark.parametrize("option", ["layer_norm", "clip by norm"])
 def test_explained_step_by_step(option: str) -> None:
-    dtype = torch.bfloat16
-    layer = rnn.LSTM(4, 6, 2, dtype=dtype, **OPTIONS[option])
-    lines = rnn.explain(layer, torch.randn(5, 3, 4, dtype=dtype)).splitlines()
+    layer = rnn.LSTM(4, 6, 2, plan=Plan("cupy"), **OPTIONS[option])
+    lines = rnn.explain(layer, torch.randn(5, 3, 4)).splitlines()
     assert len(lines) == 2
     for k, line in enumerate(lines):
         assert line.startswith(f"layer {k}: lstm") and "torch operations" in line

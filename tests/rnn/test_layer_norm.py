@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnn
 from rnn.kernels.plan import Plan
+from tests.rnn.test_checkpoint import T as LONG
+from tests.rnn.test_checkpoint import kept, same_bits
+from tests.rnn.test_checkpoint import results as checkpointed
 from tests.rnn.test_extensions import DOUBLE, NAMES, compare, make, randomized
 
 REFERENCE = Plan("numpy")
@@ -197,3 +201,87 @@ def test_explained() -> None:
     layer = rnn.LSTM(4, 6, 2, layer_norm=True, plan=REFERENCE)
     lines = rnn.explain(layer, torch.randn(5, 3, 4)).splitlines()
     assert len(lines) == 2 and all("NumPy, with layer_norm" in line for line in lines)
+
+
+def of_checkpoint(name: str, every: Any, **options: Any) -> Any:
+    """Few units, so that many steps are quick."""
+    torch.manual_seed(0)
+    return make(name, 3, 130 if name == "RNN" else 19, layer_norm=True, checkpoint=every, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["LSTM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RNN", "GRU"))]
+)
+def test_checkpoint(name: str) -> None:
+    """The same bits, and of what was kept a part: the rest is computed once more."""
+    x = torch.randn(LONG, 1, 3, dtype=DOUBLE)
+    plain = checkpointed(of_checkpoint(name, False), x)
+    for every in (True, 1, LONG // 2):
+        assert same_bits(checkpointed(of_checkpoint(name, every), x), plain)
+    every, few = (kept(of_checkpoint(name, some), x) for some in (False, True))
+    assert few < every / 4
+
+
+def test_checkpoint_with_lengths_and_resets() -> None:
+    x = torch.randn(LONG, 4, 3, dtype=DOUBLE)
+    lengths = torch.tensor([LONG, 0, LONG // 2, LONG - 1])
+    resets = torch.rand(LONG, 4) < 0.01
+    # at the borders of windows too
+    resets[:: LONG // 100] = True
+    for masks in ((lengths, None), (None, resets), (lengths, resets)):
+        plain, found = (
+            checkpointed(of_checkpoint("LSTM", every), x, *masks) for every in (False, True)
+        )
+        assert same_bits(found, plain)
+
+
+@pytest.mark.parametrize("plan", [REFERENCE, None], ids=["reference", "native"])
+def test_checkpoint_of_two_directions(plan: Plan | None) -> None:
+    """Each by itself: sums over other windows."""
+    T = 60 if plan else LONG
+    options = dict(bidirectional=True, num_layers=2, plan=plan, batch_first=True)
+    x = torch.randn(2, T, 3, dtype=DOUBLE)
+    resets = torch.rand(2, T) < 0.1
+    plain, found = (
+        checkpointed(of_checkpoint("GRU", every, **options), x, torch.tensor([T, T - 7]), resets)
+        for every in (False, True)
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_second_derivatives_with_checkpoint() -> None:
+    layer = normalized("LSTM", 2, 3, checkpoint=2, plan=REFERENCE)
+    x = torch.randn(3, 1, 2, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
+
+
+def test_compiled() -> None:
+    """An operator in the graph, as of other layers; in float64, whose sums a compiler orders."""
+    layer = normalized("GRU", 4, 6, batch_first=True, recurrent_dropout=0.3).eval()
+    x = torch.randn(3, 5, 4, dtype=DOUBLE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for more in ({}, dict(lengths=torch.tensor([5, 0, 3]))):
+        found = []
+        for run in (compiled, layer):
+            leaf = x.clone().requires_grad_()
+            y, h = run(leaf, **more)
+            loss = y.sin().sum() + h.cos().sum()
+            grads = torch.autograd.grad(loss, [leaf, *layer.parameters()])
+            found.append([y, h, *grads])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    program = torch.export.export(layer, (x,))
+    assert str(program.graph).count("fused_rnn.forward") == 1
+    assert torch.equal(program.module()(x)[0], layer(x)[0])
+
+
+def test_flops() -> None:
+    """Of the products with x and with h."""
+    layer = normalized("GRU", 4, 6)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = layer(torch.randn(5, 3, 4, dtype=DOUBLE))
+    rows, gates = 5 * 3, 3 * 6
+    assert counter.get_total_flops() == 2 * rows * gates * (4 + 6)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    # of W_ih and of W_hh, and back through W_hh: gains are among the states that need gradients
+    assert counter.get_total_flops() == 2 * gates * rows * (4 + 6 + 6)

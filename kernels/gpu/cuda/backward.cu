@@ -14,7 +14,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     if (SEPARATE_RECURRENT_GRAD)
       zero_past_ends(dx, 1, GATES, lengths, steps, B, R, H, first_tile);
     zero_past_ends(h_prev, 1, 1, lengths, steps, B, R, H, first_tile);
-    if (marks && !resets && blockIdx.x + blockIdx.z == 0)
+    if (marks && !RESETS && blockIdx.x + blockIdx.z == 0)
       mark_rows(marks, lengths, steps, B, first_tile);
   }
   SHARED_MEMORY(memory);
@@ -32,63 +32,113 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   dstates += dstates ? worker.y0 : 0;
   dr += worker.x0;
   dx += worker.x0;
+  // The states before a step are those of the next one, as the sweep goes back through time: loaded
+  // at the beginning of the step or, as they would come too late at its end, a step before.
+  constexpr int BEFORE = EARLY ? 0 : 1;
+  // What is loaded ahead: of step u states, gradients, what was saved, which sequences are reset;
+  // maybe the states before it; the rows of step u + 1 + BEFORE and of step u + AHEAD.
   struct Inputs {
-    Loaded s[STATES];
-    Loaded d[STATES];
-    Loaded saved[SAVED + 1];
+    Loaded d[P][STATES];
+    Loaded saved[P][SAVED + 1];
+    Loaded s[P][STATES];
+    Loaded before[P][STATES];
+    u32 cuts[P];
+    i64 row;
+    i64 far_row;
   };
-  // of step t, and of `before`, which precedes it in time and follows it here
-  Inputs now[P];
-  Inputs later[P];
-  u32 cuts[P];
-  u32 cuts_later[P];
-  float d[P][STATES][2] = {};
-  auto fetch = [&](Inputs (&inputs)[P], u32 (&cuts)[P], int t, i64 offset) {
-    worker.find_cuts(cuts, t);
-    EACH(p, P) {
-      inputs[p] = {};
-      if (!worker.runs(t, p)) {
-        // before its first step a sequence is in its initial state
-        EACH(k, STATES) if (worker.end[p])
-          inputs[p].s[k] = worker.load(state + k * worker.layer + worker.at(p, H));
+  Inputs ahead;
+  i64 y_at = 0;
+  i64 before_at = 0;
+  auto load_states = [&](Loaded (&s)[P][STATES], int t, i64 offset) {
+    EACH(p, P) EACH(k, STATES) {
+      const T* from = (k ? states + (k - 1) * worker.plane : y) + offset +
+                      worker.at(p, worker.y_row);
+      // before its first step a sequence is in its initial state
+      const T* const initial = state + k * worker.layer + worker.at(p, H);
+      if (PRECISE) {
+        // in branches, as there are no registers for two addresses
+        s[p][k] = {};
+        if (worker.runs(t, p)) s[p][k] = worker.load(from, true);
+        else if (worker.end[p]) s[p][k] = worker.load(initial, true);
         continue;
       }
-      EACH(k, STATES) {
-        const T* from = k ? states + (k - 1) * worker.plane : y;
-        inputs[p].s[k] = worker.load(from + offset + worker.at(p, worker.y_row));
-      }
-      if (GRAD_OF_Y) inputs[p].d[0] = worker.load(dy + offset + worker.at(p, worker.y_row));
-      EACH(k, STATES) if (k && dstates)
-        inputs[p].d[k] =
-            worker.load(dstates + (k - 1) * worker.plane + offset + worker.at(p, worker.y_row));
-      EACH(k, SAVED)
-        inputs[p].saved[k] =
-            worker.load(saved + k * worker.plane + offset + worker.at(p, worker.y_row));
+      if (!worker.runs(t, p)) from = initial;
+      s[p][k] = worker.load(from, worker.end[p] > 0);
     }
   };
+  // To `ahead` for step u, in two parts: what can be done without a load, and the loads.
+  auto prepare = [&](int u, i64 row, i64 row_of_states, i64 far_row) {
+    const int far = worker.time(u + AHEAD - 1, !worker.reverse);
+    if (GRAD_OF_Y) worker.prefetch(dy, far, far_row, worker.y_row);
+    EACH(k, STATES)
+      worker.prefetch(k ? states + (k - 1) * worker.plane : y, far, far_row, worker.y_row);
+    EACH(k, SAVED) worker.prefetch(saved + k * worker.plane, far, far_row, worker.y_row);
+    y_at = pin_register(row * worker.y_row);
+    before_at = BEFORE ? pin_register(row_of_states * worker.y_row) : y_at;
+  };
+  // All that is loaded for a sequence in one branch.
+  auto fetch_in_branches = [&](int t) {
+    EACH(p, P) {
+      const i64 at = y_at + worker.at(p, worker.y_row);
+      EACH(k, STATES) ahead.s[p][k] = ahead.d[p][k] = {};
+      EACH(k, SAVED) ahead.saved[p][k] = {};
+      if (!worker.runs(t, p)) {
+        EACH(k, STATES) if (worker.end[p])
+          ahead.s[p][k] = worker.load(state + k * worker.layer + worker.at(p, H), true);
+        continue;
+      }
+      EACH(k, STATES)
+        ahead.s[p][k] = worker.load((k ? states + (k - 1) * worker.plane : y) + at, true);
+      if (GRAD_OF_Y) ahead.d[p][0] = worker.load(dy + at, true);
+      EACH(k, STATES) if (k && dstates)
+        ahead.d[p][k] = worker.load(dstates + (k - 1) * worker.plane + at, true);
+      EACH(k, SAVED) ahead.saved[p][k] = worker.load(saved + k * worker.plane + at, true);
+    }
+  };
+  auto fetch = [&](int u) {
+    const int t = worker.time(u, !worker.reverse);
+    if (IN_BRANCHES) {
+      fetch_in_branches(t);
+      return;
+    }
+    EACH(p, P) {
+      const i64 at = y_at + worker.at(p, worker.y_row);
+      const bool runs = worker.runs(t, p);
+      EACH(k, STATES) {
+        const T* from = k ? dstates + (k - 1) * worker.plane : dy;
+        ahead.d[p][k] = worker.load(from + at, runs && (k ? dstates != nullptr : GRAD_OF_Y));
+      }
+      EACH(k, SAVED) ahead.saved[p][k] = worker.load(saved + k * worker.plane + at, runs);
+    }
+    load_states(ahead.s, t, y_at);
+    if (BEFORE) load_states(ahead.before, worker.time(u + 1, !worker.reverse), before_at);
+    worker.find_cuts(ahead.cuts, t);
+    if (ROWS_AHEAD) ahead.row = worker.row(worker.time(u + 1 + BEFORE, !worker.reverse));
+    if (MASKS && READS_AHEAD)
+      ahead.far_row = worker.row(worker.time(u + AHEAD, !worker.reverse));
+  };
+  float d[P][STATES][2] = {};
   EACH(p, P) EACH(k, STATES) if (worker.inside(p) && dlast[k]) {
-    const Loaded pair = worker.load(dlast[k] + worker.s0 + worker.at(p, H));
+    const Loaded pair = worker.load(dlast[k] + worker.s0 + worker.at(p, H), true);
     d[p][k][0] = half_of(pair, 0);
     d[p][k][1] = half_of(pair, 1);
   }
   int t = worker.time(0, !worker.reverse);
-  i64 row = worker.row(t);
-  fetch(now, cuts, t, row * worker.y_row);
-  // with masks a step ahead of its use, as it may have to be loaded
-  i64 row_ahead = MASKS_AHEAD ? worker.row(worker.time(1, !worker.reverse)) : 0;
+  // of step u and those that follow
+  i64 rows[2 + BEFORE];
+  EACH(i, 1 + BEFORE) rows[i] = worker.row(worker.time(i, !worker.reverse));
+  y_at = rows[0] * worker.y_row;
+  before_at = rows[BEFORE] * worker.y_row;
+  fetch(0);
   for (int u = 0;; ++u) {
-    const int before = worker.time(u + 1, !worker.reverse);
-    const i64 row_before = MASKS_AHEAD ? row_ahead : worker.row(before);
-    if (MASKS_AHEAD) row_ahead = worker.row(worker.time(u + 2, !worker.reverse));
-    const i64 prefetch_row = worker.prefetch_row(u);
-    const i64 y_before = pin_register(row_before * worker.y_row);
-    if (GRAD_OF_Y) worker.prefetch(dy, prefetch_row, worker.y_row);
-    EACH(k, STATES)
-      worker.prefetch(k ? states + (k - 1) * worker.plane : y, prefetch_row, worker.y_row);
-    EACH(k, SAVED) worker.prefetch(saved + k * worker.plane, prefetch_row, worker.y_row);
-    // in this order, as the wait is also for all loads in flight
+    const Inputs now = ahead;
+    rows[1 + BEFORE] =
+        ROWS_AHEAD ? now.row : worker.row(worker.time(u + 1 + BEFORE, !worker.reverse));
+    const i64 far_row = MASKS ? now.far_row : worker.row(worker.time(u + AHEAD, !worker.reverse));
+    if (!LATE) prepare(u + 1, rows[1], rows[1 + BEFORE], far_row);
+    // the wait is also for all loads in flight
     if (u) worker.wait(u - 1);
-    fetch(later, cuts_later, before, y_before);
+    if (EARLY) fetch(u + 1);
     if (u) {
       worker.accumulate(u - 1, sums);
       EACH(p, P) {
@@ -97,29 +147,30 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       }
     }
     if (u == worker.steps) break;
+    const auto& before = BEFORE ? now.before : ahead.s;
     EACH(p, P) {
       const bool runs = worker.runs(t, p);
       // whether gradients flow on to the state that entered
-      const bool flows = runs && !(MASKS && cuts[p]);
+      const bool flows = runs && !(RESETS && pin_register(now.cuts[p]));
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];
       bool reached = false;
       EACH(k, STATES) {
-        s_prev[0][k] = flows ? half_of(later[p].s[k], 0) : 0.f;
-        s_prev[1][k] = flows ? half_of(later[p].s[k], 1) : 0.f;
+        s_prev[0][k] = flows ? half_of(before[p][k], 0) : 0.f;
+        s_prev[1][k] = flows ? half_of(before[p][k], 1) : 0.f;
       }
       EACH(e, 2) {
         float s_next[STATES], ds_next[STATES], a[SAVED + 1], ds_prev[STATES];
         EACH(k, STATES) {
-          s_next[k] = half_of(now[p].s[k], e);
-          ds_next[k] = d[p][k][e] + half_of(now[p].d[k], e);
+          s_next[k] = half_of(now.s[p][k], e);
+          ds_next[k] = d[p][k][e] + half_of(now.d[p][k], e);
           if (k >= CARRIED) s_prev[e][k] = s_next[k];
         }
-        EACH(k, SAVED) a[k] = half_of(now[p].saved[k], e);
+        EACH(k, SAVED) a[k] = half_of(now.saved[p][k], e);
         cell_backward(a, s_prev[e], s_next, ds_next, gx[e], gr[e], ds_prev);
         // else 0 times the NaN that the step may hold would be NaN
-        bool comes = !(MASKS && resets);
+        bool comes = !RESETS;
         EACH(k, CARRIED) comes |= ds_next[k] != 0.f;
         EACH(g, GATES) {
           gx[e][g] = comes ? gx[e][g] : 0.f;
@@ -130,27 +181,28 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         EACH(k, STATES) if (runs) d[p][k][e] = flows || k >= CARRIED ? ds_prev[k] : 0.f;
         EACH(g, GATES) outgoing[g][p][e] = flows ? gr[e][g] : 0.f;
       }
-      now[p] = later[p];
-      cuts[p] = cuts_later[p];
-      if (MASKS)
-        set_bits_if(marks, row, worker.b0 + worker.sequence(p), 1 + worker.n, R,
-                    runs && marks && resets && reached);
+      if (RESETS)
+        set_bits_if(marks, rows[0], worker.b0 + worker.sequence(p), 1 + worker.n, R,
+                    runs && marks && reached);
       if (!runs) continue;
       EACH(g, GATES) {
-        worker.store(dr + row * worker.x_row + (g * worker.H + worker.at(p, worker.x_row)),
+        worker.store(dr + rows[0] * worker.x_row + (g * worker.H + worker.at(p, worker.x_row)),
                      narrow(gr[0][g], gr[1][g]));
         if (SEPARATE_RECURRENT_GRAD)
-          worker.store(dx + row * worker.x_row + (g * worker.H + worker.at(p, worker.x_row)),
+          worker.store(dx + rows[0] * worker.x_row + (g * worker.H + worker.at(p, worker.x_row)),
                        narrow(gx[0][g], gx[1][g]));
       }
       if (MASKS && h_prev) {
-        T* to = h_prev + worker.y0 + row * worker.y_row + worker.at(p, worker.y_row);
+        T* to = h_prev + worker.y0 + rows[0] * worker.y_row + worker.at(p, worker.y_row);
         worker.store(to, narrow(s_prev[0][0], s_prev[1][0]));
       }
     }
+    // after all that waits for what was loaded before
+    if (LATE) prepare(u + 1, rows[1], rows[1 + BEFORE], far_row);
+    if (!EARLY) fetch(u + 1);
     worker.publish(u, outgoing);
-    t = before;
-    row = row_before;
+    t = worker.time(u + 1, !worker.reverse);
+    EACH(i, 1 + BEFORE) rows[i] = rows[i + 1];
   }
   EACH(p, P) EACH(k, STATES)
     if (worker.inside(p) && dfirst[k])

@@ -23,27 +23,44 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   saved += saved ? worker.y0 : 0;
   float s[P][STATES][2] = {};
   float bias[GATES][2] = {};
-  // x of this step and of the next
-  Loaded now[P][GATES];
-  Loaded later[P][GATES];
-  u32 cuts[P];
-  auto fetch = [&](Loaded (&inputs)[P][GATES], int t, i64 offset) {
-    const T* from = x + offset;
-    EACH(p, P) EACH(g, GATES) {
-      inputs[p][g] = {};
-      if (worker.runs(t, p))
-        inputs[p][g] = worker.load(from + (g * worker.H + worker.at(p, worker.x_row)));
+  // What is loaded ahead: of step u x, of step u + 1 its row and which sequences are reset, and the
+  // row of step u + AHEAD.
+  struct Inputs {
+    Loaded x[P][GATES];
+    u32 cuts[P];
+    i64 next_row;
+    i64 far_row;
+  };
+  Inputs ahead;
+  i64 x_at = 0;
+  // To `ahead` for step u, in two parts: what can be done without a load, and the loads.
+  auto prepare = [&](int u, i64 row, i64 far_row) {
+    const int far = worker.time(u + AHEAD - 1, worker.reverse);
+    EACH(g, GATES) worker.prefetch(x + g * H, far, far_row, worker.x_row);
+    x_at = pin_register(row * worker.x_row);
+  };
+  auto fetch = [&](int u) {
+    const int t = worker.time(u, worker.reverse);
+    const int next = worker.time(u + 1, worker.reverse);
+    const T* from = x + x_at;
+    EACH(p, P) EACH(g, GATES)
+      ahead.x[p][g] =
+          worker.load(from + (g * worker.H + worker.at(p, worker.x_row)), worker.runs(t, p));
+    worker.find_cuts(ahead.cuts, next);
+    if (MASKS) {
+      ahead.next_row = worker.row(next);
+      if (READS_AHEAD) ahead.far_row = worker.row(worker.time(u + AHEAD, worker.reverse));
     }
   };
-  // The states that enter the step just fetched, and of these h, which is multiplied.
-  auto enter = [&] {
+  // The states that enter a step, and of these h, which is multiplied.
+  auto enter = [&](const u32 (&cuts)[P]) {
     EACH(p, P) EACH(e, 2) {
-      EACH(k, CARRIED) if (MASKS && cuts[p]) s[p][k][e] = 0.f;
+      EACH(k, CARRIED) if (RESETS && pin_register(cuts[p])) s[p][k][e] = 0.f;
       outgoing[0][p][e] = s[p][0][e];
     }
   };
   EACH(g, GATES) if (b_hh && worker.unit < H) {
-    const Loaded b = worker.load(b_hh + (worker.n * GATES + g) * H + worker.unit);
+    const Loaded b = worker.load(b_hh + (worker.n * GATES + g) * H + worker.unit, true);
     bias[g][0] = half_of(b, 0);
     bias[g][1] = half_of(b, 1);
   }
@@ -55,30 +72,27 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     s[p][k][1] = worker.two ? widen(from[1]) : 0.f;
   }
   EACH(p, P) EACH(k, STATES) if (!BY_NUMBER && worker.inside(p) && first[k]) {
-    const Loaded pair = worker.load(first[k] + worker.s0 + worker.at(p, H));
+    const Loaded pair = worker.load(first[k] + worker.s0 + worker.at(p, H), true);
     s[p][k][0] = half_of(pair, 0);
     s[p][k][1] = half_of(pair, 1);
   }
   int t = worker.time(0, worker.reverse);
   i64 row = worker.row(t);
-  worker.find_cuts(cuts, t);
-  fetch(now, t, row * worker.x_row);
-  enter();
+  worker.find_cuts(ahead.cuts, t);
+  enter(ahead.cuts);
+  x_at = row * worker.x_row;
+  fetch(0);
   worker.publish(0, outgoing);
-  // with masks a step ahead of its use, as it may have to be loaded
-  i64 row_ahead = MASKS_AHEAD ? worker.row(worker.time(1, worker.reverse)) : 0;
   for (int u = 0; u < worker.steps; ++u) {
     const int next = worker.time(u + 1, worker.reverse);
-    const i64 next_row = MASKS_AHEAD ? row_ahead : worker.row(next);
-    if (MASKS_AHEAD) row_ahead = worker.row(worker.time(u + 2, worker.reverse));
-    const i64 prefetch_row = worker.prefetch_row(u);
     const i64 at = row * worker.y_row;
-    const i64 next_x = pin_register(next_row * worker.x_row);
-    EACH(g, GATES) worker.prefetch(x + g * H, prefetch_row, worker.x_row);
-    worker.find_cuts(cuts, next);
-    // in this order, as the wait is also for all loads in flight
+    const Inputs now = ahead;
+    const i64 next_row = MASKS ? now.next_row : worker.row(next);
+    const i64 far_row = MASKS ? now.far_row : worker.row(worker.time(u + AHEAD, worker.reverse));
+    if (!LATE) prepare(u + 1, next_row, far_row);
+    // the wait is also for all loads in flight
     worker.wait(u);
-    fetch(later, next, next_x);
+    if (EARLY) fetch(u + 1);
     worker.accumulate(u, sums);
     EACH(p, P) {
       float a[2][SAVED + 1];
@@ -86,7 +100,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
         EACH(e, 2) {
           float gates[GATES], r[GATES], s_prev[STATES], s_next[STATES];
           EACH(g, GATES) {
-            gates[g] = half_of(now[p][g], e);
+            gates[g] = half_of(now.x[p][g], e);
             r[g] = sums[g][p][e] + bias[g][e];
           }
           EACH(k, STATES) s_prev[k] = s[p][k][e];
@@ -101,9 +115,11 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
           worker.store(saved + k * worker.plane + at + worker.at(p, worker.y_row),
                        narrow(a[0][k], a[1][k]));
       }
-      EACH(g, GATES) now[p][g] = later[p][g];
     }
-    enter();
+    enter(now.cuts);
+    // after all that waits for what was loaded before
+    if (LATE) prepare(u + 1, next_row, far_row);
+    if (!EARLY) fetch(u + 1);
     if (u + 1 < worker.steps) worker.publish(u + 1, outgoing);
     t = next;
     row = next_row;

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -23,6 +24,15 @@ from ..faults import Refused, faults_of
 from ..tensors import BackwardTensors, ForwardTensors
 from .compiler import nvrtc
 
+
+class Masks(IntEnum):
+    """What a kernel looks at beside its numbers. The fewer these are, the shorter its steps."""
+
+    NONE = 0
+    ENDS = 1  # lengths or offsets
+    RESETS = 2  # too
+
+
 _NAMES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 # Blocks of a cluster that every GPU with clusters can run, and the attribute that allows more
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
@@ -38,7 +48,7 @@ def program(
     plan: Plan,
     dtype: torch.dtype,
     adjoint: bool,
-    masks: bool,
+    masks: Masks,
     even: bool,
     grad_of_y: bool = True,
 ) -> str:
@@ -64,7 +74,8 @@ def program(
         SPLITS=plan.warps * 16 // plan.units,
         WEIGHT_REGISTERS=plan.weight_registers,
         ADJOINT=adjoint,
-        MASKS=masks,
+        MASKS=masks > Masks.NONE,
+        RESETS=masks == Masks.RESETS,
         EVEN=even,
         GRAD_OF_Y=grad_of_y,
         PRECISE=dtype == torch.float32 and plan.precision == "tf32x3",
@@ -135,7 +146,7 @@ def load(
     plan: Plan,
     dtype: torch.dtype,
     adjoint: bool,
-    masks: bool,
+    masks: Masks,
     even: bool,
     grad_of_y: bool,
     device: torch.device,
@@ -225,7 +236,7 @@ def launch(
         # words, as the first phase of a buffer differs from 0
         packets = w_hh.new_zeros(len(parts) * slice_bytes // 4, dtype=torch.int32)
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
-    masks = lengths, layout.offsets, layout.resets
+    given = lengths, layout.offsets, layout.resets
     grad_of_y = True
     marks: tuple[Tensor | None, ...] = ()
     if isinstance(tensors, BackwardTensors):
@@ -235,9 +246,13 @@ def launch(
     pair_bytes = 2 * w_hh.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)
-    masked = any(t is not None for t in masks)
-    kernel = load(cell, plan, w_hh.dtype, adjoint, masked, even, grad_of_y, w_hh.device)
-    addresses = *numbers_at, *map(_address, masks), *map(_address, marks)
+    masks = Masks.NONE
+    if layout.resets is not None:
+        masks = Masks.RESETS
+    elif lengths is not None or layout.offsets is not None:
+        masks = Masks.ENDS
+    kernel = load(cell, plan, w_hh.dtype, adjoint, masks, even, grad_of_y, w_hh.device)
+    addresses = *numbers_at, *map(_address, given), *map(_address, marks)
     sizes = layout.steps, B, R, H, layout.reverses
     for k, part in enumerate(parts):
         packets_at = _address(packets) + k * slice_bytes

@@ -2,8 +2,8 @@
 // Between sizes.cuh, which says what is defined before, and packets.cuh.
 
 // A pair that was loaded: in two registers where it is not in one piece in memory, as to join it
-// would be to wait for it. (In the adjoint of a block or a grid registers are too few.)
-#if EVEN || TYPE == FLOAT32 || (SCOPE != CLUSTER && ADJOINT)
+// would be to wait for it.
+#if EVEN || TYPE == FLOAT32
 typedef Pair Loaded;
 DEVICE Loaded loaded(u32 a, u32 b) { return join(a, b); }
 DEVICE float half_of(Loaded pair, int e) { return widen(part(pair, e)); }

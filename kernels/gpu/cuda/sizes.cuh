@@ -11,6 +11,7 @@
 //   SPLITS                    warps that share a sum
 //   WEIGHT_REGISTERS          of a thread, for W_hh, the rest of which lies in shared memory; or 0
 //   MASKS                     there are lengths, offsets or resets
+//   RESETS                    there are resets
 //   GRAD_OF_Y                 the adjoint has one; else it is 0
 //   EVEN                      H is even, and pairs of numbers are aligned
 //   PLAN                      its text
@@ -62,11 +63,22 @@ constexpr int PACKETS = WORDS * NB / 4;
 constexpr int SIGNS = WK * GROUPS * NT * 16;
 // steps by which memory is read ahead into the L2 cache
 constexpr int AHEAD = 8;
-// whether there are registers to look ahead with masks too
-constexpr bool MASKS_AHEAD = MASKS && !PRECISE && (SCOPE == CLUSTER || !ADJOINT);
-// whether there are registers to read ahead into the L2 cache: in three parts the gates' products
-// take those of a block
-constexpr bool READS_AHEAD = MASKS ? MASKS_AHEAD : !(PRECISE && SCOPE == BLOCK && ROWS > 1);
+// whether a step begins with the loads for the next one, which take registers of their own, or ends
+// with them. A cluster's wait is for all loads in flight; the others differ in instructions, and in
+// registers.
+constexpr bool EARLY = SCOPE == CLUSTER || (PRECISE && ADJOINT && MASKS) ||
+                       (SCOPE == BLOCK && ADJOINT && GATES > 1);
+// whether what an adjoint loads for a sequence is in one branch, which saves the many loads of an
+// LSTM a predicate each
+constexpr bool IN_BRANCHES = EARLY && ADJOINT && GATES > 3 && !MASKS;
+// whether what is done with rows waits until the end of a step too: rows are loaded with x
+constexpr bool LATE = MASKS && !EARLY;
+// whether there are registers for rows that are loaded a step ahead of their use
+constexpr bool ROWS_AHEAD = MASKS && !(PRECISE && ADJOINT);
+// whether memory is read ahead into the L2 cache: in three parts the gates' products take the
+// registers of a block; with masks it costs a block's adjoint 50 instructions
+constexpr bool READS_AHEAD = MASKS ? !PRECISE && (SCOPE == CLUSTER || !ADJOINT)
+                                   : !(PRECISE && SCOPE == BLOCK && ROWS > 1);
 
 // an integer as large as a number
 #if TYPE == FLOAT32

@@ -168,11 +168,12 @@ struct Worker {
   // Offset of a pair from the first, in rows of this pitch.
   DEVICE int at(int p, int pitch) const { return (p / 2 * 8 + p % 2) * pitch; }
 
-  DEVICE Loaded load(const T* p) const {
+  // A pair, or 0 where it is not there.
+  DEVICE Loaded load(const T* p, bool there) const {
 #if EVEN
-    return *(const Pair*)p;
+    return load_if((const Pair*)p, there);
 #else
-    return loaded(load_if(p, true), load_if(p + 1, two));
+    return loaded(load_if(p, there), load_if(p + 1, there && two));
 #endif
   }
   DEVICE void store(T* p, Pair v) const {
@@ -187,24 +188,24 @@ struct Worker {
   }
   DEVICE i64 row(int t) const {
     if (!MASKS) return t >= steps ? 0 : (i64)t * B;
-    return load_row_if(offsets + t, offsets && t < steps, t < steps ? (i64)t * B : 0);
+    // plus 0, which the compiler does not know: a uniform address, and it waits to move the row into
+    // a uniform register
+    const i64* const from = offsets + t + (sequence0 >> 30);
+    return load_row_if(from, offsets && t < steps, t < steps ? (i64)t * B : 0);
   }
   DEVICE bool runs(int t, int p) const { return t < end[p]; }
   // As bytes, which are looked at only when they are needed.
   DEVICE void find_cuts(u32 (&cuts)[P], int t) const {
     const i64 boundary = (i64)(t + reverse) * B + b0;
     EACH(p, P) {
-      const bool there = MASKS && resets && t + reverse < end[p];
-      cuts[p] = MASKS ? load_byte_if(resets + boundary + sequence(p), there) : 0;
+      const bool there = RESETS && t + reverse < end[p];
+      cuts[p] = RESETS ? load_byte_if(resets + boundary + sequence(p), there) : 0;
     }
   }
-  // The row of step u + AHEAD to read into the L2 cache, or -1. Neighbouring lanes share a line.
-  DEVICE i64 prefetch_row(int u) const {
-    if (!READS_AHEAD || (MASKS && offsets) || u + AHEAD >= steps || lane >= 4) return -1;
-    return (i64)time(u + AHEAD, reverse != ADJOINT) * B;
-  }
-  DEVICE void prefetch(const T* p, i64 row, int pitch) const {
-    EACH(i, P) if (row >= 0 && end[i] > 0) prefetch_l2(p + row * pitch + at(i, pitch));
+  // Reads the row of step t into the L2 cache. Neighbouring lanes share a line.
+  DEVICE void prefetch(const T* p, int t, i64 row, int pitch) const {
+    EACH(i, P) if (READS_AHEAD && lane < 4 && runs(t, i))
+      prefetch_l2(p + row * pitch + at(i, pitch));
   }
 
   // Sends these numbers, for the sums of step c, to all blocks that share the sequences.

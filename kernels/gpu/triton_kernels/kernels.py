@@ -71,9 +71,26 @@ def _clip_grad(x, limit):
     return x
 
 
+# Of a cell of whole rows: `jit_cell` has the number in its place
+ROW_UNITS = tl.constexpr(0)
+
+
+def _row_mean(x):
+    # Of units past H only 0 is known: their distance from the mean is not 0.
+    units = tl.arange(0, x.shape[0])[:, None]
+    total = tl.sum(tl.where(units < ROW_UNITS, x, 0.0), 0, keep_dims=True)
+    return tl.zeros_like(x) + total * (1.0 / ROW_UNITS)
+
+
+@triton.jit
+def _rsqrt(x):
+    return tl.rsqrt(x)
+
+
 @lru_cache
-def jit_cell(cell: Cell) -> tuple[Any, Any]:
-    """The cell's forward and backward as Triton functions, which the kernels take as arguments."""
+def jit_cell(cell: Cell, H: int = 0) -> tuple[Any, Any]:
+    """The cell's forward and backward as Triton functions, which the kernels take as arguments; of
+    a cell of whole rows for H units, all of which are in a tile."""
     names = dict(
         tl=tl,
         sigmoid=tl.sigmoid,
@@ -83,6 +100,8 @@ def jit_cell(cell: Cell) -> tuple[Any, Any]:
         relu_grad=_relu_grad,
         clamp=_clamp,
         clip_grad=_clip_grad,
+        row_mean=triton.jit(bind(_row_mean, ROW_UNITS=tl.constexpr(H))),
+        rsqrt=_rsqrt,
         zeros_like=tl.zeros_like,
     )
     return triton.jit(bind(cell.forward, **names)), triton.jit(bind(cell.backward, **names))
@@ -243,6 +262,7 @@ def backward_kernel(
     S: tl.constexpr,
     CARRIED: tl.constexpr,
     A: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -318,19 +338,31 @@ def backward_kernel(
         m_before = m_run & (step_next.runs & ~step.cut)[None, :]
         m_first = m_run & ~(step_next.runs | step.cut)[None, :]
         h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
-        s_next = h_next + load_tiles(tensors.states, row, y_plane, o_y, m_run, None, S - 1)
+        # Constants are read where they were given: their addresses stay, for the L1 cache.
+        constants = load_tiles(
+            tensors.state,
+            tile.s0 + CARRIED * s_plane,
+            s_plane,
+            tile.o_s,
+            m_run,
+            None,
+            S - CARRIED,
+        )
+        others = load_tiles(tensors.states, row, y_plane, o_y, m_run, None, CARRIED - 1)
+        s_next = h_next + others + constants
         h_prev = load_tiles(tensors.y, row_prev, 0, o_y, m_before, None, 1)
-        s_prev = h_prev + load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, S - 1)
-        s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, S)
+        others = load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, CARRIED - 1)
+        s_prev = h_prev + others
+        s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, CARRIED)
+        s_prev = s_prev + constants
         dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
         ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
         a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
-        s_prev = s_prev[:CARRIED] + s_next[CARRIED:]
         gx, gr, ds_prev = CELL(a, s_prev, s_next, ds)
         reached = m_run
         if tensors.resets is not None:
             # Elsewhere 0 times the NaN that a step may hold would be NaN.
-            reached = m_run & any_nonzero(ds, CARRIED)
+            reached = any_nonzero(ds, CARRIED, m_run, WHOLE_ROWS)
             gx = select_tiles(reached, gx, None, G)
             gr = select_tiles(reached, gr, None, G)
             ds_prev = select_tiles(reached, ds_prev, ds, S)

@@ -47,8 +47,9 @@ def _constants(
     cell: Cell, plan: Plan, layout: Layout, tensors: ForwardTensors | BackwardTensors
 ) -> dict[str, Any]:
     """The values of the kernel's constexpr parameters."""
-    forward, backward = jit_cell(cell)
-    depth_tiles = -(-tensors.w_hh.shape[1] // plan.depth)
+    H = tensors.w_hh.shape[1]
+    forward, backward = jit_cell(cell, H) if cell.whole_rows else jit_cell(cell)
+    depth_tiles = -(-H // plan.depth)
     constants: dict[str, Any] = dict(
         CELL=forward if isinstance(tensors, ForwardTensors) else backward,
         G=cell.gates,
@@ -71,6 +72,8 @@ def _constants(
             XN=1 if fused else cell.gates,
             SEPARATE_RECURRENT_GRAD=cell.split,
         )
+    else:
+        constants |= dict(WHOLE_ROWS=cell.whole_rows)
     return constants
 
 

@@ -175,11 +175,14 @@ def select_tiles(mask, a, b, N):
 
 
 @triton.jit
-def any_nonzero(gradients, N):
-    """Where one of N tiles of gradients is not 0."""
+def any_nonzero(gradients, N, mask, WHOLE_ROWS):
+    """Where one of N tiles of gradients is not 0; of whole rows, or that of another unit is not."""
     out = gradients[0] != 0.0
     for k in tl.static_range(1, N):
         out = out | (gradients[k] != 0.0)
+    out = out & mask
+    if WHOLE_ROWS:
+        out = (tl.max(out.to(tl.int32), 0, keep_dims=True) > 0) & mask
     return out
 
 

@@ -9,6 +9,7 @@ JSON line for each kernel. The options:
 "launch", "library"  the plan of that scope, whatever is faster
 "graph"  what a CUDA graph launches
 "kinds"  how many kernels Triton would make for several B and T
+"norm"  the cell of a layer with layer_norm and biases
 "lengths", "offsets", "resets", "states"  what else the kernels are given"""
 
 import itertools
@@ -33,6 +34,7 @@ from rnn.kernels.gpu.triton_kernels import launch as triton_launch
 from rnn.kernels.plan import Gpu, Plan
 from rnn.kernels.planner import make_plan, triton_plans
 from rnn.kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
+from rnn.regularisers import extended_cell, norm_of
 
 AMD = 942  # gfx942 in place of a compute capability
 GPUS = {
@@ -106,10 +108,10 @@ def launches(
     offsets = torch.zeros(T, dtype=torch.int64) if "offsets" in options else None
     resets = torch.zeros(T, B, dtype=torch.bool) if "resets" in options else None
     rows = Layout(T, [n % 2 == 1 for n in range(N)], (), lengths, offsets, resets)
-    x = new(T * B, I)
-    w_ih = new(N * G * H, I)
     w = new(N * G * H, H)
-    b = new(N * G * H)
+    x = new(T * B, N * G * H if cell.whole_rows else I)
+    w_ih: Any = None if cell.whole_rows else new(N * G * H, I)
+    b = None if cell.whole_rows else new(N * G * H)
     s = [new(N, B, H) for _ in range(S)]
     y = new(T * B, N * H)
     real: Any = triton_launch.forward_kernel, triton_launch.backward_kernel
@@ -127,6 +129,12 @@ def launches(
     device.backward(cell, plan, rows, x, Weights(w_ih, w, None, None), s, outputs, grads, nothing)
     triton_launch.forward_kernel, triton_launch.backward_kernel = real
     return [(recorder.kernel, *recorder.launches[0]) for recorder in recorders]
+
+
+def cell_of(name: str, options: list[str]) -> cells.Cell:
+    cell: cells.Cell = getattr(cells, name)
+    norm = norm_of(cell, True) if "norm" in options else None
+    return extended_cell(cell, None, (), False, norm)
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:
@@ -177,7 +185,7 @@ def plan_for(
 def measure(
     name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]
 ) -> None:
-    cell = getattr(cells, name)
+    cell = cell_of(name, options)
     sizes = (B, I, H, N)
     gpu = GPUS[capability]
     plan = plan_for(cell, sizes, dtype, gpu, options)
@@ -208,7 +216,7 @@ def kinds(
     name: str, dtype: str, B: int, I: int, H: int, N: int, capability: int, options: list[str]
 ) -> None:
     """Of the plan for B: Triton's own keys of the kernels for other B and T."""
-    cell = getattr(cells, name)
+    cell = cell_of(name, options)
     backend = make_backend(GPUTarget("cuda", capability, 32))
     plan = plan_for(cell, (B, I, H, N), dtype, GPUS[capability], options)
     found: dict[str, set[str]] = {}

@@ -64,6 +64,7 @@ DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF 
 #endif
 #endif
 struct alignas(2 * sizeof(T)) Pair { T a, b; };
+DEVICE Pair load_if(const Pair* p, bool there) { return there ? *p : Pair{}; }
 DEVICE Pair narrow(float a, float b) { return {narrow(a), narrow(b)}; }
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
 #if TYPE == FLOAT32

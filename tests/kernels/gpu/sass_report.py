@@ -319,7 +319,8 @@ def measure(cubin: bytes, log: str, scope: str, sends: int = 1) -> Report:
 
 
 class Kernel(NamedTuple):
-    """`blocks` is 0 for what the plan takes, or so many of a cluster."""
+    """`blocks` is 0 for what the plan takes, or so many of a cluster; `masks` whether there are
+    lengths or offsets, and resets; `even` whether H is, and pairs of numbers are aligned."""
 
     name: str
     mode: str
@@ -327,6 +328,8 @@ class Kernel(NamedTuple):
     B: int
     adjoint: bool
     blocks: int = 0
+    masks: cuda.Masks = cuda.Masks.NONE
+    even: bool = True
 
 
 def sends_of(cell: cells.Cell, plan: Plan, size: int, adjoint: bool) -> int:
@@ -346,7 +349,8 @@ def report(kernel: Kernel, capability: int = 90) -> tuple[Plan, Report]:
     plan = next(
         p for p in plans if not kernel.blocks or (p.scope, p.blocks) == ("cluster", kernel.blocks)
     )
-    code = cuda.program(cuda.text("ptx.cuh"), cell, plan, dtype, kernel.adjoint, False, True)
+    form = kernel.adjoint, kernel.masks, kernel.even
+    code = cuda.program(cuda.text("ptx.cuh"), cell, plan, dtype, *form)
     cubin, log = cuda.build(code, capability)
     sends = sends_of(cell, plan, dtype.itemsize, kernel.adjoint)
     return plan, measure(cubin, log, plan.scope, sends)
@@ -360,13 +364,16 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[16])
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--blocks", type=int, default=0, help="only clusters of so many blocks")
+    parser.add_argument("--masks", type=str.upper, default="NONE", choices=cuda.Masks.__members__)
+    parser.add_argument("--odd", action="store_true", help="odd H, or pairs that are not aligned")
     parser.add_argument("--capability", type=int, default=90, choices=GPUS)
     asked = parser.parse_args()
     print("cell mode H B direction scope blocks units warps", *Report._fields, sep="\t")
     for name, mode, H, B, direction in itertools.product(
         asked.cells, asked.modes, asked.hidden, asked.batch, asked.directions
     ):
-        kernel = Kernel(name, mode, H, B, direction == "backward", asked.blocks)
+        form = asked.blocks, cuda.Masks[asked.masks], not asked.odd
+        kernel = Kernel(name, mode, H, B, direction == "backward", *form)
         try:
             plan, numbers = report(kernel, asked.capability)
         except StopIteration:

@@ -14,6 +14,7 @@ import pytest
 
 from rnn.kernels import cells
 from rnn.kernels.planner import BLOCK_UNITS
+from rnn.regularisers import extended_cell, norm_of
 from tests.cases import NAMES
 
 Row = tuple[str, str, int, int, int, int, list[str]]
@@ -37,6 +38,9 @@ FEW: list[Row] = [
     ("gru", "bfloat16", 8, 128, 128, 1, []),
     ("gru", "float32", 8, 32, 64, 2, ["tf32"]),
     ("rnn_tanh", "bfloat16", 8, 384, 384, 1, []),
+    ("lstm", "bfloat16", 8, 128, 128, 1, ["norm"]),
+    ("gru", "float32", 8, 64, 64, 2, ["tf32", "norm"]),
+    ("rnn_tanh", "float32", 8, 97, 97, 1, ["norm"]),
 ]
 
 
@@ -74,6 +78,11 @@ def all_rows() -> list[Row]:
                 for scope in ("launch", "library")
                 for graph in ([], ["graph"])
             ]
+            rows += [
+                (name, dtype, *layer, 2, [*tf32, "norm", *masks])
+                for layer in (layers[0], layers[1], layers[3])
+                for masks in ([], MASKS)
+            ]
     return rows
 
 
@@ -103,28 +112,46 @@ def _compiled(capability: int, rows: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def may_spill(H: int, G: int, units: int, norm: bool) -> tuple[int, int]:
+    """Bytes of the stack, and words in the time loop.
+
+    A launch of one step may spill a few words, as may what comes before the loop; in the loop they
+    would be read at every step. Addresses take twice as many registers where nothing is aligned.
+    Layer norm takes more of them, and without these plans it would run step by step in torch."""
+    largest = G == 4 and units == 128
+    if not H % 16:
+        return 32, 8 if norm and largest else 0
+    if not norm:
+        return 256, 32 if largest else 0
+    return 512, 128 if largest else 32
+
+
 def check(row: Row, used: dict[str, Any], capability: int) -> str:
     """What is wrong with a kernel, if anything."""
     (name, _, _, _, H, _, options) = row
     _, scope, units, sequences, depth, warps, fused, precision, *_ = used["plan"]
-    G = getattr(cells, name).gates
-    S = getattr(cells, name).states
-    A = getattr(cells, name).saved
+    cell = getattr(cells, name)
+    norm = "norm" in options
+    if norm:
+        cell = extended_cell(cell, None, (), False, norm_of(cell, True))
+    G = cell.gates
+    S = cell.states
+    A = cell.saved
     forward = used["kernel"] == "forward_kernel"
     size = BYTES[precision]
-    # A launch of one step may spill a few words, as may what comes before the loop; in the loop
-    # they would be read at every step. Addresses take twice as many registers where nothing is
-    # aligned.
-    if used["stack"] > (256 if H % 16 else 32):
+    stack, spilled = may_spill(H, G, units, norm)
+    if used["stack"] > stack:
         return f"spills {used['stack']} bytes"
-    if scope != "launch" and used["local"] > (32 if G == 4 and units == 128 and H % 16 else 0):
+    if scope != "launch" and used["local"] > spilled:
         return f"spills in the time loop: {used['local']} words"
     # Each product and each operand changes its layout, which takes two barriers: what is loaded
     # does not.
-    moved = G + 2 + forward * fused * (G + 1 if getattr(cells, name).split else 1)
+    moved = G + 2 + forward * fused * (G + 1 if cell.split else 1)
+    # and each mean, of sums over warps
+    moved += 4 if norm else 0
     if (
         scope == "block"
-        and set(options) <= {"tf32"}
+        and set(options) <= {"tf32", "norm"}
         and not H % 16
         and size < 8
         and used["barriers"] > 2 * moved
@@ -138,7 +165,7 @@ def check(row: Row, used: dict[str, Any], capability: int) -> str:
         return ""
     # Loads in the time loop: x, or what the adjoint is given; lengths, offsets and resets; h or dr
     # of the grid, and its counter. W_hh read again would be many more.
-    streams = (1 if fused else G) if forward else 2 * S + A + 1 + ("states" in options)
+    streams = (1 if fused else G) if forward else 2 * S + A + 1 + (S - 1) * ("states" in options)
     streams += 5 if {"lengths", "offsets", "resets"} & {*options} else 0
     if scope == "grid":
         streams += -(-H // depth) * (1 if forward else G) + 1

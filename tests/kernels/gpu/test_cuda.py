@@ -342,13 +342,32 @@ FAULTS = {
         "const u32 to = (peer + rank) % C;",
         "const u32 to = peer % (C - 1);",
     ),
-    "the row of another step": ("block packed", "offsets + t,", "offsets + t / 2,"),
+    "the row of another step": ("block packed", "offsets + t + (", "offsets + t / 2 + ("),
     "the reset of another sequence": (
         "block packed",
         "resets + boundary + sequence(p)",
         "resets + boundary",
     ),
-    "a number in place of the next": ("block packed", "load_if(p + 1, two)", "load_if(p, two)"),
+    "a number in place of the next": (
+        "block packed",
+        "load_if(p + 1, there && two)",
+        "load_if(p, there && two)",
+    ),
+    "what was loaded for the step before": (
+        "block packed",
+        "if (!EARLY) fetch(u + 1);",
+        "if (!EARLY) fetch(u);",
+    ),
+    "what was loaded for the step before, in a cluster": (
+        "cluster packed",
+        "if (EARLY) fetch(u + 1);",
+        "if (EARLY) fetch(u);",
+    ),
+    "what was loaded for the next step": (
+        "cluster packed",
+        "const Inputs now = ahead;",
+        "const Inputs& now = ahead;",
+    ),
     "phases of packets not looked at": ("grid", "wrong |= word(pair, 3) ^ phase(c);", ""),
     "phases of signs not looked at": ("grid", "wrong |= sign(pair) ^ phase(c);", ""),
     "the last sequence left out": ("grid", "(u32)(B - b0 - 1)", "(u32)(B - b0 - 2)"),
@@ -383,8 +402,8 @@ def test_planted_faults_are_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     where, *change = FAULTS[fault]
-    # both kernels have it
-    assert change[0] in EMULATION + cuda.text("packets.cuh") + cuda.text("worker.cuh")
+    shared = EMULATION + cuda.text("packets.cuh") + cuda.text("worker.cuh")
+    assert all(change[0] in shared + cuda.text(kernel) for kernel in ("forward.cu", "backward.cu"))
     monkeypatch.setattr(cuda, "load", loader(folder, (change[0], change[1])))
     scope = where.split()[0]
     packed = "packed" in where
@@ -627,14 +646,14 @@ def test_a_wait_that_does_not_end() -> None:
     # the LSTM in a grid has no registers for a message
     for scope, cell in (("cluster", cells.lstm), ("grid", cells.gru)):
         plan = plan_for(scope, 64, BRAIN, 2, 2)
-        code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, False, True)
+        code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, cuda.Masks.NONE, True)
         cubin, _ = cuda.build(code, 90)
         assert f"came in time for {plan_text(plan)}".encode() in cubin
         assert "wait_more(waited, c)" in code and f"#define WAIT_LIMIT {cuda.WAIT_LIMIT}" in code
 
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
-Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, bool, bool]
+Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, cuda.Masks, bool]
 
 
 def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) -> list[Kernel]:
@@ -648,7 +667,9 @@ def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) ->
             iter(cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, GPUS[capability])), None
         )
         if plan is not None:
-            for masks, adjoint in itertools.product((False, True), (False, True)):
+            for masks, adjoint in itertools.product(
+                (cuda.Masks.NONE, cuda.Masks.RESETS), (False, True)
+            ):
                 found[cell, plan, dtype, adjoint, masks, not masks] = None
     return list(found)
 
@@ -720,7 +741,8 @@ def test_compiles_with_few_registers_left(full: tuple[Any, ...]) -> None:
     gpu = GPUS[capability]
     plan = cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, gpu)[0]
     adjoint, masks, even = form
-    check_kernels(capability, [(cell, plan, dtype, adjoint, masks, even)])
+    looked_at = cuda.Masks.RESETS if masks else cuda.Masks.NONE
+    check_kernels(capability, [(cell, plan, dtype, adjoint, looked_at, even)])
 
 
 @pytest.mark.slow

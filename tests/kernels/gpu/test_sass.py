@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 
+from rnn.kernels.gpu.cuda.launch import Masks
 from tests.kernels.gpu.sass_report import Kernel, disassembler, report
 
 pytestmark = pytest.mark.skipif(
@@ -51,3 +52,33 @@ def test_what_no_kernel_has(kernel: Kernel) -> None:
     if plan.scope != "grid":
         # The least of NVRTC 12.8 to 13.2: 189, of the RNN of H 512
         assert found.load_distance >= 185
+
+
+NONE, ENDS, RESETS = Masks
+# Cells, modes, H, batch, backward, blocks, masks, even; the least cycles from a load of what the
+# next step is given to what waits for it, the most estimated cycles of a step.
+LOADS = [
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False), 215, 430),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, NONE, False), 225, 480),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, ENDS, True), 120, 490),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True), 280, 540),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, NONE, False), 390, 730),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, ENDS, True), 170, 565),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, ENDS, False), 190, 740),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, ENDS, True), 320, 740),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, ENDS, False), 320, 805),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, True, 16, ENDS, False), 310, 990),
+    (Kernel("lstm", "bfloat16", 512, 16, False, 16, ENDS, True), 700, 1340),
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16, ENDS, True), 370, 1460),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, RESETS, True), 95, 540),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, RESETS, True), 100, 960),
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16, RESETS, True), 450, 1640),
+]
+
+
+@pytest.mark.parametrize(("kernel", "distance", "cycles"), LOADS)
+def test_no_step_waits_for_its_own_loads(kernel: Kernel, distance: int, cycles: int) -> None:
+    """With masks and odd H too."""
+    _, found = report(kernel)
+    assert found.load_distance >= distance
+    assert found.cycles <= cycles
