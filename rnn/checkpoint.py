@@ -88,7 +88,8 @@ def _keep_states(rows: Rows, segments: Segments, states: Any, save: Save) -> tup
     steps = segments.entered()
     kept = rows.new_states(len(segments.all()))
     if states is not None:
-        kept[-1] = torch.stack(states)
+        # Of a sequence that is shorter, the states enter segments before its first step, too
+        kept[:] = torch.stack(states)
     weights = join_weights(rows.weights)
     found = call.backend().forward(
         call.cell, call.plan, call.layout, rows.x, weights, states, save, native.Kept(kept, steps)

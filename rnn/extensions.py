@@ -58,6 +58,8 @@ def check_option(layer: Any, name: str, value: Any) -> None:
     if name in ("layer_norm", "learned_state"):
         if not isinstance(value, (bool, int)):
             raise TypeError(f"Expected {name} to be a bool, got {type(value).__name__}")
+        if value and layer.proj_size:
+            raise ValueError(f"{name} and proj_size cannot be combined")
     elif name == "num_heads":
         _check_heads(layer, value)
     elif name == "zoneout":
@@ -146,9 +148,11 @@ def make_parameters(layer: Any) -> None:
     gate_rows = cell.gates * H
     like = layer.weight_ih_l0
     for name, old in [*layer.named_parameters()]:
+        if name.startswith("weight_hr"):
+            continue
         shape = (gate_rows, *old.shape[1:])
         if name.startswith("weight_hh"):
-            shape = (gate_rows, H // layer.num_heads)
+            shape = (gate_rows, layer.proj_size or H // layer.num_heads)
         setattr(layer, name, nn.Parameter(old.new_empty(shape)))
     D = 2 if layer.bidirectional else 1
     further: dict[str, tuple[int, ...]] = {}

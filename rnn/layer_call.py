@@ -134,7 +134,9 @@ class LayerCall:
         self.index = on_device("lengths", (steps * B + order)[runs], device)
         self.order = on_device("lengths", order, device)
         batch_sizes = runs.sum(1)[: max(1, int(runs.any(1).sum()))]
-        return batch_sizes, None if resets is None else resets.index_select(1, self.order)
+        if resets is not None:
+            resets = resets[: len(batch_sizes)].index_select(1, self.order)
+        return batch_sizes, resets
 
     def _packed_rows(
         self,

@@ -195,9 +195,10 @@ class Streaming(nn.Module):
             if not torch.compiler.is_compiling() and first.is_inference():
                 state = _usable(state)
         y: Tensor
-        if self.same_bits and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             before = order.of_sequences
-            order.of_sequences = True
+            # This call may be in one of another Streaming, by a hook of its layer
+            order.of_sequences = self.same_bits
             try:
                 y, last = layer(rows, state)
             finally:

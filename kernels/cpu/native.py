@@ -139,7 +139,7 @@ def _typed(library: Any, cell: Cell, prebuilt: bool) -> Any:
     library.needed.restype = ctypes.c_int64
     library.needed.argtypes = [ctypes.c_char_p]
     library.adjoint_windows.restype = ctypes.c_int64
-    library.adjoint_windows.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
+    library.adjoint_windows.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     if not cell.whole_rows:
         library.step.restype = ctypes.c_int64
         library.step_backward.restype = ctypes.c_int64
@@ -366,8 +366,8 @@ def adjoint_windows(cell: Cell, layout: Layout, x: Tensor, w_hh: Tensor) -> list
     arguments = Arguments(x, w_hh, w_hh, offsets=layout.offsets, sizes=sizes)
     library = load(cell, w_hh.dtype)
     packed = _packed(cell, arguments)
-    begins = (ctypes.c_int64 * (layout.steps + 1))()
-    count = library.adjoint_windows(packed, begins, layout.steps + 1)
+    begins = (ctypes.c_int64 * layout.steps)()
+    count = library.adjoint_windows(packed, begins)
     return [*begins[:count], layout.steps]
 
 

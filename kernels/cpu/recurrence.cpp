@@ -86,8 +86,9 @@ static void input_gradients(const Schedule& schedule, const ThreadWork& work, i6
         const auto rows = item.input_grad_rows(schedule, first + size * region / count,
                                                first + size * (region + 1) / count);
         const Number* const panels = schedule.input_panels + item.n * panels_size;
-        product<VECTORS_PER_TILE>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
-                                  nullptr, add);
+        // One sum: the bits do not depend on how many rows a region has, or on what is there.
+        product<VECTORS_PER_TILE, 1>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
+                                     nullptr, add);
       }
       if (round == 0 && schedule.w_ih_grad && !schedule.input_is_packed())
         item.pack_input(schedule);
@@ -109,12 +110,17 @@ extern "C" i64 needed(const Arguments& arguments) {
   return std::max(forward, Schedule(arguments, true, nullptr).used);
 }
 
-// The steps with which the windows of a backward pass begin, at most `size` of them: their number.
-extern "C" i64 adjoint_windows(const Arguments& arguments, i64* begins, i64 size) {
+// The steps with which the windows of a backward pass begin, and how many these are; but for empty
+// windows, which there are if each has fewer rows than a step of a group.
+extern "C" i64 adjoint_windows(const Arguments& arguments, i64* begins) {
   const Schedule schedule(arguments, true, nullptr);
-  const i64 windows = std::min(schedule.windows, size);
-  for (i64 j = 0; j < windows; ++j) begins[j] = schedule.window_begin(0, j);
-  return windows;
+  i64 count = 0;
+  for (i64 j = 0; j < schedule.windows; ++j) {
+    const i64 begin = schedule.window_begin(0, j);
+    const bool empty = begin == schedule.steps || (count && begin == begins[count - 1]);
+    if (!empty) begins[count++] = begin;
+  }
+  return count;
 }
 
 extern "C" void forward(const Arguments& arguments, Number* memory) {

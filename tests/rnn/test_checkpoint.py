@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn
+from rnn.kernels.cpu import native
 from rnn.kernels.plan import Plan
 
 # Lengths with more than one window in the C++, and few units so that they are quick.
@@ -96,14 +97,35 @@ def test_two_directions_lengths_and_resets(name: str, threads: int, set_threads:
         assert same_bits(found, plain)
 
 
-def test_lengths_that_threads_divide(set_threads: Any) -> None:
-    """The windows of two groups of sequences stand at other steps: a rounding."""
-    set_threads(2)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lengths_that_threads_divide(bidirectional: bool, set_threads: Any) -> None:
+    """The windows of two groups of sequences stand at other steps: a rounding. Going backward a
+    group begins after the first segments, with the given states."""
+    set_threads(4 if bidirectional else 2)
     x = torch.randn(T, 16, 3)
-    lengths = torch.linspace(0, T, 16).long()
-    plain, found = (results(layer("LSTM", checkpoint=every), x, lengths) for every in (False, True))
+    lengths = (T * torch.linspace(0, 1, 16) ** 2).long()
+    plain, found = (
+        results(layer("LSTM", checkpoint=every, bidirectional=bidirectional), x, lengths)
+        for every in (False, True)
+    )
     for a, b in zip(found, plain, strict=True):
         assert (a - b).abs().max() <= 4e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_windows_of_few_rows(name: str, set_threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads and large batches make them: fewer rows than a tile has, and than a step of a
+    group; an odd number of windows, in the middle of which both directions meet."""
+    for steps in (1, 2, 3):
+        monkeypatch.setattr(native, "_windows", lambda *_, steps=steps: (4, steps))
+        for threads, batch in [(2, 1), (3, 2), (4, 5), (6, 24)]:
+            set_threads(threads)
+            x = torch.randn(13, batch, 5)
+            for bidirectional in (False, True):
+                one = LAYERS[name](5, 40, bidirectional=bidirectional)
+                plain = results(one, x)
+                one.checkpoint = 1
+                assert same_bits(results(one, x), plain)
 
 
 def test_heads_of_two_directions() -> None:

@@ -366,6 +366,8 @@ def test_pickles_and_copies(name: str) -> None:
         (dict(num_heads=4), ValueError),
         (dict(num_heads=2.0), TypeError),
         (dict(num_heads=2, proj_size=2), ValueError),
+        (dict(layer_norm=True, proj_size=2), ValueError),
+        (dict(learned_state=True, proj_size=2), ValueError),
         (dict(layer_norm="yes"), TypeError),
         (dict(learned_state=None), TypeError),
         (dict(clip_recurrent_grad=0.0), ValueError),
@@ -379,6 +381,25 @@ def test_pickles_and_copies(name: str) -> None:
 def test_mistakes(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(options))):
         rnn.LSTM(4, 6, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(recurrent_dropout=0.2), dict(weight_drop=0.2), dict(clip_recurrent_grad=1e9)],
+    ids=str,
+)
+def test_options_with_a_projection(options: dict[str, Any]) -> None:
+    """The parameters are torch.nn's, and what is off in eval changes nothing."""
+    sizes: dict[str, Any] = dict(proj_size=2, bidirectional=True, dtype=torch.float64)
+    theirs, ours = nn.LSTM(4, 6, 2, **sizes), rnn.LSTM(4, 6, 2, **sizes, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    found = []
+    for layer in (theirs, ours):
+        y, (h, c) = layer(x)
+        loss = y.sin().sum() + h.cos().sum() + c.sum()
+        found.append([y, h, c, *torch.autograd.grad(loss, [*layer.parameters()])])
+    torch.testing.assert_close(*found)
 
 
 def test_not_a_cell() -> None:

@@ -20,6 +20,7 @@ NAN = float("nan")
 CASES = [
     *((form, None, NAN) for form in ("padded", "batch_first", "lengths", "packed", "recompute")),
     ("lengths", Plan("numpy"), NAN),
+    ("shorter", None, NAN),
     ("padded", Plan("numpy"), NAN),
     ("packed", Plan("numpy"), float("inf")),
     ("padded", None, float("inf")),
@@ -53,7 +54,8 @@ def test_what_is_not_asked_for(
     ours, exact = pair(name, bidirectional, **options)
     x = torch.randn(T, B, I)
     cuts = [2, 3, 4]
-    lengths = torch.tensor([7, 5, 6]) if form in ("lengths", "packed") else torch.full((B,), T)
+    ends = {"lengths": [7, 5, 6], "packed": [7, 5, 6], "shorter": [6, 5, 6]}
+    lengths = torch.tensor(ends.get(form, [T] * B))
     resets = torch.zeros(T, B, dtype=torch.bool)
     wants = torch.randn(T, B, H * (1 + bidirectional))
     total = torch.zeros((), dtype=torch.float64)
@@ -77,7 +79,7 @@ def test_what_is_not_asked_for(
     elif form == "batch_first":
         y = ours(x.transpose(0, 1), resets=resets.T)[0].transpose(0, 1)
     else:
-        y = ours(x, lengths=lengths if form == "lengths" else None, resets=resets)[0]
+        y = ours(x, lengths=lengths if form in ends else None, resets=resets)[0]
     picked = torch.where(wants != 0, y, 0)
     dx, *got = torch.autograd.grad(loss(picked, wants), [x, *ours.parameters()])
     for b, cut in enumerate(cuts):

@@ -135,6 +135,12 @@ def test_steps_by_hand_have_their_own_order(name: str) -> None:
         streaming(torch.randn(1, 3))
     assert torch.equal(layer(x)[0], before)
     assert not order.of_sequences
+    own = rnn.Streaming(layer, same_bits=False)
+    seen: list[Tensor] = []
+    outer = getattr(rnn, name)(64, 64)
+    outer.register_forward_pre_hook(lambda *_: seen.append(own(x[0])))
+    rnn.Streaming(outer)(x[0])
+    assert torch.equal(seen[0], before[0])
 
 
 @needs_compiler
