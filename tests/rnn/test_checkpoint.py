@@ -128,6 +128,25 @@ def test_windows_of_few_rows(name: str, set_threads: Any, monkeypatch: pytest.Mo
                 assert same_bits(results(one, x), plain)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_groups_that_begin_late(
+    name: str, set_threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going backward, a group of short sequences begins after the first segments: with the states
+    that were given."""
+    monkeypatch.setattr(native, "_windows", lambda *_: (9, 3))
+    x = torch.randn(40, 5, 16)
+    for lengths in ([40, 31, 20, 9, 2], [40, 38, 3, 2, 1], [40, 4, 3, 2, 0]):
+        one = LAYERS[name](16, 8, bidirectional=True)
+        set_threads(1)
+        plain = results(one, x, torch.tensor(lengths))
+        one.checkpoint = 1
+        for threads in (4, 6):
+            set_threads(threads)
+            for a, b in zip(results(one, x, torch.tensor(lengths)), plain, strict=True):
+                assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+
 def test_heads_of_two_directions() -> None:
     """Gradients of x are sums over four recurrences in another order: a rounding."""
     x = torch.randn(T, 2, 3)
