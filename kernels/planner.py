@@ -31,7 +31,8 @@ MOST_TILES = 2**16 - 1  # of a launch
 # Of a thread in CUDA C++, for W_hh, where not all of it fits; found by compiling. Fewer of several
 # gates in float32 from capability 10.0 on. In a grid all of W_hh may have no more than
 # GRID_REGISTERS from there on, and for 32 sequences FEWER_GRID_REGISTERS; but of several gates more
-# in more than 4 warps on capability 9.0, and FEWEST_GRID_REGISTERS in 4 or fewer before that.
+# in more than 4 warps on capability 9.0, and FEWEST_GRID_REGISTERS in 4 or fewer before that, which
+# for 16 sequences have FEWER_GRID_REGISTERS.
 WEIGHT_REGISTERS = 64
 FEWER_REGISTERS = 32
 MOST_REGISTERS = 128
@@ -45,12 +46,14 @@ class NoPlan(ValueError):
 
 
 def _grid_registers(plan: Plan, gated: bool, gpu: Gpu) -> int:
+    few = gated and gpu.capability < 90 and plan.warps <= 4
     if plan.sequences > 16:
         # of a thread with one pair
         if gated and gpu.capability // 10 == 9 and plan.warps > 4:
             return GRID_REGISTERS
-        few = gated and gpu.capability < 90 and plan.warps <= 4
         return FEWEST_GRID_REGISTERS if few else FEWER_GRID_REGISTERS
+    if few and plan.sequences > 8:
+        return FEWER_GRID_REGISTERS
     return GRID_REGISTERS if gpu.capability >= 100 else MOST_REGISTERS
 
 
