@@ -732,7 +732,7 @@ FULL = [
     (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, True, True),
     (80, "gru", 4096, 360, BRAIN, "ieee", True, True, False),
     (80, "lstm", 64, 360, BRAIN, "ieee", True, True, False),
-    (90, "lstm", 64, 128, BRAIN, "ieee", True, True, False),
+    (90, "lstm", 4096, 128, BRAIN, "ieee", True, True, False),
     (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
     (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),
