@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .autograd import by_composite, state_grads, to_dense, wanted, weight_grads
 from .boundary import ready
-from .kernels.cpu import native
+from .kernels.cpu import calls, native
 from .kernels.states import join_weights
 from .kernels.types import Gradients, OutputGrads, Outputs, Save
 from .layer_call import LayerCall
@@ -238,7 +238,7 @@ class _SweepAdjoint:
             w_hh.new_empty(len(w_hh)) if needs.b_ih and split else None,
             b_grad,
         ]
-        each = native.recurrence_threads(len(self.call.reverse))
+        each = calls.recurrence_threads(len(self.call.reverse))
         size = (0 if w_ih is None else w_ih.numel()) + w_hh.numel() + 2 * len(w_hh)
         self.threads = self.sweep.share or native.threads()
         self.group_grads = w_hh.new_empty((each - 1) * size)
@@ -269,7 +269,7 @@ class _SweepAdjoint:
         backend = call.backend()
         if sweep.native:
             outputs = backend.new_outputs(call.cell, layout, x, sweep.weights, Save.ACTIVATIONS)
-            found = native.forward_call(
+            found = calls.forward_call(
                 call.cell, layout, x, sweep.weights, states, outputs, sweep.share
             )
         else:
@@ -307,10 +307,10 @@ class _SweepAdjoint:
             self._add(dx, found)
             return None
         count = whole.segments.windows
-        part = native.Part(self.threads, w > 0, w < count - 1, self.group_grads)
+        part = calls.Part(self.threads, w > 0, w < count - 1, self.group_grads)
         self.ds = [torch.empty_like(s) for s in states]
         gradients: Gradients[Any] = Gradients._make([dx, *self.sums, self.ds])
-        return native.backward_call(
+        return calls.backward_call(
             call.cell, layout, x, sweep.weights, states, outputs, coming, gradients, part
         )
 

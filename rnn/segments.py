@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .boundary import ready
-from .kernels.cpu import native
+from .kernels.cpu import calls, native
 from .kernels.states import join_weights
 from .kernels.types import Layout, Weights
 from .layer_call import LayerCall
@@ -120,7 +120,7 @@ class Sweep:
         # Of the threads of the C++, beside the other direction; 0 for all
         self.share = 0
         if self.native and not self.all:
-            self.share = native.recurrence_threads(N) * len(numbers)
+            self.share = calls.recurrence_threads(N) * len(numbers)
         weights = rows.weights
         if len(weights) > 4:
             own = [weights[4 * n + k] for n in numbers for k in range(4)]

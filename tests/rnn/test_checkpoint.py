@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn
-from rnn.kernels.cpu import native
+from rnn.kernels.cpu import calls
 from rnn.kernels.plan import Plan
 
 # Lengths with more than one window in the C++, and few units so that they are quick.
@@ -117,7 +117,7 @@ def test_windows_of_few_rows(name: str, set_threads: Any, monkeypatch: pytest.Mo
     """As many threads and large batches make them: fewer rows than a tile has, and than a step of a
     group; an odd number of windows, in the middle of which both directions meet."""
     for steps in (1, 2, 3):
-        monkeypatch.setattr(native, "_windows", lambda *_, steps=steps: (4, steps))
+        monkeypatch.setattr(calls, "_windows", lambda *_, steps=steps: (4, steps))
         for threads, batch in [(2, 1), (3, 2), (4, 5), (6, 24)]:
             set_threads(threads)
             x = torch.randn(13, batch, 5)
@@ -134,7 +134,7 @@ def test_groups_that_begin_late(
 ) -> None:
     """Going backward, a group of short sequences begins after the first segments: with the states
     that were given."""
-    monkeypatch.setattr(native, "_windows", lambda *_: (9, 3))
+    monkeypatch.setattr(calls, "_windows", lambda *_: (9, 3))
     x = torch.randn(40, 5, 16)
     for lengths in ([40, 31, 20, 9, 2], [40, 38, 3, 2, 1], [40, 4, 3, 2, 0]):
         one = LAYERS[name](16, 8, bidirectional=True)
