@@ -159,10 +159,10 @@ class _Adjoint:
         self.dothers = dothers
         self.dlast = call.last_grads(ends)
 
-    def _run(self, adjoint: bool, calls: Sequence[Any]) -> None:
-        """Calls of the C++, of every direction: other kernels have run already."""
+    def _run(self, adjoint: bool, directions: Sequence[Any]) -> None:
+        """The call of the C++ for each direction: other kernels have run already."""
         if self.call.plan.backend == "native":
-            native.together(adjoint, self.call.cell, self.call.plan, calls)
+            native.together(adjoint, self.call.cell, self.call.plan, directions)
 
     def run(self, kept: Tensor) -> Gradients[Any]:
         """From the kept states [segments, S, N, B, H] to the gradients of x, in the caller's
