@@ -27,7 +27,8 @@ BARS = [
     (Kernel("rnn_tanh", "tf32x3", 512, 16, True, 16), 1400, 1700),
     (Kernel("rnn_tanh", "tf32", 512, 16, False, 16), 330, 720),
     (Kernel("lstm", "bfloat16", 1024, 1, False), 620, 1600),
-    (Kernel("rnn_tanh", "bfloat16", 2048, 16, False), 720, 2600),
+    # 673 with NVRTC 13.0, 729 with the newest
+    (Kernel("rnn_tanh", "bfloat16", 2048, 16, False), 735, 2600),
 ]
 
 
