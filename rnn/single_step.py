@@ -190,10 +190,11 @@ def single_step(
         )
         return y, tuple(last) if count > 1 else last[0]
     sizes = step.sizes
-    if step.large or order.of_sequences:
+    of_sequences = order.of_sequences
+    if step.large or of_sequences:
         threads = native.threads()
         own = threads if step.large else 1
-        sizes = (*sizes[:5], own, threads if order.of_sequences else 0)
+        sizes = (*sizes[:5], own, threads if of_sequences else 0)
     if trains(given):
         y, *last = _apply(cell, step, sizes, addresses, *given)
     else:

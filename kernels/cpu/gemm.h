@@ -119,9 +119,9 @@ struct RowBlock {
 };
 
 // Rows of K numbers, `stride` apart, times a matrix in panels of VECTORS vectors: a result of
-// `columns` columns, plus two biases that can be null, or added to what is there. With SUMS an
-// element has so many sums of its own, whatever rows its tile has.
-template <int VECTORS, int SUMS = 0>
+// `columns` columns, plus two biases that can be null, or added to what is there. An element has
+// one sum, so that its bits do not depend on the rows of its tile.
+template <int VECTORS>
 static void product(const std::vector<RowBlock>& blocks, i64 stride, const Number* panels, i64 K,
                     i64 columns, const Number* bias1, const Number* bias2, bool add) {
   constexpr int MAX_ROWS = ACCUMULATORS / VECTORS;
@@ -141,9 +141,7 @@ static void product(const std::vector<RowBlock>& blocks, i64 stride, const Numbe
           // By the time that the sums are ready, their place is in the cache.
           UNROLLED(i, ROWS) __builtin_prefetch(out[i] + v * LANES, 1);
         }
-        constexpr int CHAINS = SUMS ? SUMS : independent_sums(ROWS * VECTORS);
-        multiply<ROWS, VECTORS, CHAINS>(sums, block.a + first * stride, stride, 1,
-                                        panels + u * K, K);
+        multiply<ROWS, VECTORS, 1>(sums, block.a + first * stride, stride, 1, panels + u * K, K);
         UNROLLED(i, ROWS) UNROLLED(v, VECTORS)
           store(out[i] + v * LANES, sums[i][v], valid_lanes(v));
       });

@@ -199,11 +199,7 @@ def _call(name: str, cell: Cell, plan: Plan, arguments: Arguments) -> None:
     w_hh = arguments.w_hh
     library = _library(cell, plan, w_hh)
     packed = _packed(cell, arguments)
-    if arguments.offsets is None and plan.precision != "fixed":
-        needed = _needed(cell, w_hh.dtype, arguments.sizes)
-    else:
-        needed = library.needed(packed)
-    memory = scratch(w_hh, needed)  # held while it is in use
+    memory = scratch(w_hh, _needed(library, cell, plan, arguments, packed))  # held while in use
     getattr(library, name)(packed, memory.data_ptr())
 
 
@@ -216,9 +212,9 @@ def together(adjoint: bool, cell: Cell, plan: Plan, calls: Sequence[Arguments]) 
     library = _library(cell, plan, w_hh)
     packed = [_packed(cell, call) for call in calls]
     starts = [0]
-    for one in packed:
+    for call, one in zip(calls, packed):
         # A multiple of a cache line, and away from the next
-        needed = -(-library.needed(one) // 16) * 16
+        needed = -(-_needed(library, cell, plan, call, one) // 16) * 16
         starts.append(starts[-1] + needed + _APART)
     memory = scratch(w_hh, starts[-1])  # held while it is in use
     count = len(calls)
@@ -232,9 +228,17 @@ def together(adjoint: bool, cell: Cell, plan: Plan, calls: Sequence[Arguments]) 
     )
 
 
+def _needed(library: Any, cell: Cell, plan: Plan, arguments: Arguments, packed: bytes) -> int:
+    """How many numbers of memory a call needs."""
+    if arguments.offsets is None and plan.precision != "fixed":
+        return _needed_by_sizes(cell, arguments.w_hh.dtype, arguments.sizes)
+    needed: int = library.needed(packed)
+    return needed
+
+
 @lru_cache(4096)
-def _needed(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> int:
-    """How many numbers of memory a call needs without offsets, where only its sizes matter."""
+def _needed_by_sizes(cell: Cell, dtype: torch.dtype, sizes: Sizes) -> int:
+    """Likewise without offsets, where only the sizes matter."""
     pointers = words(Arguments, cell.states) - words(Sizes, cell.states)
     pack = _pack(words(Arguments, cell.states))
     needed: int = load(cell, dtype).needed(pack(*[0] * pointers, *sizes[:-1], *sizes.window))

@@ -50,8 +50,7 @@ static void input_product(const Schedule& schedule, const WorkItem& item) {
   const bool add_b_hh = b_ih && !SEPARATE_RECURRENT_GRAD;
   const Number* const b_hh = add_b_hh ? schedule.b_hh + n * gate_rows : nullptr;
   const Number* const panels = schedule.input_panels + n * schedule.padded_inputs * I;
-  // One sum: a step by itself has the bits of the same step among others.
-  product<INPUT_VECTORS, 1>(item.input_rows(schedule), I, panels, I, gate_rows, b_ih, b_hh, false);
+  product<INPUT_VECTORS>(item.input_rows(schedule), I, panels, I, gate_rows, b_ih, b_hh, false);
 }
 
 // The gradients of x in window w. Recurrences that have the same steps there, those of a direction,
@@ -86,9 +85,8 @@ static void input_gradients(const Schedule& schedule, const ThreadWork& work, i6
         const auto rows = item.input_grad_rows(schedule, first + size * region / count,
                                                first + size * (region + 1) / count);
         const Number* const panels = schedule.input_panels + item.n * panels_size;
-        // One sum: the bits do not depend on how many rows a region has, or on what is there.
-        product<VECTORS_PER_TILE, 1>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
-                                     nullptr, add);
+        product<VECTORS_PER_TILE>(rows, schedule.gates_width, panels, gate_rows, I, nullptr,
+                                  nullptr, add);
       }
       if (round == 0 && schedule.w_ih_grad && !schedule.input_is_packed())
         item.pack_input(schedule);

@@ -1,7 +1,6 @@
 """`checkpoint`: what it keeps, and that it changes no bit. The oracle of bits is the plain layer,
 which other tests hold to torch.nn."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,13 +21,6 @@ def layer(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     hidden = 130 if name == "RNN" else 19
     return LAYERS[name](3, hidden, **options)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Any]:
-    count = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(count)
 
 
 def results(

@@ -15,17 +15,9 @@ from rnn.kernels.plan import Plan
 from tests.rnn.test_checkpoint import T as LONG
 from tests.rnn.test_checkpoint import kept, same_bits
 from tests.rnn.test_checkpoint import results as checkpointed
-from tests.rnn.test_extensions import DOUBLE, NAMES, compare, make, randomized
+from tests.rnn.test_extensions import DOUBLE, NAMES, OPTIONS, compare, make, randomized
 
 REFERENCE = Plan("numpy")
-TOGETHER: dict[str, Any] = dict(
-    recurrent_dropout=0.4,
-    zoneout=0.3,
-    weight_drop=0.4,
-    learned_state=True,
-    num_heads=2,
-    clip_recurrent_grad=0.05,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +63,7 @@ def test_native(name: str) -> None:
     ],
 )
 def test_with_all_others(name: str, plan: Plan | None) -> None:
-    layer = normalized(name, 4, 6, 2, bidirectional=True, plan=plan, **TOGETHER)
+    layer = normalized(name, 4, 6, 2, bidirectional=True, plan=plan, **OPTIONS["all"])
     compare(name, layer)
     compare(name, layer, lengths=torch.tensor([5, 0, 3]))
     layer.eval()

@@ -4,7 +4,6 @@ exports."""
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +85,6 @@ def test_layer_by_hand(name: str, options: dict[str, Any]) -> None:
         got = fed(streaming, rows, [len(rows)], time)
         assert torch.equal(got, want.transpose(0, time))
         assert all(map(torch.equal, flat(streaming.state), flat(state)))
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Any]:
-    count = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(count)
 
 
 @needs_compiler

@@ -44,8 +44,8 @@ DEVICE u32 load_if(const u16* p, bool there) {
                "@p ld.global.nc.u16 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
   return v;
 }
-// All bits, of numbers i + k and i + k + plane * pitch at p, where `there`. The compiler would put the
-// stores into a branch, and keep more of their addresses than there are registers for.
+// All bits, of numbers i + k and i + k + plane * pitch at p, where `there`. The compiler would put
+// the stores into a branch, and keep more of their addresses than there are registers for.
 DEVICE void set_bits_if(u32* p, i64 i, i64 k, u32 plane, i64 pitch, bool there) {
   asm volatile("{\n.reg .pred p;\n.reg .u64 a, b;\nsetp.ne.u32 p, %5, 0;\n"
                "add.u64 a, %1, %2;\nmad.lo.s64 a, a, 4, %0;\n@p st.global.u32 [a], -1;\n"

@@ -188,8 +188,8 @@ struct Worker {
   }
   DEVICE i64 row(int t) const {
     if (!MASKS) return t >= steps ? 0 : (i64)t * B;
-    // plus 0, which the compiler does not know: a uniform address, and it waits to move the row into
-    // a uniform register
+    // plus 0, which the compiler does not know: a uniform address, and it waits to move the row
+    // into a uniform register
     const i64* const from = offsets + t + (sequence0 >> 30);
     return load_row_if(from, offsets && t < steps, t < steps ? (i64)t * B : 0);
   }

@@ -19,7 +19,7 @@ from rnn.kernels.planner import NoPlan, make_plan
 from rnn.normalized import layer_cell
 from tests.cases import LAYER_NAMES
 from tests.kernels.gpu.test_gpu import DEVICE, H200, HALF
-from tests.rnn.test_extensions import DOUBLE, by_hand, randomized
+from tests.rnn.test_extensions import DOUBLE, OPTIONS, by_hand, randomized
 
 STEP_BY_STEP = Plan("cupy")
 I, B, T = 5, 3, 3
@@ -187,15 +187,7 @@ def test_autocast() -> None:
 
 def test_with_all_others() -> None:
     """Each option, with the same masks."""
-    together = dict(
-        recurrent_dropout=0.4,
-        zoneout=0.3,
-        weight_drop=0.4,
-        learned_state=True,
-        num_heads=2,
-        clip_recurrent_grad=0.05,
-    )
-    _, ours = pair("GRU", torch.float32, 26, bidirectional=True, **together)
+    _, ours = pair("GRU", torch.float32, 26, bidirectional=True, **OPTIONS["all"])
     x = torch.randn(T, B, I, device=DEVICE)
     found = []
     for plan in (ours.plan, STEP_BY_STEP):
