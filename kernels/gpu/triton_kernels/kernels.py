@@ -18,6 +18,7 @@ from .tiles import (
     any_nonzero,
     barrier,
     dots,
+    each_step_anew,
     load_matrices,
     load_pointer,
     load_states,
@@ -197,11 +198,13 @@ def forward_kernel(
     step = step_info(u, descending, tile, T, B, tensors)
     xs = load_tiles(tensors.x, step.row * x_pitch + x0, H, o_x, m_x & step.runs[None, :], start, XN)
     while u < u1:
+        o_next = each_step_anew(o_x, u)
+        o_y = each_step_anew(tile.o_y, u)
         # x is fetched one step ahead
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
         wanted = (step_next.runs & (u + 1 < u1))[None, :]
         xs_next = load_tiles(
-            tensors.x, step_next.row * x_pitch + x0, H, o_x, m_x & wanted, start, XN
+            tensors.x, step_next.row * x_pitch + x0, H, o_next, m_x & wanted, start, XN
         )
         s = select_tiles(~step.cut[None, :], s, None, CARRIED) + s[CARRIED:]
         r = zeros
@@ -233,9 +236,9 @@ def forward_kernel(
         m_rows = tile.mask & rows[None, :]
         found = zero_past_ends(s, step.runs, tensors, S)
         a = zero_past_ends(a, step.runs, tensors, A)
-        store_tiles(tensors.y, row, 0, tile.o_y, found, m_rows, 1)
-        store_tiles(tensors.states, row, y_plane, tile.o_y, found[1:], m_rows, S - 1)
-        store_tiles(tensors.saved, row, y_plane, tile.o_y, a, m_rows, A)
+        store_tiles(tensors.y, row, 0, o_y, found, m_rows, 1)
+        store_tiles(tensors.states, row, y_plane, o_y, found[1:], m_rows, S - 1)
+        store_tiles(tensors.saved, row, y_plane, o_y, a, m_rows, A)
         next_slot = ((u + 1) % 2) * s_plane
         store_tiles(tensors.hidden, next_slot + tile.s0, 0, tile.o_s, s, tile.mask, 1)
         u += 1
@@ -301,7 +304,6 @@ def backward_kernel(
             product=load_pointer(table, 16 + 2 * S, tensors.product),
         )
     tile = tile_of_program(first, B, H, REVERSE, N, G, BB, BN)
-    o_y = tile.o_y
     o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
     zeros = load_tiles(None, 0, 0, tile.o_s, tile.mask, None, G)
     y_plane = R.to(tl.int64) * (N * H)
@@ -315,12 +317,15 @@ def backward_kernel(
     last = step_info(u - 1, descending, tile, T, B, tensors)
     step = step_info(u, descending, tile, T, B, tensors)
     while u < u1:
+        o_x = each_step_anew(tile.o_x, u)
+        o_y = each_step_anew(tile.o_y, u)
+        o_s = each_step_anew(tile.o_s, u)
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
         acc = zeros[:1]
         flowed = last.runs & ~last.cut
         if SCOPE == "library":
             acc = load_tiles(
-                tensors.product, tile.s0, 0, tile.o_s, tile.mask & flowed[None, :], None, 1
+                tensors.product, tile.s0, 0, o_s, tile.mask & flowed[None, :], None, 1
             )
         elif SCOPE == "block":
             for g in tl.static_range(G):
@@ -343,7 +348,7 @@ def backward_kernel(
             tensors.state,
             tile.s0 + CARRIED * s_plane,
             s_plane,
-            tile.o_s,
+            o_s,
             m_run,
             None,
             S - CARRIED,
@@ -353,7 +358,7 @@ def backward_kernel(
         h_prev = load_tiles(tensors.y, row_prev, 0, o_y, m_before, None, 1)
         others = load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, CARRIED - 1)
         s_prev = h_prev + others
-        s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, CARRIED)
+        s_prev = load_tiles(tensors.state, tile.s0, s_plane, o_s, m_first, s_prev, CARRIED)
         s_prev = s_prev + constants
         dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
         ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
@@ -373,8 +378,8 @@ def backward_kernel(
         rows = rows_of(step, tile, tensors, B)
         m_rows = tile.mask & rows[None, :]
         row_x = step.row * (N * G * H) + tile.x0
-        store_tiles(tensors.dx, row_x, H, tile.o_x, gx, m_rows, G)
-        store_tiles(tensors.dr, row_x, H, tile.o_x, gr, m_rows, G)
+        store_tiles(tensors.dx, row_x, H, o_x, gx, m_rows, G)
+        store_tiles(tensors.dr, row_x, H, o_x, gr, m_rows, G)
         store_tiles(tensors.outgoing, tile.s0 * G, H, o_gates, gr, tile.mask, G)
         store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_rows, 1)
         if tensors.marks is not None:

@@ -71,6 +71,15 @@ def tile_of_program(first, B, H, REVERSE, N, G, BB, BN):
 
 
 @triton.jit
+def each_step_anew(offsets, u):
+    """The offsets of step u >= 0, for the loop to compute addresses from.
+
+    The compiler does not know that it adds 0. Otherwise it would compute every tensor's addresses
+    once, and keep them in registers from step to step, beside W_hh."""
+    return offsets + tl.multiple_of(tl.minimum(u, 0), 16)
+
+
+@triton.jit
 def step_info(u, descending, tile, T, B, tensors):
     """Step u of the T steps, counted down in time if `descending`."""
     inside = (u >= 0) & (u < T)
