@@ -19,6 +19,7 @@ from .tiles import (
     barrier,
     dots,
     each_step_anew,
+    load_constants,
     load_matrices,
     load_pointer,
     load_states,
@@ -193,20 +194,21 @@ def forward_kernel(
     if tensors.w_ih is None and tensors.b_ih is not None:
         start = bx
     h_first = load_pointer(table, 11, first_states[0])
-    s = load_states(table, 11, first_states, tensors.carried, s_plane, u, tile, S)
+    s = load_states(table, 11, first_states, tensors.carried, s_plane, u, tile, CARRIED)
     descending = tile.reverse == 1
     step = step_info(u, descending, tile, T, B, tensors)
     xs = load_tiles(tensors.x, step.row * x_pitch + x0, H, o_x, m_x & step.runs[None, :], start, XN)
     while u < u1:
-        o_next = each_step_anew(o_x, u)
+        o_step = each_step_anew(o_x, u)
         o_y = each_step_anew(tile.o_y, u)
+        o_s = each_step_anew(tile.o_s, u)
         # x is fetched one step ahead
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
         wanted = (step_next.runs & (u + 1 < u1))[None, :]
         xs_next = load_tiles(
-            tensors.x, step_next.row * x_pitch + x0, H, o_next, m_x & wanted, start, XN
+            tensors.x, step_next.row * x_pitch + x0, H, o_step, m_x & wanted, start, XN
         )
-        s = select_tiles(~step.cut[None, :], s, None, CARRIED) + s[CARRIED:]
+        s = select_tiles(~step.cut[None, :], s, None, CARRIED)
         r = zeros
         if tensors.w_ih is not None and not SEPARATE_RECURRENT_GRAD:
             r = dots(wi, xs[0], zeros, 0, 1, G, PRECISION)
@@ -227,14 +229,15 @@ def forward_kernel(
         r = add_in_own_layout(r, br, G)
         if tensors.w_ih is not None and SEPARATE_RECURRENT_GRAD:
             xs = add_in_own_layout(dots(wi, xs[0], zeros, 0, 1, G, PRECISION), bx, G)
-        s_next, a = CELL(xs, r, s)
+        constants = load_constants(table, 11, first_states, o_s, tile, CARRIED, S)
+        s_next, a = CELL(xs, r, s + constants)
         # Units past H stay 0: an infinity there would make NaN of every later sum (0 * infinity).
         written = tile.mask & step.runs[None, :]
         row = step.row * (N * H) + tile.y0
-        s = select_tiles(written, s_next, s, S)
+        s = select_tiles(written, s_next, s, CARRIED)
         rows = rows_of(step, tile, tensors, B)
         m_rows = tile.mask & rows[None, :]
-        found = zero_past_ends(s, step.runs, tensors, S)
+        found = zero_past_ends(s + constants, step.runs, tensors, S)
         a = zero_past_ends(a, step.runs, tensors, A)
         store_tiles(tensors.y, row, 0, o_y, found, m_rows, 1)
         store_tiles(tensors.states, row, y_plane, o_y, found[1:], m_rows, S - 1)
@@ -245,6 +248,7 @@ def forward_kernel(
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
         xs = xs_next
+    s = s + load_constants(table, 11, first_states, tile.o_s, tile, CARRIED, S)
     store_states(table, 11 + S, last_states, tensors.carried, s_plane, u1 >= T, s, tile, S)
 
 

@@ -219,6 +219,16 @@ def load_states(table, k0, given, carried, plane, u, tile, S):
 
 
 @triton.jit
+def load_constants(table, k0, given, offsets, tile, CARRIED, S):
+    """The states that stay what they are, from the S pointers of `load_states`."""
+    out = ()
+    for k in tl.static_range(CARRIED, S):
+        ptr = load_pointer(table, k0 + k, given[k])
+        out = out + load_tiles(ptr, tile.s0, 0, offsets, tile.mask, None, 1)
+    return out
+
+
+@triton.jit
 def store_states(table, k0, given, carried, plane, is_last, values, tile, S):
     """For the next launch, and after the last step where they were asked for."""
     mask = tile.mask
