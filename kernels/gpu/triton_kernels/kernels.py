@@ -188,7 +188,12 @@ def forward_kernel(
     o_bias = tile.o_n[:, None] + tile.i_b[None, :] * 0
     zeros = load_tiles(None, 0, 0, tile.o_s, tile.mask, None, G)
     bx = load_tiles(tensors.b_ih, tile.n * G * H, H, o_bias, tile.mask, None, G)
-    br = load_tiles(tensors.b_hh, tile.n * G * H, H, o_bias, tile.mask, None, G)
+    added = None
+    if tensors.w_ih is not None and not SEPARATE_RECURRENT_GRAD:
+        # x and r meet only as their sum, so that both biases are one
+        added = bx
+        bx = zeros
+    br = load_tiles(tensors.b_hh, tile.n * G * H, H, o_bias, tile.mask, added, G)
     # what the product came before is added to it
     start = None
     if tensors.w_ih is None and tensors.b_ih is not None:
@@ -344,8 +349,8 @@ def backward_kernel(
         row = step.row * (N * H) + tile.y0
         row_prev = step_next.row * (N * H) + tile.y0
         # The state that entered: of the step before in time, the initial one, or 0 after a reset.
-        m_before = m_run & (step_next.runs & ~step.cut)[None, :]
-        m_first = m_run & ~(step_next.runs | step.cut)[None, :]
+        m_before = tile.mask & (step.runs & step_next.runs & ~step.cut)[None, :]
+        m_first = tile.mask & (step.runs & ~(step_next.runs | step.cut))[None, :]
         h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
         constants = load_tiles(
