@@ -18,7 +18,7 @@ from .tiles import (
     any_nonzero,
     barrier,
     dots,
-    each_step_anew,
+    hidden_zero,
     load_constants,
     load_matrices,
     load_pointer,
@@ -166,7 +166,7 @@ def forward_kernel(
             hidden=load_pointer(table, 12 + 2 * S, tensors.hidden),
             product=load_pointer(table, 13 + 2 * S, tensors.product),
         )
-    tile = tile_of_program(first, B, H, REVERSE, N, G, BB, BN)
+    tile = tile_of_program(first, 0, B, H, REVERSE, N, G, BB, BN)
     m_b = tile.o_b < B
     y_plane = R.to(tl.int64) * (N * H)
     o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
@@ -204,9 +204,10 @@ def forward_kernel(
     step = step_info(u, descending, tile, T, B, tensors)
     xs = load_tiles(tensors.x, step.row * x_pitch + x0, H, o_x, m_x & step.runs[None, :], start, XN)
     while u < u1:
-        o_step = each_step_anew(o_x, u)
-        o_y = each_step_anew(tile.o_y, u)
-        o_s = each_step_anew(tile.o_s, u)
+        zero = hidden_zero(u)
+        o_step = o_x + zero
+        o_y = tile.o_y + zero
+        o_s = tile.o_s + zero
         # x is fetched one step ahead
         step_next = step_info(u + 1, descending, tile, T, B, tensors)
         wanted = (step_next.runs & (u + 1 < u1))[None, :]
@@ -312,7 +313,7 @@ def backward_kernel(
             outgoing=load_pointer(table, 15 + 2 * S, tensors.outgoing),
             product=load_pointer(table, 16 + 2 * S, tensors.product),
         )
-    tile = tile_of_program(first, B, H, REVERSE, N, G, BB, BN)
+    tile = tile_of_program(first, 0, B, H, REVERSE, N, G, BB, BN)
     o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
     zeros = load_tiles(None, 0, 0, tile.o_s, tile.mask, None, G)
     y_plane = R.to(tl.int64) * (N * H)
@@ -326,16 +327,22 @@ def backward_kernel(
     last = step_info(u - 1, descending, tile, T, B, tensors)
     step = step_info(u, descending, tile, T, B, tensors)
     while u < u1:
-        o_x = each_step_anew(tile.o_x, u)
-        o_y = each_step_anew(tile.o_y, u)
-        o_s = each_step_anew(tile.o_s, u)
-        step_next = step_info(u + 1, descending, tile, T, B, tensors)
+        zero = hidden_zero(u)
+        here = tile
+        o_x = tile.o_x + zero
+        o_y = tile.o_y + zero
+        o_s = tile.o_s + zero
+        if WHOLE_ROWS:
+            # of the most tensors, so that masks and offsets have no registers either
+            here = tile_of_program(first, zero, B, H, REVERSE, N, G, BB, BN)
+            o_x = here.o_x
+            o_y = here.o_y
+            o_s = here.o_s
+        step_next = step_info(u + 1, descending, here, T, B, tensors)
         acc = zeros[:1]
         flowed = last.runs & ~last.cut
         if SCOPE == "library":
-            acc = load_tiles(
-                tensors.product, tile.s0, 0, o_s, tile.mask & flowed[None, :], None, 1
-            )
+            acc = load_tiles(tensors.product, tile.s0, 0, o_s, here.mask & flowed[None, :], None, 1)
         elif SCOPE == "block":
             for g in tl.static_range(G):
                 dr = tl.where(last.cut[None, :], 0.0, gr[g])
@@ -345,12 +352,12 @@ def backward_kernel(
             pitch = N * G * H
             acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
         d = add_in_own_layout(acc, d[:1], 1) + d[1:]
-        m_run = tile.mask & step.runs[None, :]
+        m_run = here.mask & step.runs[None, :]
         row = step.row * (N * H) + tile.y0
         row_prev = step_next.row * (N * H) + tile.y0
         # The state that entered: of the step before in time, the initial one, or 0 after a reset.
-        m_before = tile.mask & (step.runs & step_next.runs & ~step.cut)[None, :]
-        m_first = tile.mask & (step.runs & ~(step_next.runs | step.cut))[None, :]
+        m_before = here.mask & (step.runs & step_next.runs & ~step.cut)[None, :]
+        m_first = here.mask & (step.runs & ~(step_next.runs | step.cut))[None, :]
         h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
         constants = load_tiles(
@@ -384,15 +391,15 @@ def backward_kernel(
         d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
         gx = zero_past_ends(gx, step.runs, tensors, G)
-        rows = rows_of(step, tile, tensors, B)
-        m_rows = tile.mask & rows[None, :]
+        rows = rows_of(step, here, tensors, B)
+        m_rows = here.mask & rows[None, :]
         row_x = step.row * (N * G * H) + tile.x0
         store_tiles(tensors.dx, row_x, H, o_x, gx, m_rows, G)
         store_tiles(tensors.dr, row_x, H, o_x, gr, m_rows, G)
-        store_tiles(tensors.outgoing, tile.s0 * G, H, o_gates, gr, tile.mask, G)
+        store_tiles(tensors.outgoing, tile.s0 * G, H, o_gates, gr, here.mask, G)
         store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_rows, 1)
         if tensors.marks is not None:
-            mark_rows(tensors, step, tile, rows, reached, R)
+            mark_rows(tensors, step, here, rows, reached, R)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step

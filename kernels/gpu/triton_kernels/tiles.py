@@ -52,10 +52,19 @@ class Step(NamedTuple):
 
 
 @triton.jit
-def tile_of_program(first, B, H, REVERSE, N, G, BB, BN):
+def hidden_zero(u):
+    """0 at every step u >= 0, which the compiler does not know.
+
+    What it is added to is computed at each step. Otherwise the compiler would compute all tensors'
+    addresses once, and keep them in registers from step to step, beside W_hh."""
+    return tl.multiple_of(tl.minimum(u, 0), 16)
+
+
+@triton.jit
+def tile_of_program(first, zero, B, H, REVERSE, N, G, BB, BN):
     n = tl.program_id(2).to(tl.int64)
     b0 = (first + tl.program_id(1)).to(tl.int64) * BB
-    i_b = tl.arange(0, BB)
+    i_b = tl.arange(0, BB) + zero
     o_b = b0 + i_b
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = i_b[None, :]
@@ -68,15 +77,6 @@ def tile_of_program(first, B, H, REVERSE, N, G, BB, BN):
     mask = (o_n < H)[:, None] & (o_b < B)[None, :]
     reverse = (REVERSE >> n) & 1
     return Tile(n, reverse, b0, i_b, o_b, o_n, o_n < H, mask, o_x, o_y, o_s, x0, y0, s0)
-
-
-@triton.jit
-def each_step_anew(offsets, u):
-    """The offsets of step u >= 0, for the loop to compute addresses from.
-
-    The compiler does not know that it adds 0. Otherwise it would compute every tensor's addresses
-    once, and keep them in registers from step to step, beside W_hh."""
-    return offsets + tl.multiple_of(tl.minimum(u, 0), 16)
 
 
 @triton.jit
