@@ -20,6 +20,7 @@ from .tiles import (
     dots,
     hidden_zero,
     load_constants,
+    load_ends,
     load_matrices,
     load_pointer,
     load_states,
@@ -33,6 +34,7 @@ from .tiles import (
     store_states,
     store_tiles,
     tile_of_program,
+    tile_of_step,
     zero_past_ends,
 )
 
@@ -127,6 +129,7 @@ def forward_kernel(
     S: tl.constexpr,
     CARRIED: tl.constexpr,
     A: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -159,7 +162,7 @@ def forward_kernel(
             lengths=load_pointer(table, 8, tensors.lengths),
             offsets=load_pointer(table, 9, tensors.offsets),
             resets=load_pointer(table, 10, tensors.resets),
-            # a tuple with None in it cannot be made here
+            # a tuple with None in it cannot be made at
             first=(),
             last=(),
             carried=load_pointer(table, 11 + 2 * S, tensors.carried),
@@ -200,19 +203,22 @@ def forward_kernel(
         start = bx
     h_first = load_pointer(table, 11, first_states[0])
     s = load_states(table, 11, first_states, tensors.carried, s_plane, u, tile, CARRIED)
+    ends = load_ends(tile, T, B, tensors)
     descending = tile.reverse == 1
-    step = step_info(u, descending, tile, T, B, tensors)
+    step = step_info(u, descending, tile, ends, T, B, tensors)
     xs = load_tiles(tensors.x, step.row * x_pitch + x0, H, o_x, m_x & step.runs[None, :], start, XN)
     while u < u1:
-        zero = hidden_zero(u)
-        o_step = o_x + zero
-        o_y = tile.o_y + zero
-        o_s = tile.o_s + zero
+        at = tile_of_step(u, tile, first, B, H, REVERSE, N, G, BB, BN, WHOLE_ROWS)
+        o_step = at.o_x
+        m_step = at.mask
+        if tensors.w_ih is not None:
+            o_step = o_x + hidden_zero(u)
+            m_step = m_x
         # x is fetched one step ahead
-        step_next = step_info(u + 1, descending, tile, T, B, tensors)
+        step_next = step_info(u + 1, descending, at, ends, T, B, tensors)
         wanted = (step_next.runs & (u + 1 < u1))[None, :]
         xs_next = load_tiles(
-            tensors.x, step_next.row * x_pitch + x0, H, o_step, m_x & wanted, start, XN
+            tensors.x, step_next.row * x_pitch + x0, H, o_step, m_step & wanted, start, XN
         )
         s = select_tiles(~step.cut[None, :], s, None, CARRIED)
         r = zeros
@@ -223,33 +229,33 @@ def forward_kernel(
         if h_first is None:
             entered = entered & (u > 0)
         if SCOPE == "library":
-            kept = tile.mask & entered[None, :]
-            r = load_tiles(tensors.product, tile.s0 * G, H, o_gates, kept, None, G)
+            kept = at.mask & entered[None, :]
+            r = load_tiles(tensors.product, at.s0 * G, H, o_gates, kept, None, G)
         elif SCOPE == "block":
             r = dots(ws, s[0], r, 0, 1, G, PRECISION)
         else:
-            h = tensors.hidden + (u % 2) * s_plane + tile.s0
+            h = tensors.hidden + (u % 2) * s_plane + at.s0
             if h_first is not None:
-                h = tl.where(u == 0, h_first + tile.s0, h)
-            r = product(r, ws, w_hh, H, 1, tile, h, H, entered, H, 1, G, BK, KT, PRECISION)
+                h = tl.where(u == 0, h_first + at.s0, h)
+            r = product(r, ws, w_hh, H, 1, at, h, H, entered, H, 1, G, BK, KT, PRECISION)
         r = add_in_own_layout(r, br, G)
         if tensors.w_ih is not None and SEPARATE_RECURRENT_GRAD:
             xs = add_in_own_layout(dots(wi, xs[0], zeros, 0, 1, G, PRECISION), bx, G)
-        constants = load_constants(table, 11, first_states, o_s, tile, CARRIED, S)
+        constants = load_constants(table, 11, first_states, at.o_s, at, CARRIED, S)
         s_next, a = CELL(xs, r, s + constants)
         # Units past H stay 0: an infinity there would make NaN of every later sum (0 * infinity).
-        written = tile.mask & step.runs[None, :]
-        row = step.row * (N * H) + tile.y0
+        written = at.mask & step.runs[None, :]
+        row = step.row * (N * H) + at.y0
         s = select_tiles(written, s_next, s, CARRIED)
-        rows = rows_of(step, tile, tensors, B)
-        m_rows = tile.mask & rows[None, :]
+        rows = rows_of(step, at, tensors, B)
+        m_rows = at.mask & rows[None, :]
         found = zero_past_ends(s + constants, step.runs, tensors, S)
         a = zero_past_ends(a, step.runs, tensors, A)
-        store_tiles(tensors.y, row, 0, o_y, found, m_rows, 1)
-        store_tiles(tensors.states, row, y_plane, o_y, found[1:], m_rows, S - 1)
-        store_tiles(tensors.saved, row, y_plane, o_y, a, m_rows, A)
+        store_tiles(tensors.y, row, 0, at.o_y, found, m_rows, 1)
+        store_tiles(tensors.states, row, y_plane, at.o_y, found[1:], m_rows, S - 1)
+        store_tiles(tensors.saved, row, y_plane, at.o_y, a, m_rows, A)
         next_slot = ((u + 1) % 2) * s_plane
-        store_tiles(tensors.hidden, next_slot + tile.s0, 0, tile.o_s, s, tile.mask, 1)
+        store_tiles(tensors.hidden, next_slot + at.s0, 0, at.o_s, s, at.mask, 1)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
@@ -322,63 +328,48 @@ def backward_kernel(
     ws = load_matrices(w_hh, H * H, 1, H, tile.o_n, 0, tile.m_n, H, BK, KT, G)
     d = load_states(table, 14, dlast, tensors.carried, s_plane, u, tile, S)
     gr = zeros
+    ends = load_ends(tile, T, B, tensors)
     descending = tile.reverse == 0
     # `last` is the step done before, `step_next` the one done after: the reverse of their time.
-    last = step_info(u - 1, descending, tile, T, B, tensors)
-    step = step_info(u, descending, tile, T, B, tensors)
+    last = step_info(u - 1, descending, tile, ends, T, B, tensors)
+    step = step_info(u, descending, tile, ends, T, B, tensors)
     while u < u1:
-        zero = hidden_zero(u)
-        here = tile
-        o_x = tile.o_x + zero
-        o_y = tile.o_y + zero
-        o_s = tile.o_s + zero
-        if WHOLE_ROWS:
-            # of the most tensors, so that masks and offsets have no registers either
-            here = tile_of_program(first, zero, B, H, REVERSE, N, G, BB, BN)
-            o_x = here.o_x
-            o_y = here.o_y
-            o_s = here.o_s
-        step_next = step_info(u + 1, descending, here, T, B, tensors)
+        at = tile_of_step(u, tile, first, B, H, REVERSE, N, G, BB, BN, WHOLE_ROWS)
+        step_next = step_info(u + 1, descending, at, ends, T, B, tensors)
         acc = zeros[:1]
         flowed = last.runs & ~last.cut
         if SCOPE == "library":
-            acc = load_tiles(tensors.product, tile.s0, 0, o_s, here.mask & flowed[None, :], None, 1)
+            m_flowed = at.mask & flowed[None, :]
+            acc = load_tiles(tensors.product, at.s0, 0, at.o_s, m_flowed, None, 1)
         elif SCOPE == "block":
             for g in tl.static_range(G):
                 dr = tl.where(last.cut[None, :], 0.0, gr[g])
                 acc = dots(ws, dr, acc, g, 0, 1, PRECISION)
         else:
-            dr = tensors.dr + last.row * (N * G * H) + tile.x0
+            dr = tensors.dr + last.row * (N * G * H) + at.x0
             pitch = N * G * H
-            acc = product(acc, ws, w_hh, 1, H, tile, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
+            acc = product(acc, ws, w_hh, 1, H, at, dr, pitch, flowed, H, G, 1, BK, KT, PRECISION)
         d = add_in_own_layout(acc, d[:1], 1) + d[1:]
-        m_run = here.mask & step.runs[None, :]
-        row = step.row * (N * H) + tile.y0
-        row_prev = step_next.row * (N * H) + tile.y0
+        m_run = at.mask & step.runs[None, :]
+        row = step.row * (N * H) + at.y0
+        row_prev = step_next.row * (N * H) + at.y0
         # The state that entered: of the step before in time, the initial one, or 0 after a reset.
-        m_before = here.mask & (step.runs & step_next.runs & ~step.cut)[None, :]
-        m_first = here.mask & (step.runs & ~(step_next.runs | step.cut))[None, :]
-        h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
+        m_before = at.mask & (step.runs & step_next.runs & ~step.cut)[None, :]
+        m_first = at.mask & (step.runs & ~(step_next.runs | step.cut))[None, :]
+        h_next = load_tiles(tensors.y, row, 0, at.o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
-        constants = load_tiles(
-            tensors.state,
-            tile.s0 + CARRIED * s_plane,
-            s_plane,
-            o_s,
-            m_run,
-            None,
-            S - CARRIED,
-        )
-        others = load_tiles(tensors.states, row, y_plane, o_y, m_run, None, CARRIED - 1)
+        s0 = at.s0 + CARRIED * s_plane
+        constants = load_tiles(tensors.state, s0, s_plane, at.o_s, m_run, None, S - CARRIED)
+        others = load_tiles(tensors.states, row, y_plane, at.o_y, m_run, None, CARRIED - 1)
         s_next = h_next + others + constants
-        h_prev = load_tiles(tensors.y, row_prev, 0, o_y, m_before, None, 1)
-        others = load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, CARRIED - 1)
+        h_prev = load_tiles(tensors.y, row_prev, 0, at.o_y, m_before, None, 1)
+        others = load_tiles(tensors.states, row_prev, y_plane, at.o_y, m_before, None, CARRIED - 1)
         s_prev = h_prev + others
-        s_prev = load_tiles(tensors.state, tile.s0, s_plane, o_s, m_first, s_prev, CARRIED)
+        s_prev = load_tiles(tensors.state, at.s0, s_plane, at.o_s, m_first, s_prev, CARRIED)
         s_prev = s_prev + constants
-        dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
-        ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
-        a = load_tiles(tensors.saved, row, y_plane, o_y, m_run, None, A)
+        dh = load_tiles(tensors.dy, row, 0, at.o_y, m_run, d, 1)
+        ds = dh + load_tiles(tensors.dstates, row, y_plane, at.o_y, m_run, d[1:], S - 1)
+        a = load_tiles(tensors.saved, row, y_plane, at.o_y, m_run, None, A)
         gx, gr, ds_prev = CELL(a, s_prev, s_next, ds)
         reached = m_run
         if tensors.resets is not None:
@@ -391,15 +382,15 @@ def backward_kernel(
         d = select_tiles(step.runs[None, :], ds_prev, d, S)
         gr = select_tiles(m_run, gr, None, G)
         gx = zero_past_ends(gx, step.runs, tensors, G)
-        rows = rows_of(step, here, tensors, B)
-        m_rows = here.mask & rows[None, :]
-        row_x = step.row * (N * G * H) + tile.x0
-        store_tiles(tensors.dx, row_x, H, o_x, gx, m_rows, G)
-        store_tiles(tensors.dr, row_x, H, o_x, gr, m_rows, G)
-        store_tiles(tensors.outgoing, tile.s0 * G, H, o_gates, gr, here.mask, G)
-        store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_rows, 1)
+        rows = rows_of(step, at, tensors, B)
+        m_rows = at.mask & rows[None, :]
+        row_x = step.row * (N * G * H) + at.x0
+        store_tiles(tensors.dx, row_x, H, at.o_x, gx, m_rows, G)
+        store_tiles(tensors.dr, row_x, H, at.o_x, gr, m_rows, G)
+        store_tiles(tensors.outgoing, at.s0 * G, H, o_gates, gr, at.mask, G)
+        store_tiles(tensors.h_prev, row, 0, at.o_y, s_prev, m_rows, 1)
         if tensors.marks is not None:
-            mark_rows(tensors, step, here, rows, reached, R)
+            mark_rows(tensors, step, at, rows, reached, R)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step

@@ -56,6 +56,7 @@ def _constants(
         S=cell.states,
         CARRIED=cell.carried,
         A=cell.saved,
+        WHOLE_ROWS=cell.whole_rows,
         N=len(layout.reverse),
         REVERSE=layout.reverses,
         BB=plan.sequences,
@@ -72,8 +73,6 @@ def _constants(
             XN=1 if fused else cell.gates,
             SEPARATE_RECURRENT_GRAD=cell.split,
         )
-    else:
-        constants |= dict(WHOLE_ROWS=cell.whole_rows)
     return constants
 
 

@@ -80,23 +80,56 @@ def tile_of_program(first, zero, B, H, REVERSE, N, G, BB, BN):
 
 
 @triton.jit
-def step_info(u, descending, tile, T, B, tensors):
+def tile_of_step(u, tile, first, B, H, REVERSE, N, G, BB, BN, WHOLE_ROWS):
+    """The tile, with offsets of which nothing stays in registers from step to step. Nor do masks
+    for whole rows, whose cells have the most tensors."""
+    zero = hidden_zero(u)
+    if WHOLE_ROWS:
+        tile = tile_of_program(first, zero, B, H, REVERSE, N, G, BB, BN)
+    else:
+        tile = Tile(
+            tile.n,
+            tile.reverse,
+            tile.b0,
+            tile.i_b,
+            tile.o_b,
+            tile.o_n,
+            tile.m_n,
+            tile.mask,
+            tile.o_x + zero,
+            tile.o_y + zero,
+            tile.o_s + zero,
+            tile.x0,
+            tile.y0,
+            tile.s0,
+        )
+    return tile
+
+
+@triton.jit
+def load_ends(tile, T, B, tensors):
+    """[BB] the number of steps of each sequence."""
+    ends = tl.where(tile.o_b < B, T, 0)
+    if tensors.lengths is not None:
+        ends = tl.load(tensors.lengths + tile.o_b, mask=tile.o_b < B, other=0).to(tl.int32)
+    return ends
+
+
+@triton.jit
+def step_info(u, descending, tile, ends, T, B, tensors):
     """Step u of the T steps, counted down in time if `descending`."""
     inside = (u >= 0) & (u < T)
     t = tl.where(descending, T - 1 - u, u)
     row = t.to(tl.int64) * B
-    end = tl.where(tile.o_b < B, T, 0)
-    if tensors.lengths is not None:
-        end = tl.load(tensors.lengths + tile.o_b, mask=tile.o_b < B, other=0)
     if tensors.offsets is not None:
         row = tl.load(tensors.offsets + t, mask=inside, other=0)
-    runs = inside & (t < end)
+    runs = inside & (t < ends)
     cut = runs & False
     if tensors.resets is not None:
         # A reset at t lies between t - 1 and t: in reverse it cuts off step t - 1.
         boundary = t + tile.reverse
         o_reset = boundary.to(tl.int64) * B + tile.o_b
-        cut = tl.load(tensors.resets + o_reset, mask=runs & (boundary < end), other=0) != 0
+        cut = tl.load(tensors.resets + o_reset, mask=runs & (boundary < ends), other=0) != 0
     return Step(row, inside, runs, cut)
 
 
