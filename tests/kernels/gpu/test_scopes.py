@@ -14,12 +14,13 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+import rnn
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
 from rnn.kernels.gpu.triton_kernels import cuda_graph
 from rnn.kernels.gpu.triton_kernels import launch as gpu
-from rnn.kernels.plan import Slice
+from rnn.kernels.plan import Plan, Slice
 from rnn.kernels.types import Layout, Weights
 from tests.cases import check_recurrence
 from tests.kernels.gpu.test_gpu import plan_for
@@ -233,6 +234,24 @@ def test_one_graph_for_any_steps_and_tensors(machine: Machine) -> None:
 def test_everything_a_layer_is_given(machine: Machine, cell: str, form: str, resets: bool) -> None:
     check(6, cell, form, resets)
     assert len(machine.graphs) == 2 and machine.plain == 0
+
+
+@pytest.mark.parametrize("scope", ["launch", "library"])
+def test_constants(machine: Machine, scope: str) -> None:
+    """What stays, such as the mask of recurrent dropout, is read at each step where it was
+    given."""
+    layer = rnn.LSTM(3, 18, recurrent_dropout=0.5)
+    x = torch.randn(4, 2, 3)
+    found = []
+    for plan in (plan_for(scope, 18), Plan("numpy")):
+        layer.plan = plan
+        torch.manual_seed(3)
+        y, (h, c) = layer(x, resets=torch.arange(8).view(4, 2) == 5)
+        loss = (y.sin() * 2).sum() + h.cos().sum() + c.sin().sum()
+        found.append([y, h, c, *torch.autograd.grad(loss, [*layer.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert machine.replays and not machine.plain
 
 
 @pytest.mark.parametrize(
