@@ -31,6 +31,7 @@ from .tiles import (
     rows_of,
     select_tiles,
     step_info,
+    store_gates,
     store_states,
     store_tiles,
     tile_of_program,
@@ -217,9 +218,8 @@ def forward_kernel(
         # x is fetched one step ahead
         step_next = step_info(u + 1, descending, at, ends, T, B, tensors)
         wanted = (step_next.runs & (u + 1 < u1))[None, :]
-        xs_next = load_tiles(
-            tensors.x, step_next.row * x_pitch + x0, H, o_step, m_step & wanted, start, XN
-        )
+        row_x = step_next.row * x_pitch + x0
+        xs_next = load_tiles(tensors.x, row_x, H, o_step, m_step & wanted, start, XN)
         s = select_tiles(~step.cut[None, :], s, None, CARRIED)
         r = zeros
         if tensors.w_ih is not None and not SEPARATE_RECURRENT_GRAD:
@@ -247,15 +247,13 @@ def forward_kernel(
         written = at.mask & step.runs[None, :]
         row = step.row * (N * H) + at.y0
         s = select_tiles(written, s_next, s, CARRIED)
-        rows = rows_of(step, at, tensors, B)
-        m_rows = at.mask & rows[None, :]
+        m_rows = at.mask & rows_of(step, at, tensors, B)[None, :]
         found = zero_past_ends(s + constants, step.runs, tensors, S)
         a = zero_past_ends(a, step.runs, tensors, A)
         store_tiles(tensors.y, row, 0, at.o_y, found, m_rows, 1)
         store_tiles(tensors.states, row, y_plane, at.o_y, found[1:], m_rows, S - 1)
         store_tiles(tensors.saved, row, y_plane, at.o_y, a, m_rows, A)
-        next_slot = ((u + 1) % 2) * s_plane
-        store_tiles(tensors.hidden, next_slot + at.s0, 0, at.o_s, s, at.mask, 1)
+        store_tiles(tensors.hidden, (u + 1) % 2 * s_plane + at.s0, 0, at.o_s, s, at.mask, 1)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
@@ -385,8 +383,8 @@ def backward_kernel(
         rows = rows_of(step, at, tensors, B)
         m_rows = at.mask & rows[None, :]
         row_x = step.row * (N * G * H) + at.x0
-        store_tiles(tensors.dx, row_x, H, at.o_x, gx, m_rows, G)
-        store_tiles(tensors.dr, row_x, H, at.o_x, gr, m_rows, G)
+        store_gates(tensors.dx, row_x, H, at.o_x, gx, m_rows, G, WHOLE_ROWS)
+        store_gates(tensors.dr, row_x, H, at.o_x, gr, m_rows, G, WHOLE_ROWS)
         store_tiles(tensors.outgoing, at.s0 * G, H, o_gates, gr, at.mask, G)
         store_tiles(tensors.h_prev, row, 0, at.o_y, s_prev, m_rows, 1)
         if tensors.marks is not None:

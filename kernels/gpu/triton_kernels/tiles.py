@@ -208,6 +208,18 @@ def store_tiles(ptr, first, pitch, offsets, values, mask, N):
 
 
 @triton.jit
+def store_gates(ptr, first, H, offsets, values, mask, G, WHOLE_ROWS):
+    """G tiles, H apart. The compiler takes an even gate's for aligned where H is not, and would
+    store them in a layout of their own, for which whole rows leave no registers."""
+    if WHOLE_ROWS:
+        for g in tl.static_range(G):
+            store_tiles(ptr, first, 0, offsets, values[g:], mask, 1)
+            first += H
+    else:
+        store_tiles(ptr, first, H, offsets, values, mask, G)
+
+
+@triton.jit
 def select_tiles(mask, a, b, N):
     """For each of N tiles a where the mask is set, else b. A b of None counts as 0."""
     out = ()
