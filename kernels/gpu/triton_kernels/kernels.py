@@ -352,8 +352,8 @@ def backward_kernel(
         row = step.row * (N * H) + at.y0
         row_prev = step_next.row * (N * H) + at.y0
         # The state that entered: of the step before in time, the initial one, or 0 after a reset.
-        m_before = at.mask & (step.runs & step_next.runs & ~step.cut)[None, :]
-        m_first = at.mask & (step.runs & ~(step_next.runs | step.cut))[None, :]
+        m_before = m_run & step_next.runs[None, :] & ~step.cut[None, :]
+        m_first = m_run & ~step_next.runs[None, :] & ~step.cut[None, :]
         h_next = load_tiles(tensors.y, row, 0, at.o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
         s0 = at.s0 + CARRIED * s_plane
