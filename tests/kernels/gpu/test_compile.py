@@ -30,7 +30,6 @@ FEW: list[Row] = [
     ("rnn_relu", "float32", 8, 128, 128, 1, []),
     ("lstm", "bfloat16", 8, 128, 128, 1, []),
     ("lstm", "bfloat16", 8, 32, 128, 1, MASKS),
-    ("lstm", "bfloat16", 8, 300, 100, 1, []),
     ("lstm", "float32", 64, 1024, 1024, 1, ["launch"]),
     ("lstm", "bfloat16", 64, 1024, 1024, 1, ["launch", "graph"]),
     ("lstm", "float32", 64, 1024, 1024, 1, []),
@@ -41,6 +40,10 @@ FEW: list[Row] = [
     ("lstm", "bfloat16", 8, 128, 128, 1, ["norm"]),
     ("gru", "float32", 8, 64, 64, 2, ["tf32", "norm"]),
     ("rnn_tanh", "float32", 8, 97, 97, 1, ["norm"]),
+    # These have the fewest registers to spare
+    ("rnn_tanh", "float32", 8, 100, 128, 2, ["tf32", *MASKS]),
+    ("lstm", "bfloat16", 8, 300, 97, 2, MASKS),
+    ("lstm", "bfloat16", 8, 300, 97, 2, ["norm", *MASKS]),
 ]
 
 
@@ -112,18 +115,16 @@ def _compiled(capability: int, rows: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def may_spill(H: int, G: int, units: int, norm: bool) -> tuple[int, int]:
-    """Bytes of the stack, and words in the time loop.
+def may_spill(H: int, units: int, norm: bool) -> tuple[int, int]:
+    """Bytes of the stack, and words in the time loop, where they would be read at every step.
 
-    A launch of one step may spill a few words, as may what comes before the loop; in the loop they
-    would be read at every step. Addresses take twice as many registers where nothing is aligned.
-    Layer norm takes more of them, and without these plans it would run step by step in torch."""
-    largest = G == 4 and units == 128
+    A launch of one step may spill a few words, as may what comes before the loop, in which W_hh is
+    read number by number where it is not aligned."""
     if not H % 16:
-        return 32, 8 if norm and largest else 0
-    if not norm:
-        return 256, 32 if largest else 0
-    return 512, 128 if largest else 32
+        return 32, 0
+    # A thread of 256 units has 8 numbers of a tile, each of its own address, beside 128 registers
+    # of W_hh: of layer norm's adjoint Triton 3.7 spills a word on capability 10.0, 3.6 none.
+    return 128, 1 if norm and units == 256 else 0
 
 
 def check(row: Row, used: dict[str, Any], capability: int) -> str:
@@ -139,7 +140,7 @@ def check(row: Row, used: dict[str, Any], capability: int) -> str:
     A = cell.saved
     forward = used["kernel"] == "forward_kernel"
     size = BYTES[precision]
-    stack, spilled = may_spill(H, G, units, norm)
+    stack, spilled = may_spill(H, units, norm)
     if used["stack"] > stack:
         return f"spills {used['stack']} bytes"
     if scope not in ("launch", "library") and used["local"] > spilled:
@@ -163,9 +164,10 @@ def check(row: Row, used: dict[str, Any], capability: int) -> str:
         return f"wants {used['shared']} bytes of shared memory"
     if scope == "launch":
         return ""
-    # Loads in the time loop: x, or what the adjoint is given; lengths, offsets and resets; h or dr
-    # of the grid, and its counter. W_hh read again would be many more.
-    streams = (1 if fused else G) if forward else 2 * S + A + 1 + (S - 1) * ("states" in options)
+    # Loads in the time loop: x and constants, or what the adjoint is given; lengths, offsets and
+    # resets; h or dr of the grid, and its counter. W_hh read again would be many more.
+    given = 2 * S + A + 1 + (S - 1) * ("states" in options)
+    streams = (1 if fused else G) + cell.constants if forward else given
     streams += 5 if {"lengths", "offsets", "resets"} & {*options} else 0
     if scope == "grid":
         streams += -(-H // depth) * (1 if forward else G) + 1
