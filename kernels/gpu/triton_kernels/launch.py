@@ -202,7 +202,7 @@ def launch_steps(
         _launch_once(kind, grid_of(part), arguments, constants)
 
     with torch.cuda.device_of(tensors.w_hh):
-        if not launched_once and can_replay(steps, each_of(tensors)):
+        if not launched_once and can_replay(steps, each_of(tensors), library):
             stream = torch.cuda.current_stream().cuda_stream
             graph = step_graph(kind, B, stream)
             if graph.graph is None:

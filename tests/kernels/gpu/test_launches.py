@@ -112,6 +112,7 @@ def cublas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cublas]:
             ("current_device", lambda: -1),
             ("current_blas_handle", lambda: 5),
             ("is_current_stream_capturing", lambda: False),
+            ("get_allocator_backend", lambda: "native"),
         ):
             patch.setattr(torch.cuda, name, value)
         patch.setattr(Tensor, "is_cuda", True)

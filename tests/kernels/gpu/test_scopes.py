@@ -4,8 +4,10 @@ here)."""
 import gc
 import itertools
 import mmap
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -111,6 +113,7 @@ class Machine:
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        self.allocator = "native"
         # the pool that a library's workspace would be of
         self.pool: Any = None
         self.driver = Driver(self)
@@ -159,6 +162,7 @@ class Machine:
             ("set_stream", lambda _: None),
             ("current_device", lambda: -1),  # that of these tensors
             ("is_current_stream_capturing", lambda: self.by_user),
+            ("get_allocator_backend", lambda: self.allocator),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(cuda_graph, "_library", lambda: self.driver)
@@ -263,6 +267,40 @@ def test_a_library_graph_with_a_callers_tensors_is_found(
     monkeypatch.setattr(gpu, "OPERANDS", operands)
     with pytest.raises(AssertionError):
         check_two_layers()
+
+
+@pytest.mark.parametrize("allocator", ["cudaMallocAsync", "pluggable"])
+def test_an_allocator_without_pools(
+    allocator: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's steps are launched one by one; other graphs need none."""
+
+    def refuse() -> None:
+        raise RuntimeError(f"{allocator} does not yet support createOrIncrefPool")
+
+    machine.allocator = allocator
+    monkeypatch.setattr(torch.cuda, "MemPool", refuse)
+    check(6, scope="library")
+    assert not machine.graphs and machine.plain == 6 + 7
+    check(6)
+    assert len(machine.graphs) == 2
+
+
+def test_threads_that_capture_first(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one stream, at the same time: their graphs have one workspace, which stays."""
+    pools = list[Any]()
+    pool = torch.cuda.MemPool
+
+    def made() -> Any:
+        time.sleep(0.1)
+        pools.append(pool())
+        return pools[-1]
+
+    monkeypatch.setattr(torch.cuda, "MemPool", made)
+    with ThreadPoolExecutor(2) as threads:
+        graphs = [threads.submit(cuda_graph.Graph, lambda: None, True) for _ in range(2)]
+        assert [graph.result() for graph in graphs]
+    assert len(pools) == len(machine.driver.streams) == 1
 
 
 @pytest.mark.parametrize("fault", ["none", "let go"])
