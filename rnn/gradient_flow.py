@@ -19,8 +19,8 @@ from .batch import Batch
 from .checks import check_layer
 from .composite import composite, composite_layer
 from .convert import replace
-from .functional import BATCH_FIRST
 from .kernels.cells import Cell
+from .layer_types import LayerInputs, LayerOutputs, Options
 from .stack import Stack
 
 
@@ -94,23 +94,12 @@ class _Operator:
         self.sweeps = sweeps
         self.layer = 0
 
-    def __call__(
-        self,
-        cell: Cell,
-        x: Tensor,
-        weights: Sequence[Any],
-        states: Sequence[Tensor] | None,
-        masks: Sequence[Any],
-        reverse: Sequence[int],
-        keep: int,
-        *options: Any,
-    ) -> Any:
+    def __call__(self, inputs: LayerInputs, options: Options) -> LayerOutputs:
         record: list[Tensor] = []
-        batch_first = options[BATCH_FIRST]
-        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
-        recording: Any = _Recording(cell, record)
-        found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
-        self.leave(record, reverse)
+        check_layer(inputs, options.batch_first)
+        recording: Any = _Recording(inputs.cell, record)
+        found = composite_layer(inputs._replace(cell=recording), options)
+        self.leave(record, inputs.reverse)
         return found
 
     def leave(self, record: list[Tensor], reverse: Sequence[int]) -> None:
@@ -152,12 +141,10 @@ def _projected_layer(
         return wide(_recorded(m @ down[n].T, record)), c
 
     states = None if first is None else [wide(first[0]), first[1]]
-    masks = batch.lengths, batch.batch_sizes, batch.resets
     wide_weights = w_ih, wide(w_hh), b_ih, b_hh
-    by_step = partial(composite, step=step)
-    y, others, last = composite_layer(
-        cell, x, wide_weights, states, masks, reverse, keep, batch_first, by_step
-    )
+    inputs = LayerInputs(cell, x, wide_weights, states, batch.masks, reverse)
+    options = Options(keep, batch_first=batch_first)
+    y, others, last = composite_layer(inputs, options, partial(composite, step=step))
     operator.leave(record, reverse)
 
     def narrow(t: Tensor) -> Tensor:

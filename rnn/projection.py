@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .checks import expect, refuse_nested
 from .device_copies import on_device
+from .layer_types import Masks
 
 
-def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
+def first_steps(x: Tensor, h0: Tensor, masks: Masks, reverse: Sequence[int]) -> Tensor:
     """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with,
     and else 0."""
     (lengths, batch_sizes, resets) = masks

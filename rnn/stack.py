@@ -31,6 +31,7 @@ from .functional import run_layer
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
+from .layer_types import LayerInputs, Operator, Options
 from .projection import check_projected, first_steps
 from .single_step import single_step
 from .time_options import check_time_parallel
@@ -282,14 +283,14 @@ class Stack(nn.RNNBase):
 
     def _run(
         self,
-        operator: Any,
+        operator: Operator,
         input: Any,
         hx: Any = None,
         lengths: Any = None,
         resets: Any = None,
         return_states: bool | None = None,
     ) -> Any:
-        """`forward` by an operator like `run_layer`."""
+        """`forward` by another operator than `run_layer`."""
         layers = self._layers()
         if self.time_parallel:
             self.last_time_parallel = []
@@ -298,7 +299,8 @@ class Stack(nn.RNNBase):
         # Under one name: torch.jit.trace looks for a tensor among the local variables
         input = batch.x
         D = 2 if self.bidirectional else 1
-        packed = batch.batch_sizes is not None
+        batch_sizes = batch.masks.batch_sizes
+        packed = batch_sizes is not None
         # A projection adds rows of the first step to x, and has x in order of time.
         turned = self.batch_first and not packed and bool(self.proj_size)
         x = own_gradient(input).transpose(0, 1) if turned else input
@@ -333,8 +335,8 @@ class Stack(nn.RNNBase):
         h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
         h_n = [h.squeeze(1) for h in h_n] if batch.unbatched else h_n
         output: Any = layout(x)
-        if batch.batch_sizes is not None:
-            output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
+        if batch_sizes is not None:
+            output = PackedSequence(x, batch_sizes, batch.order, batch.restore)
         result = output, tuple(h_n) if states_count > 1 else h_n[0]
         if not return_states:
             return result
@@ -343,7 +345,7 @@ class Stack(nn.RNNBase):
 
     def _layer(
         self,
-        operator: Any,
+        operator: Operator,
         x: Tensor,
         weights: Sequence[Any],
         first: Sequence[Tensor] | None,
@@ -359,12 +361,12 @@ class Stack(nn.RNNBase):
         Only the first h is of no m: it comes in as further input of the first step."""
         cell = self.layer_cell()
         reverse = (False, True) if self.bidirectional else (False,)
-        masks = batch.lengths, batch.batch_sizes, batch.resets
+        masks = batch.masks
         S = cell.carried
         N = len(reverse)
         states = first
         if self.proj_size:
-            check_masks(x, masks, x.shape[0], x.shape[1] if batch.batch_sizes is None else None)
+            check_masks(x, masks, x.shape[0], x.shape[1] if masks.batch_sizes is None else None)
             alive((x, *(first or ())))
             w_ih, w_hh, b_ih, b_hh, w_hr = weights
             down = w_hr.chunk(N)
@@ -376,8 +378,9 @@ class Stack(nn.RNNBase):
                 w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
                 states = [torch.zeros_like(first[1]), *first[1:]]
             weights = w_ih, w_hh, b_ih, b_hh
-        options = self.plan, self.recompute, batch_first, self.checkpoint
-        y, others, last = operator(cell, x, weights, states, masks, reverse, keep, *options)
+        inputs = LayerInputs(cell, x, weights, states, masks, reverse)
+        options = Options(keep, self.plan, self.recompute, batch_first, self.checkpoint)
+        y, others, last = operator(inputs, options)
         steps = [y]
         if keep and others is not None:
             shape = (
@@ -392,7 +395,7 @@ class Stack(nn.RNNBase):
         if self.proj_size:
             steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
             ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
-            if batch.lengths is not None:
-                none = (on_device("lengths", batch.lengths, x.device) == 0)[:, None]
+            if masks.lengths is not None:
+                none = (on_device("lengths", masks.lengths, x.device) == 0)[:, None]
                 ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
         return steps, ends
