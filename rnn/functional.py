@@ -109,7 +109,8 @@ def recurrence(  # noqa: PLR0913  the public operator
 def run_layer(inputs: LayerInputs, options: Options) -> LayerOutputs:
     """`recurrence`, each of whose states is a tensor of its own coming in and going out."""
     cell, x, weights, states, masks, reverse = inputs
-    seen = x, *weights, *(states or ()), *masks
+    tensors = x, *weights, *(states or ())
+    seen = *tensors, *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
         overridden: LayerOutputs = handle_torch_function(run_layer, seen, inputs, options)
         return overridden
@@ -136,7 +137,7 @@ def run_layer(inputs: LayerInputs, options: Options) -> LayerOutputs:
     if decision.plan is None:
         return composite_layer(inputs, options, composite)
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
-    if trains((x, *weights, *(states or ()))):
+    if trains(tensors):
         return with_gradients(call, inputs, options)
     if len(weights) > 4:
         alive(weights)
