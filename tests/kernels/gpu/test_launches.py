@@ -240,6 +240,39 @@ def test_launches_with_resets(scope: str, form: str, cublas: Cublas) -> None:
         assert found.products <= 2 + 2 * len(reverse), case
 
 
+@pytest.mark.parametrize("scope", PLANS)
+def test_kernels_find_words_at_zero(
+    scope: str, cublas: Cublas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marks where there are resets, and what blocks of a grid exchange."""
+    made = list[Tensor]()
+    found = list[int]()
+
+    def full(make: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            t: Tensor = make(*args, **kwargs)
+            if not t.is_floating_point():
+                made.append(t.fill_(-1))
+            return t
+
+        return filled
+
+    def launch(*_: Any) -> None:
+        assert not any(t.any() for t in made)
+        found.append(len(made))
+        made.clear()
+
+    for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, full(getattr(owner, name)))
+    monkeypatch.setattr(cuda, "load", lambda *_: launch)
+    monkeypatch.setattr(triton_launch, "_launch_once", launch)
+    for dtype in (torch.float32, torch.bfloat16):
+        found.clear()
+        counted(cublas, cells.gru, dtype, "lengths", False, PLANS[scope], resets=True)
+        exchanged = "grid" in scope
+        assert {exchanged, 1 + exchanged} <= {*found}
+
+
 def test_lengths_on_the_gpu_are_checked_in_one() -> None:
     """Which an assertion on the device ends, as an index that is out of range."""
     x = torch.randn(T, B, I)
