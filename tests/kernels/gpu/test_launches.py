@@ -241,9 +241,7 @@ def test_launches_with_resets(scope: str, form: str, cublas: Cublas) -> None:
 
 
 @pytest.mark.parametrize("scope", PLANS)
-def test_kernels_find_words_at_zero(
-    scope: str, cublas: Cublas, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_find_words_at_zero(scope: str, cublas: Cublas) -> None:
     """Marks where there are resets, and what blocks of a grid exchange."""
     made = list[Tensor]()
     found = list[int]()
@@ -262,13 +260,15 @@ def test_kernels_find_words_at_zero(
         found.append(len(made))
         made.clear()
 
-    for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, full(getattr(owner, name)))
-    monkeypatch.setattr(cuda, "load", lambda *_: launch)
-    monkeypatch.setattr(triton_launch, "_launch_once", launch)
     for dtype in (torch.float32, torch.bfloat16):
         found.clear()
-        counted(cublas, cells.gru, dtype, "lengths", False, PLANS[scope], resets=True)
+        # undone before the fixture's
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
+                patch.setattr(owner, name, full(getattr(owner, name)))
+            patch.setattr(cuda, "load", lambda *_: launch)
+            patch.setattr(triton_launch, "_launch_once", launch)
+            counted(cublas, cells.gru, dtype, "lengths", False, PLANS[scope], resets=True)
         exchanged = "grid" in scope
         assert {exchanged, 1 + exchanged} <= {*found}
 
