@@ -23,6 +23,7 @@ from rnn.kernels.gpu.triton_kernels import launch as triton_launch
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Gradients, OutputGrads, Outputs, Save, Weights
 from rnn.layer_call import LayerCall
+from rnn.layer_types import Masks
 from tests.cases import OF_EACH_SIZE
 
 T = 6
@@ -120,10 +121,10 @@ def cublas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cublas]:
     cuda_graph.step_graph.cache_clear()
 
 
-def masks_of(form: str, resets: bool) -> tuple[Any, Any, Any]:
+def masks_of(form: str, resets: bool) -> Masks:
     lengths = torch.tensor([6, 2, 3, 0, 1]) if form == "lengths" else None
     batch_sizes = torch.tensor([5, 5, 4, 2, 1, 1]) if form == "packed" else None
-    return lengths, batch_sizes, torch.rand(T, B) < 0.3 if resets else None
+    return Masks(lengths, batch_sizes, torch.rand(T, B) < 0.3 if resets else None)
 
 
 # The switch of large products is at its default, which is not that of a plan in TF32.
@@ -280,11 +281,11 @@ def test_lengths_on_the_gpu_are_checked_in_one() -> None:
     wrong = [torch.tensor([6, 2, 3, 0, 7]), torch.tensor([6, 2, 3, -1, 1])]
     for each in (lengths, lengths.int()):
         with Functions() as seen:
-            check_masks(x, (each, None, None), T, B)
+            check_masks(x, Masks(each), T, B)
         launching = {"index_select", "_assert_async", "all", "ge", "le", "ne", "any"}
         launching |= {"assert_async", "and", "lt", "gt"}
         assert [name for name in seen.names if name.strip("_") in launching] == ["index_select"]
     for each in wrong:
         with pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
-            check_masks(x, (each, None, None), T, B)
-    check_masks(x[:, :0], (lengths[:0], None, None), T, 0)
+            check_masks(x, Masks(each), T, B)
+    check_masks(x[:, :0], Masks(lengths[:0]), T, 0)
