@@ -9,7 +9,7 @@ from torch import Tensor
 from . import dispatch
 from .checks import check_layer
 from .kernels.cells import Cell
-from .kernels.plan import Plan
+from .kernels.plan import STEP_SCOPES, Plan
 from .kernels.prediction import predict
 from .layer_call import batch_size
 from .layer_types import LayerInputs, LayerOutputs, Options
@@ -86,7 +86,7 @@ def _words(
         whys.append("the fastest that fits, by prediction")
     registers = (
         0
-        if chosen.scope in ("launch", "library")
+        if chosen.scope in STEP_SCOPES
         else G * chosen.units * H * dtype.itemsize // (128 * chosen.warps)
     )
     return (

@@ -14,6 +14,7 @@ import triton.language as tl
 from ...cells import Cell, bind
 from ..tensors import BackwardTensors, ForwardTensors
 from .tiles import (
+    add_given,
     add_in_own_layout,
     any_nonzero,
     barrier,
@@ -32,6 +33,7 @@ from .tiles import (
     store_tiles,
     tile_of_program,
     zero_past_ends,
+    zero_unmarked,
 )
 
 
@@ -263,6 +265,7 @@ def backward_kernel(
     CARRIED: tl.constexpr,
     A: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -276,29 +279,30 @@ def backward_kernel(
 
     Step T only adds W_hh^T dr of the last one to the gradient of h."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 1)
+    first_states = tensors.first
     dlast = tensors.dlast
     dfirst = tensors.dfirst
     if table is not None:
         tensors = BackwardTensors(
             w_hh=load_pointer(table, 0, tensors.w_hh),
-            state=load_pointer(table, 1, tensors.state),
-            y=load_pointer(table, 2, tensors.y),
-            states=load_pointer(table, 3, tensors.states),
-            saved=load_pointer(table, 4, tensors.saved),
-            dy=load_pointer(table, 5, tensors.dy),
-            dstates=load_pointer(table, 6, tensors.dstates),
-            dx=load_pointer(table, 7, tensors.dx),
-            dr=load_pointer(table, 8, tensors.dr),
-            h_prev=load_pointer(table, 9, tensors.h_prev),
-            marks=load_pointer(table, 10, tensors.marks),
-            lengths=load_pointer(table, 11, tensors.lengths),
-            offsets=load_pointer(table, 12, tensors.offsets),
-            resets=load_pointer(table, 13, tensors.resets),
+            y=load_pointer(table, 1, tensors.y),
+            states=load_pointer(table, 2, tensors.states),
+            saved=load_pointer(table, 3, tensors.saved),
+            dy=load_pointer(table, 4, tensors.dy),
+            dstates=load_pointer(table, 5, tensors.dstates),
+            dx=load_pointer(table, 6, tensors.dx),
+            dr=load_pointer(table, 7, tensors.dr),
+            h_prev=load_pointer(table, 8, tensors.h_prev),
+            marks=load_pointer(table, 9, tensors.marks),
+            lengths=load_pointer(table, 10, tensors.lengths),
+            offsets=load_pointer(table, 11, tensors.offsets),
+            resets=load_pointer(table, 12, tensors.resets),
+            first=(),
             dlast=(),
             dfirst=(),
-            carried=load_pointer(table, 14 + 2 * S, tensors.carried),
-            outgoing=load_pointer(table, 15 + 2 * S, tensors.outgoing),
-            product=load_pointer(table, 16 + 2 * S, tensors.product),
+            carried=load_pointer(table, 13 + 3 * S, tensors.carried),
+            outgoing=load_pointer(table, 14 + 3 * S, tensors.outgoing),
+            product=load_pointer(table, 15 + 3 * S, tensors.product),
         )
     tile = tile_of_program(first, B, H, REVERSE, N, G, BB, BN)
     o_y = tile.o_y
@@ -308,7 +312,7 @@ def backward_kernel(
     s_plane = B.to(tl.int64) * (N * H)
     w_hh = tensors.w_hh + tile.n * G * H * H
     ws = load_matrices(w_hh, H * H, 1, H, tile.o_n, 0, tile.m_n, H, BK, KT, G)
-    d = load_states(table, 14, dlast, tensors.carried, s_plane, u, tile, S)
+    d = load_states(table, 13 + S, dlast, tensors.carried, s_plane, u, tile, S)
     gr = zeros
     descending = tile.reverse == 0
     # `last` is the step done before, `step_next` the one done after: the reverse of their time.
@@ -339,21 +343,14 @@ def backward_kernel(
         m_first = m_run & ~(step_next.runs | step.cut)[None, :]
         h_next = load_tiles(tensors.y, row, 0, o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
-        constants = load_tiles(
-            tensors.state,
-            tile.s0 + CARRIED * s_plane,
-            s_plane,
-            tile.o_s,
-            m_run,
-            None,
-            S - CARRIED,
-        )
+        nothing = load_tiles(None, 0, 0, o_y, m_run, None, S - CARRIED)
+        constants = add_given(table, 13, first_states, CARRIED, tile, m_run, nothing, S - CARRIED)
         others = load_tiles(tensors.states, row, y_plane, o_y, m_run, None, CARRIED - 1)
         s_next = h_next + others + constants
         h_prev = load_tiles(tensors.y, row_prev, 0, o_y, m_before, None, 1)
         others = load_tiles(tensors.states, row_prev, y_plane, o_y, m_before, None, CARRIED - 1)
         s_prev = h_prev + others
-        s_prev = load_tiles(tensors.state, tile.s0, s_plane, tile.o_s, m_first, s_prev, CARRIED)
+        s_prev = add_given(table, 13, first_states, 0, tile, m_first, s_prev, CARRIED)
         s_prev = s_prev + constants
         dh = load_tiles(tensors.dy, row, 0, o_y, m_run, d, 1)
         ds = dh + load_tiles(tensors.dstates, row, y_plane, o_y, m_run, d[1:], S - 1)
@@ -379,8 +376,10 @@ def backward_kernel(
         store_tiles(tensors.h_prev, row, 0, o_y, s_prev, m_rows, 1)
         if tensors.marks is not None:
             mark_rows(tensors, step, tile, rows, reached, R)
+            if ONE_STEP:
+                zero_unmarked(tensors, last, tile, R, N * H)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step
         step = step_next
-    store_states(table, 14 + S, dfirst, tensors.carried, s_plane, u1 > T, d, tile, S)
+    store_states(table, 13 + 2 * S, dfirst, tensors.carried, s_plane, u1 > T, d, tile, S)
