@@ -35,6 +35,14 @@ SUITES = (
 TOLD = "prove-tests.jsonl"  # what became of each test
 SPARE = 0.5  # minutes: what a benchmark takes beyond the time after which it begins no further case
 
+# of tests: of each a context of CUDA, and the memory that torch keeps there
+MOST_PROCESSES = 8
+
+
+def processes() -> int:
+    """How many share the GPU: they compile most of the time, each on one core."""
+    return max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) // 2))
+
 
 class Step(NamedTuple):
     name: str
@@ -56,6 +64,9 @@ def plan(device: str, suites: list[str], out: Path) -> list[Step]:
     tests = python("-m", "pytest", "-q", "-p", "tests.on_gpu", "--told", out / TOLD)
     if device == "cpu":
         tests.append("--collect-only")
+    elif find_spec("xdist"):
+        # a test takes as long as its kernels are compiled, 1 to 3 s, and there are 1,500
+        tests += ["--numprocesses", str(processes())]
     constants = ["--out", out] if device == "cuda" else ["--compile", "sm_90"]
     no = {name: "" if find_spec(name) else f"there is no {name}" for name in ("cupy", "pytest")}
     no |= {
@@ -146,7 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    (out / TOLD).unlink(missing_ok=True)
+    if not options.only or "tests" in options.only:
+        (out / TOLD).unlink(missing_ok=True)
     steps = plan(options.device, options.suite or list(SUITES), out)
     if unknown := {*(options.only or ())} - {step.name for step in steps}:
         parser.error(

@@ -35,6 +35,8 @@ BACKENDS = dict(
     triton=("block", "grid", "launch", "library"),
     cuda=("block", "cluster", "grid"),
 )
+# In which a launch is one step, and sees all that the one before wrote.
+STEP_SCOPES = ("launch", "library")
 
 
 class Gpu(NamedTuple):

@@ -16,6 +16,7 @@ from .composite import aliases, composite_layer, differentiate
 from .kernels.states import join_weights, part_weights
 from .kernels.types import Gradients, OutputGrads, Outputs, Weights
 from .layer_call import LayerCall
+from .layer_types import LayerInputs, Masks, Options
 from .transforms import (
     active_transform,
     needs_composite,
@@ -100,7 +101,7 @@ class _Layer(torch.autograd.Function):
         with without_autocast(x.device):
             if needs_graph:
                 inputs = x, *_interleaved(matrices, ctx.biases), *states
-                masks = lengths, batch_sizes, resets
+                masks = Masks(lengths, batch_sizes, resets)
                 grads = by_composite(call, inputs, masks, count, incoming_grads, needs)
                 return *_NO_GRADS, *grads
             weights = _joined_weights(joined_matrices, ctx.biases if recompute else None)
@@ -182,7 +183,7 @@ def state_grads(
 def by_composite(
     call: LayerCall,
     inputs: Sequence[Any],
-    masks: Sequence[Any],
+    masks: Masks,
     count: int,
     grads: Sequence[Any],
     needs: Sequence[bool],
@@ -193,9 +194,9 @@ def by_composite(
         x, *rest = alias
         weights = rest[:count]
         states = rest[count:] or None
-        y, others, last = composite_layer(
-            call.cell, x, weights, states, masks, call.reverse, 1, call.batch_first
-        )
+        again = LayerInputs(call.cell, x, weights, states, masks, call.reverse)
+        options = Options(keep=1, batch_first=call.batch_first)
+        y, others, last = composite_layer(again, options)
     return differentiate((y, others, *last), grads, alias, needs)
 
 

@@ -11,18 +11,17 @@ from torch.nn.utils.rnn import PackedSequence
 from .autograd import own_gradient
 from .boundary import alive
 from .checks import as_tensor, refuse_nested
+from .layer_types import NO_MASKS, Masks
 from .transforms import any_autocast
 
 
 class Batch(NamedTuple):
     """The arguments of a call, checked: x in the layout of the caller, but with a batch; the states
-    in the order of that batch, [L*D, B, H] each, or None for zeros; resets [T, B]."""
+    in the order of that batch, [L*D, B, H] each, or None for zeros; and the masks for it."""
 
     x: Tensor
     states: Sequence[Tensor] | None
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    resets: Tensor | None
+    masks: Masks
     order: Tensor | None
     restore: Tensor | None
     unbatched: bool
@@ -80,7 +79,10 @@ def batch_of(
         lengths = lengths if lengths is None or lengths.dim() else lengths.unsqueeze(0)
     if states is not None and not fit:
         states = _initial(layer, input, states, batch_sizes, order)
-    return Batch(input, states, lengths, batch_sizes, resets, order, restore, unbatched)
+    masks = NO_MASKS
+    if not lengths is batch_sizes is resets is None:
+        masks = Masks(lengths, batch_sizes, resets)
+    return Batch(input, states, masks, order, restore, unbatched)
 
 
 def _states_of(states_count: int, hx: Any) -> Sequence[Tensor] | None:

@@ -22,6 +22,7 @@ from .kernels.cpu import calls, native
 from .kernels.states import join_weights
 from .kernels.types import Gradients, OutputGrads, Outputs, Save
 from .layer_call import LayerCall
+from .layer_types import Masks
 from .resets import requested_steps
 from .segments import Rows, Segments, Sweep
 from .transforms import needs_composite, without_autocast
@@ -70,7 +71,7 @@ class _Segments(torch.autograd.Function):
         incoming = [to_dense(grad) for grad in grads]
         with without_autocast(x.device):
             if needs_composite(incoming):
-                masks = lengths, batch_sizes, resets
+                masks = Masks(lengths, batch_sizes, resets)
                 found = by_composite(call, (x, *rest), masks, count, incoming, needs)
                 return *_NO_GRADS, *found
             adjoint = _Adjoint(call, ctx.segments, x, rest[:count], incoming, wanted(needs, count))

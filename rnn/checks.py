@@ -12,6 +12,7 @@ from .boundary import alive
 from .device_copies import on_device
 from .kernels.cells import Cell
 from .kernels.plan import BACKENDS, Plan
+from .layer_types import LayerInputs, Masks
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -142,17 +143,11 @@ def _rows_of_most(weights: Sequence[Any]) -> int:
     return max(rows, key=rows.count)
 
 
-def check_layer(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Tensor | None],
-    N: int,
-    batch_first: bool,
-) -> int:  # B
+def check_layer(inputs: LayerInputs, batch_first: bool) -> int:  # B
+    cell, x, weights, states, masks, reverse = inputs
     w_hh, b_ih, b_hh = weights[1:4]
-    batch_sizes = masks[1]
+    batch_sizes = masks.batch_sizes
+    N = len(reverse)
     size = x.shape
     device = x.device
     if (
@@ -218,7 +213,7 @@ def _check_range(lengths: Tensor, T: int, plain: bool) -> None:
     )
 
 
-def check_masks(x: Tensor, masks: Sequence[Tensor | None], T: int, B: Any) -> int:
+def check_masks(x: Tensor, masks: Masks, T: int, B: Any) -> int:
     """Raises RuntimeError for lengths, batch_sizes or resets that are not of T steps and B
     sequences; with batch_sizes T is ignored, and B may be None if it is not known otherwise.
     Returns B, which is 0 for batch_sizes whose numbers are not known yet."""

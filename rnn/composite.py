@@ -12,6 +12,7 @@ from torch import Tensor
 from .device_copies import on_device
 from .kernels.cells import Cell
 from .kernels.states import join_states, join_weights, part_states
+from .layer_types import LayerInputs, LayerOutputs, Masks, Options
 
 
 def first_states(
@@ -74,7 +75,7 @@ def _unpacked(x: Tensor, batch_sizes: Tensor, B: int) -> tuple[Tensor, Tensor, T
 def composite(
     cell: Cell,
     operands: Sequence[Any],
-    masks: Sequence[Any],
+    masks: Masks,
     reverse: Sequence[int],
     keep: int,
     step: Callable[..., Any] | None = None,
@@ -86,7 +87,7 @@ def composite(
     Without w_ih x are pre-activations [T, B, N*G*H]. `step(n, x, r, s, biases)`, in place of the
     cell's, gives recurrence n's new states from W_ih x and W_hh h [B, G*H] and its two biases."""
     (x, w_ih, w_hh, b_ih, b_hh, s0) = operands
-    (lengths, batch_sizes, resets) = masks
+    lengths, batch_sizes, resets = masks
     N = len(reverse)
     S = cell.states
     B = s0.shape[-2]
@@ -161,21 +162,19 @@ def _sweep(
 
 
 def composite_layer(
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Any] | None,
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    batch_first: bool,
+    inputs: LayerInputs,
+    options: Options,
     operator: Callable[..., tuple[Tensor, Tensor | None, Tensor]] = composite,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+) -> LayerOutputs:
     """As `functional.run_layer`, by an operator like `composite`, which takes joined tensors."""
+    cell, x, weights, states, masks, reverse = inputs
+    batch_first = options.batch_first
     rows = x.transpose(0, 1) if batch_first else x
-    s0 = first_states(rows, weights[1], states, masks[1], len(reverse), cell.states)
-    y, others, last = operator(cell, (rows, *join_weights(weights), s0), masks, reverse, keep)
-    return y.transpose(0, 1) if batch_first else y, others, part_states(last, cell.states)
+    s0 = first_states(rows, weights[1], states, masks.batch_sizes, len(reverse), cell.states)
+    given = rows, *join_weights(weights), s0
+    y, others, last = operator(cell, given, masks, reverse, options.keep)
+    y = y.transpose(0, 1) if batch_first else y
+    return y, others, part_states(last, cell.states)
 
 
 def differentiate(

@@ -15,6 +15,7 @@ from .kernels.plan import plan_of
 from .kernels.states import join_states, part_views
 from .kernels.types import Gradients, OutputGrads, Outputs, Weights
 from .layer_call import LayerCall, batch_size
+from .layer_types import Masks
 from .transforms import needs_composite, traced, under_dispatch_mode, without_autocast
 
 
@@ -22,10 +23,10 @@ def _named_call(cell: str, plan: str, reverse: Sequence[int], tensors: Sequence[
     """From what the custom operators take, names and text."""
     operation = cells.registered(cell)
     x, _, w_hh = tensors[:3]
-    masks = tensors[6:9]
+    masks = Masks(*tensors[6:9])
     if plan:
         return LayerCall(operation, plan_of(plan), x, masks, reverse)
-    B = batch_size(x, masks[1])
+    B = batch_size(x, masks.batch_sizes)
     chosen = dispatch.choose_plan(operation, x, B, w_hh.shape[1], reverse)
     return LayerCall(operation, chosen, x, masks, reverse)
 
@@ -63,7 +64,7 @@ def _op_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     (*tensors,) = ctx.saved_tensors
     (cell, plan, reverse) = ctx.choices
     operands = tensors[:6]
-    masks = tensors[6:9]
+    masks = Masks(*tensors[6:9])
     needs = ctx.needs_input_grad[4:10]
     results: list[Any]
     grads: list[Any]

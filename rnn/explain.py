@@ -9,9 +9,10 @@ from torch import Tensor
 from . import dispatch
 from .checks import check_layer
 from .kernels.cells import Cell
-from .kernels.plan import Plan
+from .kernels.plan import STEP_SCOPES, Plan
 from .kernels.prediction import predict
 from .layer_call import batch_size
+from .layer_types import LayerInputs, LayerOutputs, Options
 from .normalized import why_stepwise
 from .normalized import words as normalized_words
 from .stack import Stack
@@ -85,7 +86,7 @@ def _words(
         whys.append("the fastest that fits, by prediction")
     registers = (
         0
-        if chosen.scope in ("launch", "library")
+        if chosen.scope in STEP_SCOPES
         else G * chosen.units * H * dtype.itemsize // (128 * chosen.warps)
     )
     return (
@@ -110,29 +111,21 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         )
     lines: list[str] = []
 
-    def operator(  # noqa: PLR0913  as run_layer
-        cell: Cell,
-        x: Tensor,
-        weights: Sequence[Any],
-        states: Any,
-        masks: Sequence[Any],
-        reverse: Sequence[int],
-        keep: int,
-        plan: Plan | None,
-        recompute: bool,
-        batch_first: bool,
-        checkpoint: int,
-    ) -> Any:
-        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
-        plain = all(mask is None for mask in masks) and not keep and not recompute
-        B = batch_size(x, masks[1], batch_first)
+    def operator(inputs: LayerInputs, options: Options) -> LayerOutputs:
+        check_layer(inputs, options.batch_first)
+        cell, x, weights, _, masks, reverse = inputs
+        plain = masks.whole() and not options.keep and not options.recompute
+        B = batch_size(x, masks.batch_sizes, options.batch_first)
         H = weights[1].shape[1]
         width = len(reverse) * H
-        lines.append(f"layer {len(lines)}: {_words(cell, x, (B, H), reverse, plan, plain)}")
-        y = x.new_zeros(()).expand(*x.shape[:-1], width)
-        several = keep and cell.states > 1
+        words = _words(cell, x, (B, H), reverse, options.plan, plain)
+        lines.append(f"layer {len(lines)}: {words}")
+        zero = x.new_zeros(())
+        y = zero.expand(*x.shape[:-1], width)
+        several = options.keep and cell.states > 1
         others = y.reshape(1, -1, width).expand(cell.states - 1, -1, -1) if several else None
-        return y, others, [x.new_zeros(()).expand(len(reverse), B, H) for _ in range(cell.states)]
+        last = [zero.expand(len(reverse), B, H) for _ in range(cell.states)]
+        return y, others, last
 
     devices = [p.device for p in layer.parameters() if p.is_cuda][:1]
     with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws

@@ -14,19 +14,18 @@ from .autograd import own_gradient
 from .boundary import alive
 from .checks import check_layer
 from .composite import composite, composite_layer
-from .functional import BATCH_FIRST, run_in
+from .functional import run_in
 from .kernels import cells
-from .kernels.cells import Cell
 from .layer_call import batch_size
+from .layer_types import LayerInputs, LayerOutputs, Operator, Options
 from .normalized import (
     layer_norm,
-    normalized_call,
+    normalized_inputs,
     normalized_layer,
     other_dtype,
     why_stepwise,
 )
 from .regularisers import (
-    Arguments,
     Norm,
     clip_limit,
     extended_cell,
@@ -184,101 +183,74 @@ def reset_parameters(layer: Any) -> None:
             nn.init.uniform_(weight, -bound, bound)
 
 
-def extended_layer(  # noqa: PLR0913  as run_layer
-    layer: Any,
-    index: int,
-    operator: Callable[..., Any],
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """As `operator`, which is like `functional.run_layer`, for the layer of that index with all its
-    options. Its states are those of all heads together, [D, B, heads * H]."""
-    alive((x, *weights, *(states or ()), *layer.parameters()))
+def extended_layer(
+    layer: Any, index: int, operator: Operator, inputs: LayerInputs, options: Options
+) -> LayerOutputs:
+    """As `operator`, for the layer of that index with all its options. Its states are those of all
+    heads together, [D, B, heads * H]."""
+    alive((*inputs.tensors(), *layer.parameters()))
+    cell, x, weights, states, masks, reverse = inputs
     heads = layer.num_heads
-    batch_first = options[BATCH_FIRST]
-    B = batch_size(x, masks[1], batch_first)
+    B = batch_size(x, masks.batch_sizes, options.batch_first)
     given = _states(layer, index, x, B, states, len(reverse))
-    w_ih, w_hh, b_ih, b_hh = _joined(weights)
-    parts = [_split_heads(s, heads) for s in given]
-    call = Arguments(cell, x, w_ih, w_hh, b_ih, b_hh, parts)
-    directions = tuple(back for back in reverse for _ in range(heads))
+    of_heads = inputs._replace(
+        weights=_joined(weights),
+        states=[_split_heads(s, heads) for s in given],
+        reverse=tuple(back for back in reverse for _ in range(heads)),
+    )
     dropped = bool(layer.training and layer.recurrent_dropout)
     norm = None
     run = operator
-    why = why_stepwise(layer, B, (x, *weights, *parts, *masks))
+    why = why_stepwise(layer, B, (*of_heads.tensors(), *masks))
     dtype = other_dtype(layer, x) if layer.layer_norm and not why else None
     if dtype is not None:
-        run = partial(extended_layer, layer, index, operator)
-        return run_in(dtype, run, cell, x, weights, states, masks, reverse, keep, *options)
+        return run_in(dtype, partial(extended_layer, layer, index, operator), inputs, options)
     if why:
         say_stepwise(layer, why)
         run = partial(_composite, stepwise(layer, index, dropped))
     elif layer.layer_norm:
-        check_layer(cell, x, call[2:6], parts, masks, len(directions), batch_first)
+        check_layer(of_heads, options.batch_first)
         norm = layer_norm(layer)
-        call = normalized_call(layer, index, call, masks[0], batch_first)
+        of_heads = normalized_inputs(layer, index, of_heads, options.batch_first)
         run = normalized_layer
-    call = _regularised(layer, call, norm)
-    y, others, last = run(
-        call.cell,
-        call.x,
-        call[2:6],
-        call.states,
-        masks,
-        directions,
-        1 if dropped else keep,
-        *options,
-    )
+    regularised = _regularised(layer, of_heads, norm)
+    keep = 1 if dropped else options.keep
+    y, others, last = run(regularised, options._replace(keep=keep))
     first = 0
     if dropped and others is not None:
         # State 0 is the h that was multiplied: h itself is the next one.
         first = 1
-        y = _like_output(others[0], y, batch_first)
+        y = _like_output(others[0], y, options.batch_first)
     S = cell.carried
-    own = None if others is None or not keep or S == 1 else others[first : first + S - 1]
+    own = None
+    if others is not None and options.keep and S > 1:
+        own = others[first : first + S - 1]
     ends = [_join_heads(s, heads) for s in last[first : first + S]]
     return y, own, ends
 
 
-def _regularised(layer: Any, call: Arguments, norm: Norm | None) -> Arguments:
+def _regularised(layer: Any, inputs: LayerInputs, norm: Norm | None) -> LayerInputs:
     """With masks drawn now, in this order: of W_hh, of the steps, of the sequences."""
-    cell = call.cell
+    cell = inputs.cell
     if layer.training and layer.weight_drop:
-        call = call._replace(w_hh=F.dropout(own_gradient(call.w_hh), layer.weight_drop))
+        w_ih, w_hh, *biases = inputs.weights
+        w_hh = F.dropout(own_gradient(w_hh), layer.weight_drop)
+        inputs = inputs._replace(weights=(w_ih, w_hh, *biases))
     zoned = zoned_states(layer)
     if zoned:
         rates = zoneout_rates(layer)
-        masks = zoneout_masks(call, [rates[k] for k in zoned], layer.training)
-        call = with_step_masks(call, masks, len(zoned))
+        masks = zoneout_masks(inputs, [rates[k] for k in zoned], layer.training)
+        inputs = with_step_masks(inputs, masks, len(zoned))
     dropped = bool(layer.training and layer.recurrent_dropout)
     if dropped:
-        call = with_sequence_mask(call, layer.recurrent_dropout)
-    return call._replace(cell=extended_cell(cell, clip_limit(layer), zoned, dropped, norm))
+        inputs = with_sequence_mask(inputs, layer.recurrent_dropout)
+    return inputs._replace(cell=extended_cell(cell, clip_limit(layer), zoned, dropped, norm))
 
 
-def _composite(
-    step: Callable[..., Any],
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor],
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _composite(step: Callable[..., Any], inputs: LayerInputs, options: Options) -> LayerOutputs:
     """As `functional.run_layer`, by a step of its own in torch's operations."""
-    batch_first = options[BATCH_FIRST]
-    check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
-    return composite_layer(
-        cell, x, weights, states, masks, reverse, keep, batch_first, partial(composite, step=step)
-    )
+    check_layer(inputs, options.batch_first)
+    return composite_layer(inputs, options, partial(composite, step=step))
 
 
 def _joined(weights: Sequence[Any]) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from .kernels.plan import Plan, plan_text
 from .kernels.states import join_states, join_weights, part_views
 from .kernels.types import Save
 from .layer_call import LayerCall
+from .layer_types import LayerInputs, LayerOutputs, Masks, Operator, Options
 from .segments import segment_windows
 from .torch_operators import by_torch
 from .transforms import (
@@ -40,8 +41,6 @@ from .transforms import (
 )
 
 __all__ = ["recurrence"]
-# Of the options of `run_layer` that come after `keep`: plan, recompute, batch_first, checkpoint
-BATCH_FIRST = 2
 
 
 def recurrence(  # noqa: PLR0913  the public operator
@@ -99,83 +98,57 @@ def recurrence(  # noqa: PLR0913  the public operator
     check_checkpoint(checkpoint)
     tensors = dict(x=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, s0=s0, batch_sizes=batch_sizes)
     reverse = check_operator(cell, tensors, reverse, keep, plan)
-    masks = as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device)
-    weights = w_ih, w_hh, b_ih, b_hh
-    options = reverse, int(keep), plan, bool(recompute), False, checkpoint
-    y, others, last = run_layer(cell, x, weights, part_views(s0, cell.states), masks, *options)
+    masks = Masks(as_tensor("lengths", lengths), batch_sizes, as_tensor("resets", resets, x.device))
+    states = part_views(s0, cell.states)
+    inputs = LayerInputs(cell, x, (w_ih, w_hh, b_ih, b_hh), states, masks, reverse)
+    options = Options(int(keep), plan, bool(recompute), False, checkpoint)
+    y, others, last = run_layer(inputs, options)
     return y, others, join_states(last, len(reverse))
 
 
-def run_layer(  # noqa: PLR0913  as recurrence
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int = 0,
-    plan: Plan | None = None,
-    recompute: bool = False,
-    batch_first: bool = False,
-    checkpoint: bool | int = False,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """`recurrence` with `weights` w_ih to b_hh, of all recurrences or of one after the other,
-    `masks` lengths to resets, S states [N, B, H], each a tensor of its own coming in and going out,
-    zeros if None; with `batch_first` x is [B, T, I] and so is y."""
-    seen = x, *weights, *(states or ()), *masks
+def run_layer(inputs: LayerInputs, options: Options) -> LayerOutputs:
+    """`recurrence`, each of whose states is a tensor of its own coming in and going out."""
+    cell, x, weights, states, masks, reverse = inputs
+    tensors = x, *weights, *(states or ())
+    seen = *tensors, *masks
     if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
-        options = reverse, keep, plan, recompute, batch_first, checkpoint
-        given = cell, x, weights, states, masks, *options
-        overridden: tuple[Tensor, Tensor | None, list[Tensor]] = handle_torch_function(
-            run_layer, seen, *given
-        )
+        overridden: LayerOutputs = handle_torch_function(run_layer, seen, inputs, options)
         return overridden
-    options = reverse, keep, plan, recompute, batch_first, checkpoint
     # Asked first whether there is any: the type of a device takes as long as a check.
     autocast = autocast_dtype(x.device.type) if any_autocast() else None
     if autocast is not None:
-        return run_in(autocast, run_layer, cell, x, weights, states, masks, *options)
+        return run_in(autocast, run_layer, inputs, options)
     try:
-        B = check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
+        B = check_layer(inputs, options.batch_first)
     except RuntimeError:
         refuse_nested(zip(len(weights) // 4 * NAMES, weights))
         raise
     transform = active_transform()
     if transform or traced(x, weights[1]):
-        return _seen_by_pytorch(transform, cell, x, weights, states, masks, *options[:-1])
-    whole_sequences = masks[0] is masks[1] is masks[2] is None and not (
-        keep or recompute or checkpoint
-    )
+        return _seen_by_pytorch(transform, inputs, options)
+    keep, plan, recompute, batch_first, checkpoint = options
+    whole_sequences = masks.whole() and not (keep or recompute or checkpoint)
     H = weights[1].shape[1]
     decision = dispatch.decide(cell, x, B, H, reverse, plan, whole_sequences)
     if decision.dtype != x.dtype:
-        return run_in(decision.dtype, run_layer, cell, x, weights, states, masks, *options)
+        return run_in(decision.dtype, run_layer, inputs, options)
     if decision.operator is not None:
-        return by_torch(decision.operator, cell, x, weights, states, reverse, batch_first)
+        return by_torch(decision.operator, inputs, batch_first)
     if decision.plan is None:
-        return composite_layer(
-            cell, x, weights, states, masks, reverse, keep, batch_first, composite
-        )
+        return composite_layer(inputs, options, composite)
     call = LayerCall(cell, decision.plan, x, masks, reverse, batch_first)
-    if trains((x, *weights, *(states or ()))):
-        return with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
+    if trains(tensors):
+        return with_gradients(call, inputs, options)
     if len(weights) > 4:
         alive(weights)
     y, others, last, _ = layer_call.forward(call, x, join_weights(weights), states, keep)
     return y, others, last
 
 
-def with_gradients(
-    call: LayerCall,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Any],
-    keep: int,
-    recompute: bool,
-    checkpoint: bool | int,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def with_gradients(call: LayerCall, inputs: LayerInputs, options: Options) -> LayerOutputs:
     """As `run_layer`, by a kernel, under autograd."""
+    _, x, weights, states, masks, _ = inputs
+    keep, _, recompute, _, checkpoint = options
     tensors = len(weights), *masks, x, *weights, *(states or ())
     windows = segment_windows(call, x, weights[1], checkpoint) if checkpoint else None
     if windows is not None:
@@ -185,47 +158,30 @@ def with_gradients(
     return y, others if keep else None, last
 
 
-def _seen_by_pytorch(  # noqa: PLR0913  as run_layer
-    transform: Any,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    plan: Plan | None,
-    recompute: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _seen_by_pytorch(transform: Any, inputs: LayerInputs, options: Options) -> LayerOutputs:
     """As `run_layer`, under a transform or where the call is recorded."""
-    serves, dtype, _ = dispatch.support(x, plan)
-    if dtype != x.dtype:
-        options = reverse, keep, plan, recompute, batch_first
-        return run_in(dtype, run_layer, cell, x, weights, states, masks, *options)
+    plan = options.plan
+    recompute = options.recompute
+    serves, dtype, _ = dispatch.support(inputs.x, plan)
+    if dtype != inputs.x.dtype:
+        return run_in(dtype, run_layer, inputs, options)
     operator: Callable[..., Any] = composite
     if is_vmap(transform):
         operator = partial(_vmap, plan=plan, recompute=recompute)
     elif not transform:
         kernels = plan is not None or bool(serves)
         operator = partial(record, plan=plan, recompute=recompute, kernels=kernels)
-    return composite_layer(cell, x, weights, states, masks, reverse, keep, batch_first, operator)
+    return composite_layer(inputs, options, operator)
 
 
 def run_in(
-    dtype: torch.dtype,
-    run: Callable[..., tuple[Tensor, Tensor | None, list[Tensor]]],
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Any],
-    *options: Any,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """`run`, which is like `run_layer` and whose other arguments are `options`, in another dtype:
-    the results have it under autocast, else that of x."""
-    if not traced(x, weights[1]):
-        alive((x, *weights, *(states or ())))
+    dtype: torch.dtype, run: Operator, inputs: LayerInputs, options: Options
+) -> LayerOutputs:
+    """`run` in another dtype: the results have it under autocast, else that of x."""
+    x = inputs.x
+    states = inputs.states
+    if not traced(x, inputs.weights[1]):
+        alive(inputs.tensors())
     autocast = autocast_dtype(x.device.type) is not None
 
     def cast(t: Any) -> Any:
@@ -234,23 +190,21 @@ def run_in(
         )
 
     with torch.autocast(x.device.type, enabled=False):
-        found = run(
-            cell,
-            cast(x),
-            [cast(w) for w in weights],
-            states and [cast(s) for s in states],
-            masks,
-            *options,
+        converted = inputs._replace(
+            x=cast(x),
+            weights=[cast(w) for w in inputs.weights],
+            states=states and [cast(s) for s in states],
         )
-    y, others, last = found
+        y, others, last = run(converted, options)
     back = y.dtype if autocast else x.dtype
-    return y.to(back), others if others is None else others.to(back), [s.to(back) for s in last]
+    others = others if others is None else others.to(back)
+    return y.to(back), others, [s.to(back) for s in last]
 
 
 def record(
     cell: Cell,
     given: tuple[Any, ...],
-    masks: Sequence[Any],
+    masks: Masks,
     reverse: Sequence[int],
     keep: int,
     plan: Plan | None,
@@ -262,7 +216,7 @@ def record(
     exporting = torch.onnx.is_in_onnx_export()
     known = cells.is_registered(cell)
     if exporting and known and onnx_export.has_node(cell.name, masks, reverse, keep):
-        return onnx_export.recurrence(cell.name, given, masks[0], reverse)
+        return onnx_export.recurrence(cell.name, given, masks.lengths, reverse)
     if exporting or not kernels or not known:
         return composite(cell, given, masks, reverse, keep)
     train = trains(given) or tracing_state() is not None  # one graph, whoever traces
@@ -283,7 +237,7 @@ def record(
 def _vmap(
     cell: Cell,
     given: tuple[Any, ...],
-    masks: Sequence[Any],
+    masks: Masks,
     reverse: Sequence[int],
     keep: int,
     plan: Plan | None,
@@ -295,7 +249,7 @@ def _vmap(
     found: Any = vmap_rule(
         (*given, *masks),
         BATCH_SIZES,
-        lambda rows: composite(cell, rows[:6], rows[6:], reverse, keep),
+        lambda rows: composite(cell, rows[:6], Masks(*rows[6:]), reverse, keep),
         lambda row: operator(cell, *row, reverse, keep, plan, recompute),
     )
     y, others, ends = found

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import Batch
 from .checks import check_layer
 from .composite import composite, composite_layer
 from .convert import replace
-from .functional import BATCH_FIRST
 from .kernels.cells import Cell
+from .layer_types import LayerInputs, LayerOutputs, Options
 from .stack import Stack
 
 
@@ -94,23 +93,12 @@ class _Operator:
         self.sweeps = sweeps
         self.layer = 0
 
-    def __call__(
-        self,
-        cell: Cell,
-        x: Tensor,
-        weights: Sequence[Any],
-        states: Sequence[Tensor] | None,
-        masks: Sequence[Any],
-        reverse: Sequence[int],
-        keep: int,
-        *options: Any,
-    ) -> Any:
+    def __call__(self, inputs: LayerInputs, options: Options) -> LayerOutputs:
         record: list[Tensor] = []
-        batch_first = options[BATCH_FIRST]
-        check_layer(cell, x, weights, states, masks, len(reverse), batch_first)
-        recording: Any = _Recording(cell, record)
-        found = composite_layer(recording, x, weights, states, masks, reverse, keep, batch_first)
-        self.leave(record, reverse)
+        check_layer(inputs, options.batch_first)
+        recording: Any = _Recording(inputs.cell, record)
+        found = composite_layer(inputs._replace(cell=recording), options)
+        self.leave(record, inputs.reverse)
         return found
 
     def leave(self, record: list[Tensor], reverse: Sequence[int]) -> None:
@@ -123,51 +111,37 @@ class _Operator:
         self.layer += 1
 
 
-def _projected_layer(
-    layer: Stack,
-    operator: Any,
-    x: Tensor,
-    weights: Sequence[Any],
-    first: Sequence[Tensor] | None,
-    batch: Batch,
-    keep: int,
-    batch_first: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """`Stack._layer` of an LSTM whose h is a projection of o tanh(c). Here h is that of the
-    recurrence, with zeros up to the width of c."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
-    cell = layer.layer_cell()
-    reverse = (False, True) if layer.bidirectional else (False,)
-    N = len(reverse)
-    P = layer.proj_size
+def _projected_layer(operator: Any, inputs: LayerInputs, options: Options) -> LayerOutputs:
+    """In place of `projection.projected_layer`, for an LSTM whose h is a projection of o tanh(c).
+    Here h is that of the recurrence, with zeros up to the width of c."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = inputs.weights
+    cell = inputs.cell
+    N = len(inputs.reverse)
     down = w_hr.chunk(N)
+    P, H = down[0].shape
     record: list[Tensor] = []
 
     def wide(t: Tensor) -> Tensor:
-        return F.pad(t, (0, layer.hidden_size - P))
+        return F.pad(t, (0, H - P))
 
     def step(n: int, x: Tensor, r: Tensor, s: Any, biases: Sequence[Any]) -> Any:
         gates = [v if b is None else v + b for v, b in zip((x, r), biases)]
         (m, c), _ = cell.forward(*(v.chunk(cell.gates, -1) for v in gates), s)
         return wide(_recorded(m @ down[n].T, record)), c
 
-    states = None if first is None else [wide(first[0]), first[1]]
-    masks = batch.lengths, batch.batch_sizes, batch.resets
-    wide_weights = w_ih, wide(w_hh), b_ih, b_hh
+    states = inputs.states
+    if states is not None:
+        states = [wide(states[0]), *states[1:]]
+    wide_inputs = inputs._replace(weights=(w_ih, wide(w_hh), b_ih, b_hh), states=states)
     by_step = partial(composite, step=step)
-    y, others, last = composite_layer(
-        cell, x, wide_weights, states, masks, reverse, keep, batch_first, by_step
-    )
-    operator.leave(record, reverse)
+    y, others, (h_n, *last) = composite_layer(wide_inputs, options, by_step)
+    operator.leave(record, inputs.reverse)
 
     def narrow(t: Tensor) -> Tensor:
-        own: Tensor = t.unflatten(-1, (-1, layer.hidden_size))[..., :P].flatten(-2)
+        own: Tensor = t.unflatten(-1, (-1, H))[..., :P].flatten(-2)
         return own
 
-    steps = [narrow(y), *([] if others is None else others.view(1, *y.shape).unbind(0))]
-    ends = [narrow(last[0]), last[1]]
-    restore = batch.restore
-    return steps, ends if restore is None else [end.index_select(1, restore) for end in ends]
+    return narrow(y), others, [narrow(h_n), *last]
 
 
 class _Watch:
@@ -212,7 +186,7 @@ def _watched(layers: dict[str, nn.RNNBase], sweeps: list[_Sweep]) -> ExitStack:
             _assigned(ours, _run=watch, _single_step=lambda x, hx: None, time_parallel=False)
         )
         if ours.proj_size:
-            stack.enter_context(_assigned(ours, _layer=partial(_projected_layer, ours)))
+            stack.enter_context(_assigned(ours, _projected_layer=_projected_layer))
     return stack
 
 

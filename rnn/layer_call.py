@@ -17,6 +17,7 @@ from .dispatch import module
 from .kernels.cells import Cell
 from .kernels.plan import Plan
 from .kernels.types import Gradients, Layout, OutputGrads, Outputs, Save, Weights
+from .layer_types import Masks
 from .resets import requested_steps
 
 # The module of a backend's `forward` and `backward`: of those not here, "host".
@@ -82,12 +83,11 @@ class LayerCall:
         cell: Cell,
         plan: Plan,
         x: Tensor,
-        masks: Sequence[Any],
+        masks: Masks,
         reverse: Sequence[int],
         batch_first: bool = False,
     ) -> None:
-        plain = masks[0] is masks[1] is masks[2] is None
-        lengths, batch_sizes, resets = (None, None, None) if plain else ready(masks)
+        lengths, batch_sizes, resets = masks if masks.whole() else ready(masks)
         self.cell = cell
         self.reverse = [*map(int, reverse)]
         self.batch_first = batch_first

@@ -23,12 +23,13 @@ from .kernels.cells import Cell, is_registered
 from .kernels.plan import Plan
 from .kernels.types import Weights
 from .layer_call import LayerCall
+from .layer_types import LayerInputs, LayerOutputs, Options
 from .regularisers import (
-    Arguments,
     Norm,
     clip_limit,
     clip_norm,
     extended_cell,
+    given_states,
     norm_of,
     zoned_states,
 )
@@ -124,19 +125,23 @@ def words(layer: Any, x: Tensor) -> str:
     )
 
 
-def normalized_call(
-    layer: Any, index: int, call: Arguments, lengths: Tensor | None, batch_first: bool
-) -> Arguments:
-    """The call of the layer of that index, with pre-activations [T, B, N*G*H], or packed, in place
-    of x, and with the constants of layer norm after its states."""
-    N, B, H = call.states[0].shape
+def normalized_inputs(
+    layer: Any, index: int, inputs: LayerInputs, batch_first: bool
+) -> LayerInputs:
+    """Those of the layer of that index, with pre-activations [T, B, N*G*H], or packed, in place of
+    x, and with the constants of layer norm after its states."""
+    x = inputs.x
+    w_ih, w_hh, b_ih, b_hh = inputs.weights
+    states = given_states(inputs)
+    lengths = inputs.masks.lengths
+    N, B, H = states[0].shape
     norm = layer_norm(layer)
     suffixes = ("", "_reverse")[: 1 + layer.bidirectional]
 
     def whole(name: str) -> Tensor:
         """Of all directions."""
         parts = [getattr(layer, f"{name}_l{index}{suffix}") for suffix in suffixes]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(call.x.dtype)
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(inputs.x.dtype)
 
     def constants(t: Tensor | None, count: int) -> list[Tensor]:
         if t is None or not count:
@@ -146,25 +151,25 @@ def normalized_call(
 
     further = [
         *constants(whole("norm_hh"), norm.gains),
-        *constants(call.b_hh, norm.biases),
+        *constants(b_hh, norm.biases),
         *(constants(whole("norm_c"), 1) if norm.states else ()),
     ]
-    bias = call.b_ih
-    if bias is not None and call.b_hh is not None and not norm.biases:
-        bias = bias + call.b_hh
-    x = call.x.transpose(0, 1) if batch_first else call.x
+    bias = b_ih
+    if bias is not None and b_hh is not None and not norm.biases:
+        bias = bias + b_hh
+    x = x.transpose(0, 1) if batch_first else x
     if lengths is not None:
         # A NaN in the padding would come back in the gradients of the norm.
         steps = torch.arange(x.shape[0], device=x.device)[:, None]
         x = torch.where((steps < on_device("lengths", lengths, x.device))[..., None], x, 0)
-    w_ih: Any = call.w_ih
     given = x, w_ih, whole("norm_ih"), bias, N
     if layer.checkpoint and not traced(x) and trains(given[:-1]):
         # Not even W_ih x before its norm is kept
         gates = checkpoint_of(_input_gates, *given, use_reentrant=False, preserve_rng_state=False)
     else:
         gates = _input_gates(*given)
-    return Arguments(call.cell, gates, None, call.w_hh, None, None, [*call.states, *further])
+    weights = (None, w_hh, None, None)
+    return inputs._replace(x=gates, weights=weights, states=[*states, *further])
 
 
 def _input_gates(x: Tensor, w_ih: Tensor, gain: Tensor, bias: Tensor | None, N: int) -> Tensor:
@@ -177,60 +182,52 @@ def _input_gates(x: Tensor, w_ih: Tensor, gain: Tensor, bias: Tensor | None, N: 
     return torch.cat([F.layer_norm(F.linear(x, w), (width,), g, b) for w, g, b in parts], -1)
 
 
-def normalized_layer(  # noqa: PLR0913  as run_layer
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor],
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    plan: Plan | None,
-    recompute: bool,
-    batch_first: bool,
-    checkpoint: int,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """As `functional.run_layer`, for a call that `normalized_call` has made: y alone is in the
-    caller's layout."""
+def normalized_layer(inputs: LayerInputs, options: Options) -> LayerOutputs:
+    """As `functional.run_layer`, for what `normalized_inputs` has made: y alone is in the caller's
+    layout."""
+    y, several, last = _in_time(inputs, options._replace(batch_first=False))
+    return y.transpose(0, 1) if options.batch_first else y, several, last
+
+
+def _in_time(inputs: LayerInputs, options: Options) -> LayerOutputs:
+    """Likewise, with y in order of time."""
+    cell, x, weights, _, masks, reverse = inputs
+    keep, plan, recompute, _, checkpoint = options
+    states = given_states(inputs)
     if traced(x):
         operator = partial(record, plan=plan, recompute=recompute, kernels=True)
-        y, several, last = composite_layer(
-            cell, x, weights, states, masks, reverse, keep, False, operator
-        )
-        return y.transpose(0, 1) if batch_first else y, several, last
+        return composite_layer(inputs, options, operator)
     B, H = states[0].shape[1:]
     chosen = plan or dispatch.choose_plan(cell, x, B, H, reverse)
     if checkpoint and len({*reverse}) > 1:
         # Spans of time of one direction alone have pre-activations of no other
-        options: Any = keep, chosen, recompute, batch_first, checkpoint
-        halves = [
-            normalized_layer(cell, *half, masks, way, *options)
-            for half, way in _directions(x, weights, states, reverse)
-        ]
+        same_plan = options._replace(plan=chosen)
+        halves = [_in_time(half, same_plan) for half in _directions(inputs)]
         ys, others, ends = zip(*halves)
         several = None if others[0] is None else torch.cat(others, -1)
-        return torch.cat(ys, -1), several, [torch.cat(parts) for parts in zip(*ends)]
+        last = [torch.cat(parts) for parts in zip(*ends)]
+        return torch.cat(ys, -1), several, last
     call = LayerCall(cell, chosen, x, masks, reverse)
-    if trains((x, *weights, *states)):
-        found = with_gradients(call, x, weights, states, masks, keep, recompute, checkpoint)
-        y, several, last = found
-    else:
-        y, several, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
-    return y.transpose(0, 1) if batch_first else y, several if keep else None, last
+    if trains(inputs.tensors()):
+        return with_gradients(call, inputs, options)
+    y, several, last, _ = layer_call.forward(call, x, Weights(*weights), states, keep)
+    return y, several if keep else None, last
 
 
-def _directions(
-    x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], reverse: Sequence[int]
-) -> Iterator[tuple[tuple[Tensor, Sequence[Any], Sequence[Tensor]], Sequence[int]]]:
-    """x, weights and states of the recurrences of each direction, those of one after the other."""
-    N = len(reverse)
-    width = x.shape[-1] // N
-    _, w_hh, *_ = weights
+def _directions(inputs: LayerInputs) -> Iterator[LayerInputs]:
+    """Those of the recurrences of each direction, those of one after the other."""
+    states = given_states(inputs)
+    width = inputs.x.shape[-1] // len(inputs.reverse)
+    w_hh = inputs.weights[1]
     first = 0
-    for _, same in groupby(reverse):
+    for _, same in groupby(inputs.reverse):
         way = [*same]
         last = first + len(way)
-        gates = x[..., first * width : last * width]
-        own = w_hh[first * width : last * width]
-        yield (gates, (None, own, None, None), [s[first:last] for s in states]), way
+        rows = slice(first * width, last * width)
+        yield inputs._replace(
+            x=inputs.x[..., rows],
+            weights=(None, w_hh[rows], None, None),
+            states=[s[first:last] for s in states],
+            reverse=way,
+        )
         first = last

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layer_types import Masks
+
 # Of each cell: the operator, ONNX's order of torch's gates, the attributes for one direction.
 _NODES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "rnn_tanh": ("RNN", [0], {"activations": ["Tanh"]}),
@@ -16,10 +18,10 @@ _NODES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
 _DIRECTIONS = {(0,): "forward", (1,): "reverse", (0, 1): "bidirectional"}
 
 
-def has_node(cell: str, masks: Sequence[Any], reverse: Sequence[int], keep: int) -> bool:
+def has_node(cell: str, masks: Masks, reverse: Sequence[int], keep: int) -> bool:
     """ONNX knows no packed rows, no resets, of an LSTM no c of every step, and no cells of one's
     own."""
-    plain = masks[1] is None and masks[2] is None and not (keep and cell == "lstm")
+    plain = masks.batch_sizes is masks.resets is None and not (keep and cell == "lstm")
     return plain and cell in _NODES and tuple(reverse) in _DIRECTIONS
 
 

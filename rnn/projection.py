@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import expect, refuse_nested
+from .autograd import own_gradient
+from .boundary import alive
+from .checks import check_masks, expect, refuse_nested
 from .device_copies import on_device
+from .layer_types import LayerInputs, LayerOutputs, Masks, Operator, Options
 
 
-def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[int]) -> Tensor:
+def _first_steps(x: Tensor, h0: Tensor, masks: Masks, reverse: Sequence[int]) -> Tensor:
     """Like x but of width N*P: h0 [N, B, P] in the rows of the step that each sweep begins with,
     and else 0."""
     (lengths, batch_sizes, resets) = masks
@@ -37,6 +40,34 @@ def first_steps(x: Tensor, h0: Tensor, masks: Sequence[Any], reverse: Sequence[i
             )
         )
     return torch.cat(columns, -1).view(*x.shape[:-1], N * P)
+
+
+def projected_layer(operator: Operator, inputs: LayerInputs, options: Options) -> LayerOutputs:
+    """As `operator`, for weights with w_hr, those of both directions joined. x is in order of time.
+
+    Only the first h is of no m: it comes in as further input of the first step."""
+    _, x, weights, states, masks, reverse = inputs
+    check_masks(x, masks, x.shape[0], x.shape[1] if masks.batch_sizes is None else None)
+    alive((x, *(states or ())))
+    N = len(reverse)
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    down = w_hr.chunk(N)
+    inner = w_hh.chunk(N)
+    w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
+    h0 = None
+    if states is not None:
+        h0 = own_gradient(states[0])
+        x = torch.cat((own_gradient(x), _first_steps(x, h0, masks, reverse)), -1)
+        w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
+        states = [torch.zeros_like(states[1]), *states[1:]]
+    inner_inputs = inputs._replace(x=x, weights=(w_ih, w_hh, b_ih, b_hh), states=states)
+    y, others, (m_n, *last) = operator(inner_inputs, options)
+    y = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
+    h_n = torch.stack([m @ part.T for m, part in zip(m_n, down)])
+    if masks.lengths is not None:
+        none = (on_device("lengths", masks.lengths, x.device) == 0)[:, None]
+        h_n = torch.where(none, 0 if h0 is None else h0.contiguous(), h_n)
+    return y, others, [h_n, *last]
 
 
 def check_projected(layer: Any, weights: Sequence[Sequence[Any]]) -> None:

@@ -13,23 +13,11 @@ from torch import Tensor
 from .autograd import own_gradient
 from .kernels import cells
 from .kernels.cells import Cell
+from .layer_types import LayerInputs
 
 # x, r, s and constants to the new states
 StepFunction = Callable[[Any, Any, Any, Any], Any]
 EPSILON = 1e-5  # torch.nn.functional.layer_norm's
-
-
-class Arguments(NamedTuple):
-    """Of the operator, for the N recurrences of all directions and heads: joined weights, S states
-    [N, B, H] and the constants after them. Without w_ih x are pre-activations [..., N*G*H]."""
-
-    cell: Cell
-    x: Tensor
-    w_ih: Tensor | None
-    w_hh: Tensor
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-    states: list[Tensor]
 
 
 def zoneout_rates(layer: Any) -> tuple[float, ...]:
@@ -57,20 +45,28 @@ def clip_norm(layer: Any) -> float | None:
     return float(clip[1]) if isinstance(clip, (tuple, list)) else None
 
 
-def zoneout_masks(call: Arguments, rates: Sequence[float], training: bool) -> Tensor:
+def given_states(inputs: LayerInputs) -> Sequence[Tensor]:
+    """The states and constants, which layers with options always give."""
+    assert inputs.states is not None
+    return inputs.states
+
+
+def zoneout_masks(inputs: LayerInputs, rates: Sequence[float], training: bool) -> Tensor:
     """Like x, of width N * K * H: 1 where one of K states stays what it was; in evaluation, how
     often it does."""
-    N, _, H = call.states[0].shape
-    row = torch.tensor(rates, dtype=call.x.dtype, device=call.x.device)
+    x = inputs.x
+    N, _, H = given_states(inputs)[0].shape
+    row = torch.tensor(rates, dtype=x.dtype, device=x.device)
     row = row[None, :, None].expand(N, -1, H).reshape(-1)
-    every = row.expand(*call.x.shape[:-1], -1)
+    every = row.expand(*x.shape[:-1], -1)
     return torch.bernoulli(every) if training else every
 
 
-def with_step_masks(call: Arguments, masks: Tensor, K: int) -> Arguments:
+def with_step_masks(inputs: LayerInputs, masks: Tensor, K: int) -> LayerInputs:
     """With K more gates, whose pre-activations are the masks."""
-    N, _, H = call.states[0].shape
-    G = call.cell.gates
+    x = inputs.x
+    N, _, H = given_states(inputs)[0].shape
+    G = inputs.cell.gates
 
     def taller(w: Tensor | None) -> Tensor | None:
         """[N*G*H, ...] to [N*(G+K)*H, ...], with 0 for the further gates."""
@@ -80,24 +76,23 @@ def with_step_masks(call: Arguments, masks: Tensor, K: int) -> Arguments:
         zeros = w.new_zeros(N, K * H, *w.shape[1:])
         return torch.cat((parts, zeros), 1).flatten(0, 1)
 
-    w_hh: Any = taller(call.w_hh)
-    found = call._replace(w_hh=w_hh, b_ih=taller(call.b_ih), b_hh=taller(call.b_hh))
-    if call.w_ih is None:
-        parts = (call.x.unflatten(-1, (N, G * H)), masks.unflatten(-1, (N, K * H)))
-        return found._replace(x=torch.cat(parts, -1).flatten(-2))
-    w_ih: Any = taller(call.w_ih)
-    identity = torch.cat((call.x.new_zeros(G * H, K * H), torch.eye(K * H).to(call.x)))
-    return found._replace(
-        x=torch.cat((own_gradient(call.x), masks), -1),
-        w_ih=torch.cat((w_ih, torch.block_diag(*[identity] * N)), 1),
-    )
+    w_ih, *others = map(taller, inputs.weights)
+    if w_ih is None:
+        parts = (x.unflatten(-1, (N, G * H)), masks.unflatten(-1, (N, K * H)))
+        x = torch.cat(parts, -1).flatten(-2)
+    else:
+        identity = torch.cat((x.new_zeros(G * H, K * H), torch.eye(K * H).to(x)))
+        w_ih = torch.cat((w_ih, torch.block_diag(*[identity] * N)), 1)
+        x = torch.cat((own_gradient(x), masks), -1)
+    return inputs._replace(x=x, weights=(w_ih, *others))
 
 
-def with_sequence_mask(call: Arguments, rate: float) -> Arguments:
+def with_sequence_mask(inputs: LayerInputs, rate: float) -> LayerInputs:
     """With the h that is multiplied as the first state, and its mask as the last constant."""
-    h = call.states[0]
+    states = given_states(inputs)
+    h = states[0]
     mask = torch.bernoulli(torch.full_like(h, 1 - rate)) / (1 - rate)
-    return call._replace(states=[mask * h, *call.states, mask])
+    return inputs._replace(states=[mask * h, *states, mask])
 
 
 def normalized_output(x: Any, r: Any, c: Any, norm: Callable[[Any], Any]) -> Any:

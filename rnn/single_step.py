@@ -24,6 +24,7 @@ from .kernels.cells import Cell
 from .kernels.cpu import native
 from .kernels.cpu.workspace import scratch
 from .kernels.plan import STEP_PRODUCT
+from .layer_types import NO_MASKS
 from .transforms import needs_composite, only_autograd, without_autocast
 
 # A tensor of each dtype of the C++, for what is to be like it.
@@ -342,7 +343,7 @@ def _differentiable(
             own = alias[first + parameters * k :][:parameters]
             s0 = torch.stack([s[k] for s in alias[1:first]])
             weights = own if parameters > 2 else [*own, None, None]
-            y, _, last = composite(cell, (y, *weights, s0), (None, None, None), (False,), 0)
+            y, _, last = composite(cell, (y, *weights, s0), NO_MASKS, (False,), 0)
             ends.append(last)
         columns = [torch.stack(column) for column in zip(*ends)]
         y = y.reshape(*given[0].shape[:2], hidden)

@@ -14,10 +14,9 @@ from torch.overrides import has_torch_function_variadic
 
 from . import interop
 from .autograd import own_gradient
-from .batch import Batch, batch_of
+from .batch import batch_of
 from .boundary import alive
-from .checks import check_checkpoint, check_masks, check_plan
-from .device_copies import on_device
+from .checks import check_checkpoint, check_plan
 from .extensions import (
     OPTIONS,
     check_option,
@@ -31,7 +30,8 @@ from .functional import run_layer
 from .kernels import cells
 from .kernels.cells import Cell
 from .kernels.plan import Plan
-from .projection import check_projected, first_steps
+from .layer_types import LayerInputs, Operator, Options
+from .projection import check_projected, projected_layer
 from .single_step import single_step
 from .time_options import check_time_parallel
 from .time_parallel import parallel_layer
@@ -174,6 +174,8 @@ class Stack(nn.RNNBase):
 
     __prepare_scriptable__ = interop.prepare_scriptable
 
+    _projected_layer = staticmethod(projected_layer)
+
     def _layers(self) -> list[list[Any]]:
         """w_ih, w_hh, b_ih, b_hh of each layer as they are now, of one direction after the other;
         with projections of both together, and w_hr too."""
@@ -282,28 +284,32 @@ class Stack(nn.RNNBase):
 
     def _run(
         self,
-        operator: Any,
+        operator: Operator,
         input: Any,
         hx: Any = None,
         lengths: Any = None,
         resets: Any = None,
         return_states: bool | None = None,
     ) -> Any:
-        """`forward` by an operator like `run_layer`."""
+        """`forward` by another operator than `run_layer`."""
         layers = self._layers()
         if self.time_parallel:
             self.last_time_parallel = []
-        states_count = self.layer_cell().carried
-        batch = batch_of(self, states_count, input, hx, lengths, resets, layers[0][0])
+        cell = self.layer_cell()
+        batch = batch_of(self, cell.carried, input, hx, lengths, resets, layers[0][0])
         # Under one name: torch.jit.trace looks for a tensor among the local variables
         input = batch.x
-        D = 2 if self.bidirectional else 1
-        packed = batch.batch_sizes is not None
+        reverse = (False, True) if self.bidirectional else (False,)
+        D = len(reverse)
+        batch_sizes = batch.masks.batch_sizes
+        packed = batch_sizes is not None
         # A projection adds rows of the first step to x, and has x in order of time.
         turned = self.batch_first and not packed and bool(self.proj_size)
         x = own_gradient(input).transpose(0, 1) if turned else input
         del input
         batch_first = self.batch_first and not packed and not turned
+        keep = int(bool(return_states))
+        options = Options(keep, self.plan, self.recompute, batch_first, self.checkpoint)
         last = []
         every = []
         alone = len(layers) == 1
@@ -318,11 +324,12 @@ class Stack(nn.RNNBase):
                 run = partial(parallel_layer, self, run)
             if self.extended:
                 run = partial(extended_layer, self, i, run)
-            steps, ends = self._layer(
-                run, x, weights, first, batch, int(bool(return_states)), batch_first
-            )
-            x = steps[0]
-            every.append(steps)
+            if self.proj_size:
+                run = partial(self._projected_layer, run)
+            inputs = LayerInputs(cell, x, weights, first, batch.masks, reverse)
+            x, others, ends = run(inputs, options)
+            if keep:
+                every.append(_all_states(x, others, batch_first))
             last.append(ends)
 
         def layout(t: Tensor) -> Tensor:
@@ -331,68 +338,25 @@ class Stack(nn.RNNBase):
             return t.squeeze(-3 if self.batch_first else -2) if batch.unbatched else t
 
         h_n = last[0] if alone else [torch.cat(ends) for ends in zip(*last)]
-        h_n = [h.squeeze(1) for h in h_n] if batch.unbatched else h_n
+        if batch.restore is not None:
+            h_n = [h.index_select(1, batch.restore) for h in h_n]
+        if batch.unbatched:
+            h_n = [h.squeeze(1) for h in h_n]
         output: Any = layout(x)
-        if batch.batch_sizes is not None:
-            output = PackedSequence(x, batch.batch_sizes, batch.order, batch.restore)
-        result = output, tuple(h_n) if states_count > 1 else h_n[0]
-        if not return_states:
+        if batch_sizes is not None:
+            output = PackedSequence(x, batch_sizes, batch.order, batch.restore)
+        result = output, tuple(h_n) if len(h_n) > 1 else h_n[0]
+        if not keep:
             return result
         columns = [torch.stack([layout(t) for t in column]) for column in zip(*every)]
-        return *result, tuple(columns) if states_count > 1 else columns[0]
+        return *result, tuple(columns) if len(columns) > 1 else columns[0]
 
-    def _layer(
-        self,
-        operator: Any,
-        x: Tensor,
-        weights: Sequence[Any],
-        first: Sequence[Tensor] | None,
-        batch: Batch,
-        keep: int,
-        batch_first: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The states after every step, like x but for their width, h first and with `keep` the
-        others; and the last states [D, B, H], in the caller's order of sequences. `first` is like
-        these, zeros if None.
 
-        A projection is W_hh h = (W_hh W_hr) m of a layer whose state is m = o tanh(c), h = W_hr m.
-        Only the first h is of no m: it comes in as further input of the first step."""
-        cell = self.layer_cell()
-        reverse = (False, True) if self.bidirectional else (False,)
-        masks = batch.lengths, batch.batch_sizes, batch.resets
-        S = cell.carried
-        N = len(reverse)
-        states = first
-        if self.proj_size:
-            check_masks(x, masks, x.shape[0], x.shape[1] if batch.batch_sizes is None else None)
-            alive((x, *(first or ())))
-            w_ih, w_hh, b_ih, b_hh, w_hr = weights
-            down = w_hr.chunk(N)
-            inner = w_hh.chunk(N)
-            w_hh = torch.cat([w @ part for w, part in zip(inner, down)])
-            if first is not None:
-                first = [own_gradient(first[0]), *first[1:]]
-                x = torch.cat((own_gradient(x), first_steps(x, first[0], masks, reverse)), -1)
-                w_ih = torch.cat((own_gradient(w_ih), torch.block_diag(*inner)), 1)
-                states = [torch.zeros_like(first[1]), *first[1:]]
-            weights = w_ih, w_hh, b_ih, b_hh
-        options = self.plan, self.recompute, batch_first, self.checkpoint
-        y, others, last = operator(cell, x, weights, states, masks, reverse, keep, *options)
-        steps = [y]
-        if keep and others is not None:
-            shape = (
-                (S - 1, x.shape[1], x.shape[0], y.shape[-1]) if batch_first else (S - 1, *y.shape)
-            )
-            steps += [
-                other.transpose(0, 1) if batch_first else other
-                for other in others.view(shape).unbind(0)
-            ]
-        restore = batch.restore
-        ends = [*last] if restore is None else [end.index_select(1, restore) for end in last]
-        if self.proj_size:
-            steps[0] = torch.cat([m @ part.T for m, part in zip(y.chunk(N, -1), down)], -1)
-            ends[0] = torch.stack([m @ part.T for m, part in zip(ends[0], down)])
-            if batch.lengths is not None:
-                none = (on_device("lengths", batch.lengths, x.device) == 0)[:, None]
-                ends[0] = torch.where(none, 0 if first is None else first[0].contiguous(), ends[0])
-        return steps, ends
+def _all_states(y: Tensor, others: Tensor | None, batch_first: bool) -> list[Tensor]:
+    """The states after every step in the layout of y, which is the first of them."""
+    if others is None:
+        return [y]
+    if not batch_first:
+        return [y, *others.unflatten(1, y.shape[:-1])]
+    B, T, _ = y.shape
+    return [y, *others.unflatten(1, (T, B)).transpose(1, 2)]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .checks import as_tensor, check_masks
+from .layer_types import Masks
 from .stack import Stack
 
 
@@ -100,7 +101,7 @@ def _sequences(layer: nn.RNNBase, x: Any, lengths: Any, resets: Any) -> _Sequenc
         rows = resets.unsqueeze(-1)
     elif resets is not None and time and resets.dim() == 2:
         rows = resets.T
-    check_masks(x, (of_all, None, rows), x.shape[time], B)
+    check_masks(x, Masks(of_all, None, rows), x.shape[time], B)
     return _Sequences(x, lengths, resets, time)
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .autograd import trains
 from .composite import aliases, composite_layer, differentiate
-from .functional import BATCH_FIRST
 from .gate_products import with_products
 from .kernels.cells import Cell
 from .kernels.notices import warn_once
 from .kernels.states import join_weights
+from .layer_types import NO_MASKS, LayerInputs, LayerOutputs, Operator, Options
 from .time_options import Report, TimeParallel, check_time_parallel
 from .transforms import active_transform, needs_composite, traced
 
@@ -39,27 +39,25 @@ _NOISE = {
 
 
 class _Group(NamedTuple):
-    """N recurrences that all run forward, over C chunks of L steps of B sequences, by `operator`,
-    which is like `functional.run_layer`."""
+    """N recurrences that all run forward, over C chunks of L steps of B sequences."""
 
-    operator: Callable[..., Any]
+    operator: Operator
     cell: Cell
     N: int
     C: int
     L: int
     B: int
-    keep: int
-    options: tuple[Any, ...]
+    options: Options
     limits: TimeParallel
 
     def run(
-        self, cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor], keep: int
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        self, cell: Cell, x: Tensor, weights: Sequence[Any], states: Sequence[Tensor]
+    ) -> LayerOutputs:
         """One pass over x [L, C*B, I] from states [N, C, B, H], which come back like these."""
         reverse = (False,) * self.N
         flat = [s.flatten(1, 2) for s in states]
-        masks = (None, None, None)
-        y, others, last = self.operator(cell, x, weights, flat, masks, reverse, keep, *self.options)
+        inputs = LayerInputs(cell, x, weights, flat, NO_MASKS, reverse)
+        y, others, last = self.operator(inputs, self.options)
         return y, others, [s.unflatten(1, (self.C, self.B)) for s in last]
 
     def to_chunks(self, t: Tensor) -> Tensor:
@@ -85,36 +83,27 @@ class _Solution(NamedTuple):
 
     entering: list[Tensor]
     products: list[Tensor | None]
-    outputs: tuple[Tensor, Tensor | None, list[Tensor]] | None
+    outputs: LayerOutputs | None
     passes: int
     residual: float
 
 
 def parallel_layer(
-    layer: Any,
-    operator: Callable[..., Any],
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    masks: Sequence[Any],
-    reverse: Sequence[int],
-    keep: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    layer: Any, operator: Operator, inputs: LayerInputs, options: Options
+) -> LayerOutputs:
     """As `operator`, in chunks where that is possible: for whole sequences of two chunks or more,
     outside of transforms and compilers."""
     limits = check_time_parallel(layer.time_parallel) or TimeParallel()
-    arguments = (cell, x, weights, states, masks, reverse, keep, *options)
-    batch_first = options[BATCH_FIRST]
+    cell, x, weights, states, masks, reverse = inputs
+    batch_first = options.batch_first
     T = x.shape[1 if batch_first else 0]
-    whole = all(mask is None for mask in masks)
+    whole = masks.whole()
     short = 2 * limits.chunk > T or not x.numel()
     if not whole or short or traced(x, weights[1]) or active_transform():
         if not whole:
             _say(layer, _NOT_WHOLE)
-        found: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)
-        return found
+        return operator(inputs, options)
+    in_time = options._replace(batch_first=False)
     rows = x.transpose(0, 1) if batch_first else x
     joined = join_weights(weights)
     N = len(reverse)
@@ -125,18 +114,23 @@ def parallel_layer(
     for back in sorted({*map(int, reverse)}):
         chosen = [n for n, way in enumerate(reverse) if way == back]
         own = [_of_recurrences(w, chosen, N) for w in joined]
-        first = [s[chosen] for s in states]
-        given = rows.flip(0) if back else rows
-        result = _one_way(layer, limits, operator, arguments, given, own, first)
+        one_way = LayerInputs(
+            cell,
+            rows.flip(0) if back else rows,
+            own,
+            [s[chosen] for s in states],
+            masks,
+            (False,) * len(chosen),
+        )
+        result = _one_way(layer, limits, operator, one_way, in_time)
         if result is None:
             _say(layer, "the states of the chunks did not settle: it ran")
-            sequential: tuple[Tensor, Tensor | None, list[Tensor]] = operator(*arguments)
-            return sequential
+            return operator(inputs, options)
         for k, n in enumerate(chosen):
             parts[n] = _part(result, k, len(chosen), bool(back))
     y = torch.cat([parts[n][0] for n in range(N)], -1)
     others = None
-    if keep and cell.states > 1:
+    if options.keep and cell.states > 1:
         others = torch.cat([parts[n][1] for n in range(N)], -1)
     last = [torch.stack(column) for column in zip(*(parts[n][2] for n in range(N)))]
     return y.transpose(0, 1) if batch_first else y, others, last
@@ -165,42 +159,35 @@ def _part(result: Any, k: int, count: int, back: bool) -> tuple[Tensor, Any, lis
 def _one_way(
     layer: Any,
     limits: TimeParallel,
-    operator: Callable[..., Any],
-    arguments: Sequence[Any],
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor],
+    operator: Operator,
+    inputs: LayerInputs,
+    options: Options,
 ) -> Any:
-    """y, the other states and the last ones of recurrences that run forward over x; None where the
-    states do not settle. What is less than a chunk comes last, one step after the other."""
-    cell = arguments[0]
-    keep, *rest_of_options = arguments[6:]
-    rest_of_options[BATCH_FIRST] = False  # x is [T, B, I]
-    options = tuple(rest_of_options)
+    """y, the other states and the last ones of recurrences that run forward over x [T, B, I]; None
+    where the states do not settle. What is less than a chunk comes last, one step after the
+    other."""
+    cell, x, weights, _, _, reverse = inputs
+    states: Any = inputs.states
     T, B, _ = x.shape
-    N = len(states[0])
+    N = len(reverse)
     C = T // limits.chunk
     L = limits.chunk
-    group = _Group(operator, cell, N, C, L, B, keep, options, limits)
+    group = _Group(operator, cell, N, C, L, B, options, limits)
     body = x[: C * L]
     with torch.no_grad():
         solution = _solve(group, group.to_chunks(body), weights, states)
     report = _report(layer, solution, limits)
     if solution is None:
         return None
-    if trains((x, *weights, *states)):
+    if trains(inputs.tensors()):
         given = group, solution, report, body, *weights, *states
         y, others, *last = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
     else:
         y, others, *last = _in_time(group, solution.outputs)
     if C * L < T:
-        masks = (None, None, None)
-        reverse = (False,) * N
-        rest, rest_others, last = operator(
-            cell, x[C * L :], weights, last, masks, reverse, keep, *options
-        )
+        rest, rest_others, last = operator(inputs._replace(x=x[C * L :], states=last), options)
         y = torch.cat((y, rest))
-        if others is not None:
+        if others is not None and rest_others is not None:
             others = torch.cat((others, rest_others), 1)
     return y, others, last
 
@@ -236,7 +223,7 @@ def _solve(
     S = group.cell.states
     tolerance = _tolerance(group.limits, x)
     for count in range(1, group.limits.max_passes + 1):
-        y, others, last = group.run(extended, x, weights, [*entering, *ones], group.keep)
+        y, others, last = group.run(extended, x, weights, [*entering, *ones])
         products: list[Tensor | None] = [None] * S
         for place, k in enumerate(gated):
             products[k] = last[S + place]
@@ -244,7 +231,8 @@ def _solve(
         residual = _largest(gaps) / max(1.0, _largest(last[:S]))
         if residual <= tolerance:
             own = None if others is None or S == 1 else others[: S - 1]
-            return _Solution(entering, products, (y, own, last[:S]), count, residual)
+            outputs = y, own, last[:S]
+            return _Solution(entering, products, outputs, count, residual)
         for e, gap, product in zip(entering, gaps, products):
             moves = gap if product is None else _scan(gap, product[:, 1:-1])
             e[:, 1:] += moves
@@ -279,7 +267,7 @@ class _Chunked(torch.autograd.Function):
                 for t, need in zip((x, *rest[:4]), needs[3:])
             ]
             entering = [e.detach().requires_grad_() for e in solution.entering]
-            outputs = group.run(group.cell, group.to_chunks(own[0]), own[1:], entering, group.keep)
+            outputs = group.run(group.cell, group.to_chunks(own[0]), own[1:], entering)
         ctx.graph = group, solution._replace(outputs=None), report, own, entering, outputs
         ctx.save_for_backward(x, *rest)
         ctx.set_materialize_grads(False)
@@ -327,10 +315,9 @@ def _by_composite(ctx: Any, grads: Sequence[Any]) -> list[Tensor | None]:
     with torch.enable_grad():
         alias = aliases(inputs)
         x, *rest = alias
-        masks = (None, None, None)
-        y, others, last = composite_layer(
-            group.cell, x, rest[:4], rest[4:], masks, (False,) * group.N, group.keep, False
-        )
+        reverse = (False,) * group.N
+        inputs = LayerInputs(group.cell, x, rest[:4], rest[4:], NO_MASKS, reverse)
+        y, others, last = composite_layer(inputs, group.options)
     return differentiate((y, others, *last), grads, alias, ctx.needs_input_grad[3:])
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from .autograd import to_dense, trains
 from .boundary import ready
 from .composite import aliases, composite_layer, differentiate
-from .kernels.cells import Cell, lstm
+from .kernels.cells import lstm
+from .layer_types import LayerInputs, LayerOutputs, Options
 from .transforms import needs_composite, without_autocast
 
 
@@ -45,47 +46,32 @@ class _TorchLSTM(torch.autograd.Function):
             return None, None, *differentiate(outputs, grads, alias, needs)
 
 
-def by_torch(
-    operator: Any,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    reverse: Sequence[int],
-    batch_first: bool,
-) -> tuple[Tensor, None, list[Tensor]]:
+def by_torch(operator: Any, inputs: LayerInputs, batch_first: bool) -> LayerOutputs:
     """As `functional.run_layer`, in torch's own operator."""
-    count = len(weights)
-    masks = None, None, None
+    count = len(inputs.weights)
+
+    def parts(x: Tensor, rest: Sequence[Any]) -> LayerInputs:
+        return inputs._replace(x=x, weights=rest[:count], states=rest[count:] or None)
 
     def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        N = len(reverse)
-        y, _, last = _run(operator, cell, x, rest[:count], rest[count:], N, batch_first)
-        return y, *last
+        return _run(operator, parts(x, rest), batch_first)
 
     def composite(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        operands = x, rest[:count], rest[count:] or None
-        y, _, last = composite_layer(cell, *operands, masks, reverse, 0, batch_first)
+        y, _, last = composite_layer(parts(x, rest), Options(batch_first=batch_first))
         return y, *last
 
-    inputs = x, *weights, *(states or ())
-    if cell is lstm and x.dtype == torch.float32 and trains(inputs):
-        y, *last = _TorchLSTM.apply(run, composite, *inputs)
+    tensors = inputs.tensors()
+    if inputs.cell is lstm and inputs.x.dtype == torch.float32 and trains(tensors):
+        y, *last = _TorchLSTM.apply(run, composite, *tensors)
     else:
-        y, *last = run(*inputs)
+        y, *last = run(*tensors)
     return y, None, last
 
 
-def _run(
-    operator: Any,
-    cell: Cell,
-    x: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor] | None,
-    N: int,
-    batch_first: bool,
-) -> tuple[Tensor, None, list[Tensor]]:
-    """By an operator that has gradients of its own."""
+def _run(operator: Any, inputs: LayerInputs, batch_first: bool) -> tuple[Tensor, ...]:
+    """y and the last states, by an operator that has gradients of its own."""
+    cell, x, weights, states, _, reverse = inputs
+    N = len(reverse)
     if len(weights) < 4 * N:
         columns = [[None] * N if t is None else t.chunk(N) for t in weights]
         weights = [part for own in zip(*columns) for part in own]
@@ -95,7 +81,7 @@ def _run(
     x, *rest = ready((x, *states, *weights))
     first = rest[: cell.states]
     parameters = [t for t in rest[cell.states :] if t is not None]
-    y, *last = operator(
+    found: tuple[Tensor, ...] = operator(
         x,
         first if cell.states > 1 else first[0],
         parameters,
@@ -106,4 +92,4 @@ def _run(
         N > 1,
         batch_first,
     )
-    return y, None, last
+    return found

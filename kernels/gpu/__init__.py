@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell
-from ..plan import Plan
+from ..plan import STEP_SCOPES, Plan
 from ..types import Gradients, Layout, OutputGrads, Outputs, Save, States, Weights
 from . import products
 from .fallback import with_fallback
@@ -29,16 +29,6 @@ def _launcher(plan: Plan) -> Callable[..., None]:
     return launch
 
 
-def _joined(states: States, size: tuple[int, int, int, int], like: Tensor) -> Tensor:
-    """S states [N, B, H], or zeros, as one tensor [S, N, B, H]."""
-    if states is None:
-        return like.new_zeros(size)
-    if len(states) == 1:
-        first: Tensor = states[0]
-        return first[None]
-    return torch.stack([*states])
-
-
 def _is_padded(layout: Layout) -> bool:
     """Whether there are rows past a sequence's end."""
     return layout.lengths is not None and layout.offsets is None
@@ -49,7 +39,7 @@ def _new_marks(layout: Layout, y: Tensor, needs: Gradients[bool]) -> Tensor | No
     R = len(y)
     integer = _INTEGERS[y.element_size()]
     if layout.resets is not None and (needs.w_ih or needs.w_hh):
-        return y.new_zeros(1 + len(layout.reverse), R, dtype=integer)
+        return y.new_empty(1 + len(layout.reverse), R, dtype=integer)
     if _is_padded(layout) and needs.w_ih:
         return y.new_empty(1, R, dtype=integer)
     return None
@@ -145,7 +135,6 @@ def _backward(
     dfirst = [y.new_empty(N, B, H) if needs.s0 else None for _ in range(S)]
     tensors = BackwardTensors(
         w_hh=w_hh,
-        state=_joined(s0, (S, N, B, H), y),
         y=y,
         states=states,
         saved=saved,
@@ -158,18 +147,21 @@ def _backward(
         lengths=layout.lengths,
         offsets=layout.offsets,
         resets=layout.resets,
+        first=(None,) * S if s0 is None else tuple(s0),
         dlast=(None,) * S if dlast is None else tuple(dlast),
         dfirst=tuple(dfirst),
     )
     _launcher(plan)(cell, plan, layout, tensors, B)
     if marks is not None:
-        # 0 times a NaN of a row without a mark is NaN: all bits there are set to 0, a launch each
+        # 0 times a NaN of a row without a mark is NaN: all bits there are set to 0, a launch each,
+        # or by the kernel in the launch after, where there is one
         if needs.w_ih:
             x = torch.bitwise_and(x.view(marks.dtype), marks[0, :, None]).view(x.dtype)
-        if needs.w_hh and h_prev is not None and layout.resets is not None:
+        if needs.w_hh and layout.resets is not None and plan.scope not in STEP_SCOPES:
+            assert h_prev is not None
             h_prev.view(marks.dtype).view(-1, N, H).bitwise_and_(marks[1:].T[..., None])
-    first = dfirst if needs.s0 else None
-    return _products(cell, plan, layout, x, w_ih, tensors, needs)._replace(s0=first)
+    found = _products(cell, plan, layout, x, w_ih, tensors, needs)
+    return found._replace(s0=dfirst if needs.s0 else None)
 
 
 def _products(
@@ -191,8 +183,7 @@ def _products(
     if needs.w_ih:
         gradients[1] = products.mm(dx.T, x, precision)
     if needs.w_hh:
-        first = tensors.state[0]
-        gradients[2] = _w_hh_gradient(layout, dr, tensors.y, first, tensors.h_prev, precision)
+        gradients[2] = _w_hh_gradient(layout, tensors, precision)
     if needs.b_ih:
         gradients[3] = dx.sum(0)
     if needs.b_hh:
@@ -202,24 +193,22 @@ def _products(
     return Gradients._make(gradients)
 
 
-def _w_hh_gradient(
-    layout: Layout,
-    dr: Tensor,
-    y: Tensor,
-    firsts: Tensor,
-    h_prev: Tensor | None,
-    precision: str,
-) -> Tensor:
+def _w_hh_gradient(layout: Layout, tensors: BackwardTensors, precision: str) -> Tensor:
     """[N*G*H, H], from the h that came into each step, which is that of y one step before where
     `h_prev` was not written."""
     N = len(layout.reverse)
-    found = dr.new_empty(dr.shape[1], y.shape[1] // N)
-    drs = dr.chunk(N, 1)
+    y = tensors.y
+    found = y.new_empty(tensors.w_hh.shape)
+    drs = tensors.dr.chunk(N, 1)
     outs = found.chunk(N)
-    if h_prev is not None:
-        for d, h, out in zip(drs, h_prev.chunk(N, 1), outs):
+    if tensors.h_prev is not None:
+        for d, h, out in zip(drs, tensors.h_prev.chunk(N, 1), outs):
             products.mm(d.T, h, precision, out)
         return found
+    firsts = tensors.first[0]
+    if firsts is None:
+        # as in torch a NaN of dr in the first step, times 0, is NaN
+        firsts = y.new_zeros(N, layout.sequences, found.shape[1])
     for d, h, first, back, out in zip(drs, y.chunk(N, 1), firsts, layout.reverse, outs):
         _shifted_product(d, h, first, bool(back), precision, out)
     return found

@@ -5,6 +5,7 @@ Shapes: R rows (one step of one sequence), N directions, G gates, S states, A sa
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,8 +36,6 @@ class ForwardTensors(NamedTuple):
 
 class BackwardTensors(NamedTuple):
     w_hh: Tensor
-    # [S, N, B, H]: the initial states
-    state: Tensor
     y: Tensor
     states: Tensor | None
     saved: Tensor | None
@@ -48,13 +47,15 @@ class BackwardTensors(NamedTuple):
     # [R, N, H]: the h that entered each row, where resets or lengths keep it from being y's
     h_prev: Tensor | None
     # [1, R], as integers: all bits of a row that is a step of its sequence, none of one past its
-    # end; with resets [1 + N, R], zeros that become all bits in rows that a gradient comes to, in
-    # any direction and in each
+    # end; with resets [1 + N, R], all bits in rows that a gradient comes to, in any direction and
+    # in each, where they are 0 before
     marks: Tensor | None
     lengths: Tensor | None
     offsets: Tensor | None
     resets: Tensor | None
-    # S of [N, B, H] each: gradients of the last states, None for zeros, and of the initial ones
+    # S of [N, B, H] each: the initial states and the gradients of the last ones, None for zeros,
+    # and the gradients of the initial ones
+    first: tuple[Tensor | None, ...]
     dlast: tuple[Tensor | None, ...]
     dfirst: tuple[Tensor | None, ...]
     # [S, N, B, H], float32: gradients of the states between two launches
@@ -62,6 +63,18 @@ class BackwardTensors(NamedTuple):
     # [N, B, G, H], dr of the step done before, and [N, B, H], W_hh^T of that (scope library)
     outgoing: Tensor | None = None
     product: Tensor | None = None
+
+
+def set_to_zero(tensors: ForwardTensors | BackwardTensors, exchanged: Tensor | None) -> None:
+    """In one launch, what kernels find at zero: words that blocks exchange, and marks where there
+    are resets."""
+    found = [exchanged]
+    if isinstance(tensors, BackwardTensors) and tensors.resets is not None:
+        found.append(tensors.marks)
+    # of one dtype: else they take a launch each
+    words = [t.view(torch.int16) for t in found if t is not None]
+    if words:
+        torch._foreach_zero_(words)
 
 
 def each_of(tensors: Any) -> Iterator[Tensor | None]:

@@ -25,6 +25,7 @@ from rnn.kernels.codegen import statements
 from rnn.kernels.cpu import native
 from rnn.kernels.gpu.cuda import launch as cuda
 from rnn.kernels.plan import Plan
+from rnn.layer_types import Masks
 from tests.cases import CELLS
 from tests.kernels.gpu.emulator import COMPILER, loader
 
@@ -188,7 +189,7 @@ def check_plans(cell: Cell, plans: list[Plan]) -> None:
         zeros = [torch.zeros_like(t) if d is None else d for t, d in zip(leaves, grads)]
         return [*(t.detach() for t, _ in outputs), *zeros]
 
-    masks = lengths, None, resets
+    masks = Masks(lengths, None, resets)
     reverse = (False, True)
     exact = run(
         lambda leaves: rnn.composite.composite(cell, leaves, masks, reverse, 1), torch.float64

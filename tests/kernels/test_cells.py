@@ -12,6 +12,7 @@ from torch import Tensor
 import rnn
 from rnn.kernels.cells import Cell, sigmoid, tanh, zeros_like
 from rnn.kernels.plan import Plan
+from rnn.layer_types import NO_MASKS
 from tests.cases import CELLS, TORCH_CELLS
 
 
@@ -173,7 +174,7 @@ def test_cell_that_reads_after_it_writes(plan: Plan) -> None:
     recurrence: Any = rnn.functional.recurrence
     found: Any = [
         recurrence(cell, *given, keep=1, plan=plan),
-        rnn.composite.composite(cell, given, (None, None, None), (False,), 1),
+        rnn.composite.composite(cell, given, NO_MASKS, (False,), 1),
     ]
     torch.testing.assert_close(*found)
     torch.testing.assert_close(

@@ -574,5 +574,8 @@ def test_prove_goes_on(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     assert (tmp_path / "prove-hangs.log").read_text() == "begun\n"
     assert (tmp_path / "prove-ends.log").read_text() == "last\n"
+    told_of_tests = tmp_path / bench.prove.TOLD
+    told_of_tests.write_text("by the call before")
     assert bench.prove.main(["--out", str(tmp_path), "--minutes", "0", "--only", "ends"]) == 0
     assert "no time left" in (tmp_path / "prove.json").read_text()
+    assert told_of_tests.exists()

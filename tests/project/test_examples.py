@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rnn
+from rnn.layer_types import NO_MASKS
 
 ROOT = Path(__file__).parents[2]
 HELPERS = ("texts", "training")
@@ -317,7 +318,7 @@ def test_cell_of_the_documentation() -> None:
     ]
     found = [
         rnn.functional.recurrence(scope["mgu"], *given)[0],
-        rnn.composite.composite(scope["mgu"], given, (None, None, None), (False,), 0)[0],
+        rnn.composite.composite(scope["mgu"], given, NO_MASKS, (False,), 0)[0],
     ]
     torch.testing.assert_close(*found)
     torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), given) for y in found))

@@ -125,3 +125,53 @@ def test_outcomes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "test_is_left",
     ]
     assert [*counts["skipped"].values()] == ["Skipped: for want of memory"]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["one process", "side by side"])
+def test_a_fault_of_a_kernel(beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves CUDA broken in its process: what comes after has another one, or no turn."""
+    file = tmp_path / "test_gpu_breaks.py"
+    file.write_text(
+        "import pytest, torch\n"
+        "def synchronize(): raise RuntimeError('CUDA error: an illegal memory access')\n"
+        "def test_fails(): assert 0\n"
+        "def test_out_of_memory(): ...\n"
+        "def test_breaks():\n"
+        "    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize\n"
+        "    assert 0\n"
+        "def test_after(): assert torch.cuda.synchronize is not synchronize\n"
+        "def test_skips_itself(): pytest.skip('for want of memory')\n"
+    )
+    told = tmp_path / "told.jsonl"
+    plugins = ["-p", "tests.on_gpu", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--told", str(told), str(file)]
+    if beside:
+        command += ["--numprocesses", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 1, done.stdout
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    counts: Any = importlib.import_module("prove").tested(told)
+    failed = [name.split("::")[1] for name in counts["failed"]]
+    left_out = [name.split("::")[1] for name in counts["left_out"]]
+    assert counts["chosen"] == 5 and failed == ["test_fails", "test_breaks"]
+    assert counts["passed"] == (2 if beside else 1)
+    assert left_out == ([] if beside else ["test_after", "test_skips_itself"])
+    assert len(counts["skipped"]) == beside
+
+
+@pytest.mark.parametrize(("cores", "count"), [(1, 1), (2, 1), (16, 8), (64, 8)])
+def test_processes_of_tests(cores: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    prove: Any = importlib.import_module("prove")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    steps = {step.name: step.command for step in prove.plan("cuda", ["smoke"], Path("out"))}
+    tests = steps["tests"]
+    assert tests[tests.index("--numprocesses") + 1] == str(count)
+    assert (
+        "--numprocesses"
+        not in {s.name: s.command for s in prove.plan("cpu", ["smoke"], ROOT)}["tests"]
+    )

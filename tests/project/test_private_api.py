@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 # File and name of what has to stand elsewhere: why.
 _FOREACH = "documented in spite of its name, among torch's foreach functions: one launch for all"
 ELSEWHERE: dict[tuple[str, str], str] = {
+    ("kernels/gpu/tensors.py", "torch._foreach_zero_"): _FOREACH,
     ("kernels/gpu/triton_kernels/library.py", "torch._foreach_copy_"): _FOREACH,
 }
 

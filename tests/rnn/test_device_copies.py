@@ -20,6 +20,7 @@ from rnn.kernels import cells
 from rnn.kernels.plan import Plan
 from rnn.kernels.types import Layout
 from rnn.layer_call import LayerCall
+from rnn.layer_types import Masks
 
 DEVICE = torch.device("cuda", 0)
 
@@ -151,7 +152,7 @@ class Input(NamedTuple):
 
 def layout_of(x: Input, *masks: Any) -> Layout:
     plan = Plan("cuda", "block", 16, 8, 0, 1)
-    call = LayerCall(cells.lstm, plan, x, masks, [0])  # type: ignore[arg-type]
+    call = LayerCall(cells.lstm, plan, x, Masks(*masks), [0])  # type: ignore[arg-type]
     return call.layout
 
 

@@ -92,6 +92,24 @@ class TestMasks:
         assert last[:, 1].isnan().all()
 
     @PLANS
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_a_gradient_of_nan_times_no_state(self, steps: int, plan: Plan) -> None:
+        """In the first steps, whose initial states are 0, gives NaN, as in torch.nn."""
+        ours = rnn.LSTM(I, H, bidirectional=True, plan=plan)
+        theirs = nn.LSTM(I, H, bidirectional=True)
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(steps, B, I)
+        dy = torch.randn(steps, B, 2 * H)
+        dy[0, 0, 1] = dy[-1, 1, H + 2] = float("nan")
+        found = [
+            [grad.isnan() for grad in torch.autograd.grad(y, list(layer.parameters()), dy)]
+            for layer in (ours, theirs)
+            for y in (layer(x)[0],)
+        ]
+        assert any(bad.any() and not bad.all() for bad in found[1])
+        torch.testing.assert_close(*found)
+
+    @PLANS
     def test_infinite_gradients_of_what_is_off(self, plan: Plan) -> None:
         """The square root's at 0, where relu is off, counts for nothing, as in torch.nn."""
         ours = rnn.RNN(I, H, nonlinearity="relu", plan=plan)

@@ -21,7 +21,7 @@ from ...codegen import statements
 from ...plan import Plan, exchange_bytes, plan_text, shared_bytes, slices
 from ...types import Layout
 from ..faults import Refused, faults_of
-from ..tensors import BackwardTensors, ForwardTensors
+from ..tensors import BackwardTensors, ForwardTensors, set_to_zero
 from .compiler import nvrtc
 
 
@@ -184,7 +184,15 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, ...]:
+def _joined(states: Sequence[Tensor | None], y: Tensor, B: int) -> Tensor:
+    """S states [N, B, H], or zeros, one after the other."""
+    given = [t for t in states if t is not None]
+    if not given:
+        return y.new_zeros(len(states), B, y.shape[1])
+    return given[0] if len(given) == 1 else torch.stack(given)
+
+
+def _numbers(tensors: ForwardTensors | BackwardTensors, B: int) -> tuple[Tensor | None, ...]:
     """The kernel's first parameters: the tensors of floating-point numbers."""
     if isinstance(tensors, ForwardTensors):
         return (
@@ -199,7 +207,7 @@ def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, 
         )
     return (
         tensors.w_hh,
-        tensors.state,
+        _joined(tensors.first, tensors.y, B),
         tensors.y,
         tensors.states,
         tensors.saved,
@@ -234,7 +242,8 @@ def launch(
         tile_bytes = exchange_bytes(cell, plan, w_hh.element_size(), adjoint)
         slice_bytes = parts[0].tiles * N * tile_bytes
         # words, as the first phase of a buffer differs from 0
-        packets = w_hh.new_zeros(len(parts) * slice_bytes // 4, dtype=torch.int32)
+        packets = w_hh.new_empty(len(parts) * slice_bytes // 4, dtype=torch.int32)
+    set_to_zero(tensors, packets)
     lengths = None if layout.lengths is None else layout.lengths.to(torch.int64)
     given = lengths, layout.offsets, layout.resets
     grad_of_y = True
@@ -242,7 +251,9 @@ def launch(
     if isinstance(tensors, BackwardTensors):
         grad_of_y = tensors.dy is not None
         marks = (tensors.marks,)
-    numbers_at = [_address(t) for t in _numbers(tensors)]
+    # kept until the kernel is launched: one may be new
+    numbers = _numbers(tensors, B)
+    numbers_at = [_address(t) for t in numbers]
     pair_bytes = 2 * w_hh.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)

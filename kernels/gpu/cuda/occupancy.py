@@ -5,6 +5,8 @@ import ctypes
 from functools import cache
 from typing import Any
 
+import torch
+
 from ...plan import CLUSTERS
 from .launch import NON_PORTABLE_CLUSTER_SIZE, build
 
@@ -53,12 +55,28 @@ def active_clusters(capability: int, shared: int) -> tuple[int, ...]:
     except (OSError, RuntimeError):
         return ()
     module = ctypes.c_void_p()
-    if driver.cuModuleLoadData(ctypes.byref(module), cubin):
+    if not _has_context(driver) or driver.cuModuleLoadData(ctypes.byref(module), cubin):
         return ()
     try:
         return _counts(driver, module, shared)
     finally:
         driver.cuModuleUnload(module)
+
+
+def _has_context(driver: Any) -> bool:
+    """Whether this thread has a context now: the device's, where it had none. The runtime, and so
+    torch, gives a thread one at its first call, which may be yet to come; the driver does not."""
+    context = ctypes.c_void_p()
+    if driver.cuCtxGetCurrent(ctypes.byref(context)):
+        return False
+    if context:
+        return True
+    device = ctypes.c_int()
+    return not (
+        driver.cuDeviceGet(ctypes.byref(device), torch.cuda.current_device())
+        or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        or driver.cuCtxSetCurrent(context)
+    )
 
 
 def _counts(driver: Any, module: ctypes.c_void_p, shared: int) -> tuple[int, ...]:

@@ -87,9 +87,11 @@ class Graph:
         self._executable = ctypes.c_void_p()
         if products:
             current = torch.cuda.current_stream().cuda_stream
-            place = _capture_stream(torch.cuda.current_device(), current)
-            with _capturing, torch.cuda.use_mem_pool(place.memory):
-                self._capture(launch, place.stream)
+            with _capturing:
+                # two threads at once would have two of them, one of which is let go
+                place = _capture_stream(torch.cuda.current_device(), current)
+                with torch.cuda.use_mem_pool(place.memory):
+                    self._capture(launch, place.stream)
         else:
             stream = _new_stream()
             try:
@@ -186,11 +188,14 @@ class StepGraph:
                 self.graph.replay(stream.cuda_stream)
 
 
-def can_replay(steps: int, tensors: Iterable[Tensor | None]) -> bool:
-    """Not for a few steps, nor for unaligned tensors, nor while the caller captures a graph."""
+def can_replay(steps: int, tensors: Iterable[Tensor | None], products: bool = False) -> bool:
+    """Not for a few steps, nor for unaligned tensors, nor while the caller captures a graph; nor,
+    with a library's `products`, where torch's allocator is one that has no memory pools."""
     if steps < STEPS_PER_GRAPH:
         return False
     if not all(t is None or (t.is_cuda and t.data_ptr() % 16 == 0) for t in tensors):
+        return False
+    if products and torch.cuda.get_allocator_backend() != "native":
         return False
     return not torch.cuda.is_current_stream_capturing()
 

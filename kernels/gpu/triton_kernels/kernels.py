@@ -14,6 +14,7 @@ import triton.language as tl
 from ...cells import Cell, bind
 from ..tensors import BackwardTensors, ForwardTensors
 from .tiles import (
+    add_given,
     add_in_own_layout,
     any_nonzero,
     barrier,
@@ -37,6 +38,7 @@ from .tiles import (
     tile_of_program,
     tile_of_step,
     zero_past_ends,
+    zero_unmarked,
 )
 
 
@@ -241,7 +243,7 @@ def forward_kernel(
         r = add_in_own_layout(r, br, G)
         if tensors.w_ih is not None and SEPARATE_RECURRENT_GRAD:
             xs = add_in_own_layout(dots(wi, xs[0], zeros, 0, 1, G, PRECISION), bx, G)
-        constants = load_constants(table, 11, first_states, at.o_s, at, CARRIED, S)
+        constants = load_constants(table, 11, first_states, at, at.mask, CARRIED, S)
         s_next, a = CELL(xs, r, s + constants)
         # Units past H stay 0: an infinity there would make NaN of every later sum (0 * infinity).
         written = at.mask & step.runs[None, :]
@@ -258,7 +260,7 @@ def forward_kernel(
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         step = step_next
         xs = xs_next
-    s = s + load_constants(table, 11, first_states, tile.o_s, tile, CARRIED, S)
+    s = s + load_constants(table, 11, first_states, tile, tile.mask, CARRIED, S)
     store_states(table, 11 + S, last_states, tensors.carried, s_plane, u1 >= T, s, tile, S)
 
 
@@ -280,6 +282,7 @@ def backward_kernel(
     CARRIED: tl.constexpr,
     A: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -293,29 +296,30 @@ def backward_kernel(
 
     Step T only adds W_hh^T dr of the last one to the gradient of h."""
     u, u1, T, R = load_step(table, u0, u1, T, R, 1)
+    first_states = tensors.first
     dlast = tensors.dlast
     dfirst = tensors.dfirst
     if table is not None:
         tensors = BackwardTensors(
             w_hh=load_pointer(table, 0, tensors.w_hh),
-            state=load_pointer(table, 1, tensors.state),
-            y=load_pointer(table, 2, tensors.y),
-            states=load_pointer(table, 3, tensors.states),
-            saved=load_pointer(table, 4, tensors.saved),
-            dy=load_pointer(table, 5, tensors.dy),
-            dstates=load_pointer(table, 6, tensors.dstates),
-            dx=load_pointer(table, 7, tensors.dx),
-            dr=load_pointer(table, 8, tensors.dr),
-            h_prev=load_pointer(table, 9, tensors.h_prev),
-            marks=load_pointer(table, 10, tensors.marks),
-            lengths=load_pointer(table, 11, tensors.lengths),
-            offsets=load_pointer(table, 12, tensors.offsets),
-            resets=load_pointer(table, 13, tensors.resets),
+            y=load_pointer(table, 1, tensors.y),
+            states=load_pointer(table, 2, tensors.states),
+            saved=load_pointer(table, 3, tensors.saved),
+            dy=load_pointer(table, 4, tensors.dy),
+            dstates=load_pointer(table, 5, tensors.dstates),
+            dx=load_pointer(table, 6, tensors.dx),
+            dr=load_pointer(table, 7, tensors.dr),
+            h_prev=load_pointer(table, 8, tensors.h_prev),
+            marks=load_pointer(table, 9, tensors.marks),
+            lengths=load_pointer(table, 10, tensors.lengths),
+            offsets=load_pointer(table, 11, tensors.offsets),
+            resets=load_pointer(table, 12, tensors.resets),
+            first=(),
             dlast=(),
             dfirst=(),
-            carried=load_pointer(table, 14 + 2 * S, tensors.carried),
-            outgoing=load_pointer(table, 15 + 2 * S, tensors.outgoing),
-            product=load_pointer(table, 16 + 2 * S, tensors.product),
+            carried=load_pointer(table, 13 + 3 * S, tensors.carried),
+            outgoing=load_pointer(table, 14 + 3 * S, tensors.outgoing),
+            product=load_pointer(table, 15 + 3 * S, tensors.product),
         )
     tile = tile_of_program(first, 0, B, H, REVERSE, N, G, BB, BN)
     o_gates = tile.i_b[None, :] * (G * H) + tile.o_n[:, None]
@@ -324,7 +328,7 @@ def backward_kernel(
     s_plane = B.to(tl.int64) * (N * H)
     w_hh = tensors.w_hh + tile.n * G * H * H
     ws = load_matrices(w_hh, H * H, 1, H, tile.o_n, 0, tile.m_n, H, BK, KT, G)
-    d = load_states(table, 14, dlast, tensors.carried, s_plane, u, tile, S)
+    d = load_states(table, 13 + S, dlast, tensors.carried, s_plane, u, tile, S)
     gr = zeros
     ends = load_ends(tile, T, B, tensors)
     descending = tile.reverse == 0
@@ -337,8 +341,7 @@ def backward_kernel(
         acc = zeros[:1]
         flowed = last.runs & ~last.cut
         if SCOPE == "library":
-            m_flowed = at.mask & flowed[None, :]
-            acc = load_tiles(tensors.product, at.s0, 0, at.o_s, m_flowed, None, 1)
+            acc = load_tiles(tensors.product, at.s0, 0, at.o_s, at.mask & flowed[None, :], None, 1)
         elif SCOPE == "block":
             for g in tl.static_range(G):
                 dr = tl.where(last.cut[None, :], 0.0, gr[g])
@@ -356,15 +359,13 @@ def backward_kernel(
         m_first = m_run & ~step_next.runs[None, :] & ~step.cut[None, :]
         h_next = load_tiles(tensors.y, row, 0, at.o_y, m_run, None, 1)
         # Constants are read where they were given: their addresses stay, for the L1 cache.
-        s0 = at.s0 + CARRIED * s_plane
-        constants = load_tiles(tensors.state, s0, s_plane, at.o_s, m_run, None, S - CARRIED)
+        constants = load_constants(table, 13, first_states, at, m_run, CARRIED, S)
         others = load_tiles(tensors.states, row, y_plane, at.o_y, m_run, None, CARRIED - 1)
         s_next = h_next + others + constants
         h_prev = load_tiles(tensors.y, row_prev, 0, at.o_y, m_before, None, 1)
         others = load_tiles(tensors.states, row_prev, y_plane, at.o_y, m_before, None, CARRIED - 1)
         s_prev = h_prev + others
-        s_prev = load_tiles(tensors.state, at.s0, s_plane, at.o_s, m_first, s_prev, CARRIED)
-        s_prev = s_prev + constants
+        s_prev = add_given(table, 13, first_states, 0, at, m_first, s_prev, CARRIED) + constants
         dh = load_tiles(tensors.dy, row, 0, at.o_y, m_run, d, 1)
         ds = dh + load_tiles(tensors.dstates, row, y_plane, at.o_y, m_run, d[1:], S - 1)
         a = load_tiles(tensors.saved, row, y_plane, at.o_y, m_run, None, A)
@@ -389,8 +390,10 @@ def backward_kernel(
         store_tiles(tensors.h_prev, row, 0, at.o_y, s_prev, m_rows, 1)
         if tensors.marks is not None:
             mark_rows(tensors, step, at, rows, reached, R)
+            if ONE_STEP:
+                zero_unmarked(tensors, last, at, R, N * H)
         u += 1
         barrier(counter, first + tl.program_id(1), tl.cdiv(B, BB), u - u0)
         last = step
         step = step_next
-    store_states(table, 14 + S, dfirst, tensors.carried, s_plane, u1 > T, d, tile, S)
+    store_states(table, 13 + 2 * S, dfirst, tensors.carried, s_plane, u1 > T, d, tile, S)

@@ -11,10 +11,10 @@ import triton
 from torch import Tensor
 
 from ...cells import Cell
-from ...plan import Plan, Slice, power_of_2, slices
+from ...plan import STEP_SCOPES, Plan, Slice, power_of_2, slices
 from ...types import Layout
 from ..faults import faults_of
-from ..tensors import BackwardTensors, ForwardTensors, each_of
+from ..tensors import BackwardTensors, ForwardTensors, each_of, set_to_zero
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
 from .library import OPERANDS, fill_operands, multiply, with_operands
@@ -62,7 +62,7 @@ def _constants(
         BB=plan.sequences,
         BN=plan.units,
         BK=plan.depth,
-        KT=0 if plan.scope in ("launch", "library") else depth_tiles,
+        KT=0 if plan.scope in STEP_SCOPES else depth_tiles,
         SCOPE=plan.scope,
         PRECISION=plan.precision,
     )
@@ -73,6 +73,8 @@ def _constants(
             XN=1 if fused else cell.gates,
             SEPARATE_RECURRENT_GRAD=cell.split,
         )
+    else:
+        constants |= dict(ONE_STEP=plan.scope in STEP_SCOPES)
     return constants
 
 
@@ -88,7 +90,7 @@ def _barrier_counter(
         return None
     if prod(grid) > torch.cuda.get_device_properties(device).multi_processor_count:
         return None
-    return torch.zeros(tiles * grid[2], dtype=torch.int32, device=device)
+    return torch.empty(tiles * grid[2], dtype=torch.int32, device=device)
 
 
 def _with_exchanged(
@@ -185,6 +187,7 @@ def launch_steps(
 
     device = tensors.w_hh.device
     counter = _barrier_counter(plan, grid_of(parts[0]), tiles, device)
+    set_to_zero(tensors, counter)
     barrier = counter is not None
     launched_once = plan.scope == "block" or barrier
     tensors = _with_exchanged(cell, plan, layout, tensors, B, launched_once)
@@ -201,7 +204,7 @@ def launch_steps(
         _launch_once(kind, grid_of(part), arguments, constants)
 
     with torch.cuda.device_of(tensors.w_hh):
-        if not launched_once and can_replay(steps, each_of(tensors)):
+        if not launched_once and can_replay(steps, each_of(tensors), library):
             stream = torch.cuda.current_stream().cuda_stream
             graph = step_graph(kind, B, stream)
             if graph.graph is None:

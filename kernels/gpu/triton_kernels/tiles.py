@@ -160,6 +160,18 @@ def mark_rows(tensors, step, tile, rows, reached, R):
 
 
 @triton.jit
+def zero_unmarked(tensors, last, tile, R, row_pitch):
+    """With resets, sets h_prev to 0 in rows of the step done before, in another launch, that are
+    not marked."""
+    if tensors.resets is not None:
+        marks = tensors.marks + (1 + tile.n) * R + last.row
+        marked = tl.load(marks + tile.o_b, mask=last.runs, other=0) != 0
+        h_prev = tensors.h_prev + last.row * row_pitch + tile.y0
+        m_rows = tile.mask & (last.runs & ~marked)[None, :]
+        tl.store(h_prev + tile.o_y, 0.0, mask=m_rows)
+
+
+@triton.jit
 def load_step(table, u0, u1, T, R, EXTRA):
     """The launch's steps u0 <= u < u1, T and R: the arguments, or what a CUDA graph's table holds.
 
@@ -249,28 +261,32 @@ def zero_past_ends(values, runs, tensors, N):
 
 
 @triton.jit
-def load_states(table, k0, given, carried, plane, u, tile, S):
-    """S tiles: those that the launch before left in `carried`, and before step 0 the given ones, S
-    pointers (a graph's table has them from entry k0 on), None for 0."""
-    mask = tile.mask
-    if carried is not None:
-        mask = mask & (u == 0)
-    left = load_tiles(carried, tile.s0, plane, tile.o_s, tile.mask & (u > 0), None, S)
+def add_given(table, k0, given, first, tile, mask, start, N):
+    """start + N tiles of states, given as pointers, from the one of number `first` on (a graph's
+    table has number 0 in entry k0); None counts as 0."""
     out = ()
-    for k in tl.static_range(S):
-        ptr = load_pointer(table, k0 + k, given[k])
-        out = out + load_tiles(ptr, tile.s0, 0, tile.o_s, mask, (left[k],), 1)
+    for k in tl.static_range(N):
+        ptr = load_pointer(table, k0 + first + k, given[first + k])
+        out = out + load_tiles(ptr, tile.s0, 0, tile.o_s, mask, (start[k],), 1)
     return out
 
 
 @triton.jit
-def load_constants(table, k0, given, offsets, tile, CARRIED, S):
-    """The states that stay what they are, from the S pointers of `load_states`."""
-    out = ()
-    for k in tl.static_range(CARRIED, S):
-        ptr = load_pointer(table, k0 + k, given[k])
-        out = out + load_tiles(ptr, tile.s0, 0, offsets, tile.mask, None, 1)
-    return out
+def load_states(table, k0, given, carried, plane, u, tile, S):
+    """S tiles: those that the launch before left in `carried`, and before step 0 the given ones, as
+    for `add_given`."""
+    mask = tile.mask
+    if carried is not None:
+        mask = mask & (u == 0)
+    left = load_tiles(carried, tile.s0, plane, tile.o_s, tile.mask & (u > 0), None, S)
+    return add_given(table, k0, given, 0, tile, mask, left, S)
+
+
+@triton.jit
+def load_constants(table, k0, given, tile, mask, CARRIED, S):
+    """The states that stay what they are, of the S given ones, as for `add_given`."""
+    nothing = load_tiles(None, 0, 0, tile.o_s, mask, None, S - CARRIED)
+    return add_given(table, k0, given, CARRIED, tile, mask, nothing, S - CARRIED)
 
 
 @triton.jit

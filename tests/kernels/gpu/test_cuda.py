@@ -534,15 +534,36 @@ def test_threads_that_compile_first() -> None:
 
 
 class Driver:
-    """Answers as the CUDA driver does: `active` clusters by size, and an error for other sizes."""
+    """Answers as the CUDA driver does: `active` clusters by size, and an error for other sizes.
+    `contexts`: of each device; `current` is that of the thread, 0 for none."""
 
-    def __init__(self, active: dict[int, int], error: int = 912) -> None:
+    def __init__(self, active: dict[int, int], error: int = 912, current: int = 5) -> None:
         self.active = active
         self.error = error
         self.loaded = 0
         self.attributes = list[tuple[int, int]]()
+        self.current = current
+        self.contexts = {0: 5, 1: 6}
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context._obj.value = self.current
+        return 0
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        context._obj.value = self.contexts.get(device.value, 0)
+        return 0 if device.value in self.contexts else 101
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.current = context.value
+        return 0
 
     def cuModuleLoadData(self, module: Any, cubin: bytes) -> int:
+        if not self.current:
+            return 201
         self.loaded += 1
         return 0
 
@@ -584,6 +605,19 @@ def test_active_clusters(
     monkeypatch.setattr(occupancy, "build", lambda code, capability: (b"cubin", ""))
     assert occupancy.active_clusters(90, 232448) == want
     assert driver.loaded == 0 and (8, 232448) in driver.attributes and (14, 1) in driver.attributes
+
+
+@pytest.mark.parametrize(("device", "context"), [(0, 5), (1, 6), (2, 0)])
+def test_a_thread_without_a_context(
+    device: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has not called CUDA in it yet: it gets the context of its device."""
+    driver = Driver({2: 60, 4: 30, 8: 14, 16: 6}, current=0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(occupancy, "_driver", lambda: driver)
+    monkeypatch.setattr(occupancy, "build", lambda code, capability: (b"cubin", ""))
+    found = occupancy.active_clusters(90, 232448)
+    assert driver.current == context and found == ((60, 30, 14, 6) if context else ())
 
 
 def test_no_driver_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,8 +237,8 @@ def far_apart(scope: str, reverse: int, starts: list[int], R: int) -> list[Tenso
     forward = ForwardTensors(x, None, w_hh, None, None, *outputs, *masks, given, last)
     gpu.launch(cell, plan, rows, forward, B)
     grads = dy, None, None, dr, came, None
-    ends = (None, None), dfirst
-    backward = BackwardTensors(w_hh, s0[:, None], *outputs, *grads, *masks, *ends)
+    ends = given, (None, None), dfirst
+    backward = BackwardTensors(w_hh, *outputs, *grads, *masks, *ends)
     gpu.launch(cell, plan, rows, backward, B)
     return [y[at], states[:, at], *last, saved[:, at], dr[at], *dfirst, came[at]]
 

@@ -4,26 +4,29 @@ here)."""
 import gc
 import itertools
 import mmap
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from triton.runtime.errors import OutOfResources
 
 import rnn
 from rnn.kernels import cells
 from rnn.kernels import gpu as device
 from rnn.kernels.gpu.tensors import BackwardTensors, ForwardTensors
-from rnn.kernels.gpu.triton_kernels import cuda_graph
+from rnn.kernels.gpu.triton_kernels import cuda_graph, kernels
 from rnn.kernels.gpu.triton_kernels import launch as gpu
 from rnn.kernels.plan import Plan, Slice
 from rnn.kernels.types import Layout, Weights
 from tests.cases import check_recurrence
-from tests.kernels.gpu.test_gpu import plan_for
+from tests.kernels.gpu.test_gpu import check_not_asked_for, plan_for
 
 pytestmark = pytest.mark.interpreted
 
@@ -112,6 +115,7 @@ class Machine:
         self.stream = 0
         self.capturing: list[Any] | None = None
         self.by_user = False
+        self.allocator = "native"
         # the pool that a library's workspace would be of
         self.pool: Any = None
         self.driver = Driver(self)
@@ -160,6 +164,7 @@ class Machine:
             ("set_stream", lambda _: None),
             ("current_device", lambda: -1),  # that of these tensors
             ("is_current_stream_capturing", lambda: self.by_user),
+            ("get_allocator_backend", lambda: self.allocator),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(cuda_graph, "_library", lambda: self.driver)
@@ -268,6 +273,59 @@ def test_library_products_in_graphs(machine: Machine, cell: str, form: str, rese
     assert [len(launches) for launches in machine.graphs] == [8, 8]
 
 
+@pytest.mark.parametrize(("scope", "form"), [("launch", "padded"), ("library", "lengths")])
+def test_steps_not_asked_for(machine: Machine, scope: str, form: str) -> None:
+    """In graphs too the rows of h that no gradient comes to are set to 0."""
+    check_not_asked_for("rnn_tanh", plan_for(scope, 18), form)
+    assert machine.replays and not machine.plain
+
+
+def check_units_apart(scope: str) -> None:
+    """A gradient that comes to a unit of one tile alone is multiplied with h of all units."""
+    ours = rnn.RNN(3, 18, plan=plan_for(scope, 18))
+    exact = nn.RNN(3, 18).double()
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 3)
+    resets = torch.zeros(2, 3, dtype=torch.bool)
+    for y in (ours(x, resets=resets)[0], exact(x.double())[0]):
+        y[1, :, 17].sum().backward()
+    got, want = (dict(layer.named_parameters())["weight_hh_l0"].grad for layer in (ours, exact))
+    assert want is not None and want[17].abs().min() > 1e-3
+    torch.testing.assert_close(got, want.float())
+
+
+@pytest.mark.parametrize("scope", ["launch", "library"])
+def test_a_gradient_of_few_units(scope: str) -> None:
+    check_units_apart(scope)
+
+
+@pytest.mark.parametrize("fault", ["no rows", "rows of another direction", "rows of the launch"])
+def test_rows_that_are_wrongly_set_to_0_are_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = kernels.mark_rows
+    zero = kernels.zero_unmarked
+    steps = list[Any]()
+
+    def mark_rows(tensors: Any, step: Any, *rest: Any) -> None:
+        steps.append(step)
+        mark(tensors, step, *rest)
+
+    def zero_rows(tensors: Any, last: Any, tile: Any, *rest: Any) -> None:
+        if fault == "rows of another direction":
+            zero(tensors, last, tile._replace(n=1 - tile.n), *rest)
+        elif fault == "rows of the launch":
+            zero(tensors, steps[-1], tile, *rest)
+
+    monkeypatch.setattr(kernels, "mark_rows", mark_rows)
+    monkeypatch.setattr(kernels, "zero_unmarked", zero_rows)
+    check = partial(check_not_asked_for, "rnn_tanh", plan_for("launch", 18), "lengths")
+    if fault == "rows of the launch":
+        check = partial(check_units_apart, "launch")
+    with pytest.raises(AssertionError):
+        check()
+
+
 def check_two_layers() -> None:
     for seed in range(2):
         check(9, "gru", seed=seed, scope="library")
@@ -282,6 +340,40 @@ def test_a_library_graph_with_a_callers_tensors_is_found(
     monkeypatch.setattr(gpu, "OPERANDS", operands)
     with pytest.raises(AssertionError):
         check_two_layers()
+
+
+@pytest.mark.parametrize("allocator", ["cudaMallocAsync", "pluggable"])
+def test_an_allocator_without_pools(
+    allocator: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's steps are launched one by one; other graphs need none."""
+
+    def refuse() -> None:
+        raise RuntimeError(f"{allocator} does not yet support createOrIncrefPool")
+
+    machine.allocator = allocator
+    monkeypatch.setattr(torch.cuda, "MemPool", refuse)
+    check(6, scope="library")
+    assert not machine.graphs and machine.plain == 6 + 7
+    check(6)
+    assert len(machine.graphs) == 2
+
+
+def test_threads_that_capture_first(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one stream, at the same time: their graphs have one workspace, which stays."""
+    pools = list[Any]()
+    pool = torch.cuda.MemPool
+
+    def made() -> Any:
+        time.sleep(0.1)
+        pools.append(pool())
+        return pools[-1]
+
+    monkeypatch.setattr(torch.cuda, "MemPool", made)
+    with ThreadPoolExecutor(2) as threads:
+        graphs = [threads.submit(cuda_graph.Graph, lambda: None, True) for _ in range(2)]
+        assert [graph.result() for graph in graphs]
+    assert len(pools) == len(machine.driver.streams) == 1
 
 
 @pytest.mark.parametrize("fault", ["none", "let go"])
@@ -456,7 +548,8 @@ def test_more_elements_than_32_bits_count(machine: Machine) -> None:
         for k, t in enumerate((y, dy, states[0], *saved)):
             t[-5 * B :] = data[1 + k, :, :H]
         grads = dy, None, None, dr, None, None
-        backward = BackwardTensors(w, s0, y, states, saved, *grads, *no_masks, *given)
+        ends = given[0], *given
+        backward = BackwardTensors(w, y, states, saved, *grads, *no_masks, *ends)
         gpu.launch_steps(cell, plan, Layout(T, [0]), 4, backward, B)
         found[-1].append(dr[-4 * B :].clone())
     assert machine.replays == 4 and R * H > 2**31
