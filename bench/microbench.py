@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = environment("cuda") | dict(suite="microbench", constants=constants(Bench()))
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "-".join(filter(None, ("cuda-microbench", f"{results['commit']}.json")))
+    path = options.out / ("-".join(filter(None, ("cuda-microbench", results["commit"]))) + ".json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     commit = results["commit"] or "an unknown commit"
     found = model_costs(results["constants"], torch.cuda.get_device_name(), commit)

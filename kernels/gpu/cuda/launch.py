@@ -262,7 +262,9 @@ def launch(
         masks = Masks.RESETS
     elif lengths is not None or layout.offsets is not None:
         masks = Masks.ENDS
-    kernel = load(cell, plan, w_hh.dtype, adjoint, masks, even, grad_of_y, w_hh.device)
+    # compiled once for any slices of the batch
+    of_any = plan._replace(slice_tiles=0)
+    kernel = load(cell, of_any, w_hh.dtype, adjoint, masks, even, grad_of_y, w_hh.device)
     addresses = *numbers_at, *map(_address, given), *map(_address, marks)
     sizes = layout.steps, B, R, H, layout.reverses
     for k, part in enumerate(parts):

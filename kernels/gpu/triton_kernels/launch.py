@@ -17,7 +17,7 @@ from ..faults import faults_of
 from ..tensors import BackwardTensors, ForwardTensors, each_of, set_to_zero
 from .cuda_graph import can_replay, step_graph
 from .kernels import backward_kernel, forward_kernel, jit_cell
-from .library import OPERANDS, fill_operands, multiply, with_operands
+from .library import OPERANDS, clear_operand, fill_operands, multiply, with_operands
 
 
 class Kind(NamedTuple):
@@ -197,7 +197,8 @@ def launch_steps(
     constants = partial(_constants, cell, plan, layout, tensors)
 
     def run(table: Any, u: int, tensors: Any, count: int = 1, part: Slice = whole) -> None:
-        if library:
+        # without a step there is nothing yet that a product could read
+        if library and count:
             multiply(tensors, u, plan.precision)
         steps_of_launch = part.first, u, u + count, layout.steps
         arguments = table, tensors, counter, *steps_of_launch, B, R, *sizes
@@ -214,6 +215,7 @@ def launch_steps(
             fixed = [name for name in OPERANDS if library and hasattr(tensors, name)]
             return graph.run(run, steps, (layout.steps, R), device, tensors, fixed, fill_operands)
         if library:
+            clear_operand(tensors)
             fill_operands(tensors, tensors)
         at_once = steps if launched_once else 1
         # without a step the last states are still the first ones

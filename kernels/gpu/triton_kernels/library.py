@@ -15,13 +15,20 @@ OPERANDS = ("w_hh", "hidden", "outgoing", "product")
 def with_operands(
     cell: Cell, tensors: ForwardTensors | BackwardTensors, size: tuple[int, int, int]
 ) -> ForwardTensors | BackwardTensors:
-    """With those that are still missing, for N, B, H, of which nothing is read before it is
-    written."""
+    """With those that are still missing, for N, B, H, not yet written."""
     N, B, H = size
     new = tensors.w_hh.new_empty
     if isinstance(tensors, ForwardTensors):
         return tensors._replace(product=new(N, B, cell.gates * H))
     return tensors._replace(outgoing=new(N, B, cell.gates * H), product=new(size))
+
+
+def clear_operand(tensors: ForwardTensors | BackwardTensors) -> None:
+    """Zeros where products read rows that no step has written, of sequences that begin later. No
+    result of theirs is used, but memory that nobody wrote is not to be read at all."""
+    operand = tensors.hidden if isinstance(tensors, ForwardTensors) else tensors.outgoing
+    assert operand is not None
+    operand.zero_()
 
 
 def fill_operands(

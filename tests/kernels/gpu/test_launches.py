@@ -275,6 +275,22 @@ def test_kernels_find_words_at_zero(scope: str, cublas: Cublas) -> None:
         assert {exchanged, 1 + exchanged} <= {*found}
 
 
+def test_slices_of_the_batch_share_a_compiled_kernel(
+    cublas: Cublas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = set[Any]()
+
+    def load(*kind: Any) -> Any:
+        loaded.add(kind)
+        return lambda *_: None
+
+    monkeypatch.setattr(cuda, "load", load)
+    for tiles in (0, 1, 2):
+        plan = PLANS["cuda grid"]._replace(slice_tiles=tiles)
+        counted(cublas, cells.gru, torch.bfloat16, "padded", False, plan)
+    assert len(loaded) == 2, "one forward, one backward"
+
+
 def test_lengths_on_the_gpu_are_checked_in_one() -> None:
     """Which an assertion on the device ends, as an index that is out of range."""
     x = torch.randn(T, B, I)

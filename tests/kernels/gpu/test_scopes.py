@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from triton.runtime.errors import OutOfResources
 
 import rnn
@@ -271,6 +271,26 @@ def test_library_products_in_graphs(machine: Machine, cell: str, form: str, rese
     assert len(machine.driver.streams) == 1, "of all captures for this stream"
     # of each step a product and a kernel
     assert [len(launches) for launches in machine.graphs] == [8, 8]
+
+
+@pytest.mark.parametrize("T", [2, 6])
+@pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
+def test_library_products_of_what_was_written(
+    T: int, form: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a graph for few steps, and with one: fresh memory holds NaN here."""
+    bmm = torch.bmm
+    seen = list[bool]()
+
+    def noted(a: Tensor, b: Tensor, **options: Any) -> Any:
+        if machine.capturing is None:
+            seen.append(bool(a.isnan().any()))
+        return bmm(a, b, **options)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    check(T, "lstm", form, scope="library")
+    assert seen and not any(seen)
+    assert bool(machine.graphs) == (T == 6)
 
 
 @pytest.mark.parametrize(("scope", "form"), [("launch", "padded"), ("library", "lengths")])
