@@ -16,8 +16,8 @@ from .prediction import at_once, predict
 
 # Largest H, rounded up to a power of 2, whose W_hh one block holds with nothing spilled in the time
 # loop, whatever the options: by gates (more than 4: none), then by bytes per element (8 is tf32x3,
-# which splits float32 in two). (The adjoint of layer norm may spill a few words where H is not a
-# multiple of 16, which costs less than to run step by step.)
+# which splits float32 in two). (The fullest, above all of layer norm, spill a few words in some
+# versions of Triton, which costs less than a launch for each step.)
 BLOCK_UNITS = {
     1: {2: 256, 4: 128, 8: 128},
     2: {2: 128, 4: 64, 8: 64},
