@@ -122,7 +122,7 @@ def may_spill(H: int, weights: int, norm: bool) -> tuple[int, int]:
     read number by number where it is not aligned."""
     # Half of all registers are too few for the tensors of layer norm (up to 9 saved, 5 constants
     # and 7 gradients, of 4 numbers a thread), the more so with an address for every number; without
-    # it for an LSTM's on capability 8.0: Triton 3.7 spills, 3.6 does not.
+    # it for an LSTM's on capability 8.0. (Triton 3.6 spills only there, of layer norm, 7 words.)
     if weights == 128 and norm:
         return (384, 20) if H % 16 else (32, 3)
     return (128, 4 if weights == 128 else 0) if H % 16 else (32, 0)
