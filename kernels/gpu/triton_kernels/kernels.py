@@ -165,7 +165,7 @@ def forward_kernel(
             lengths=load_pointer(table, 8, tensors.lengths),
             offsets=load_pointer(table, 9, tensors.offsets),
             resets=load_pointer(table, 10, tensors.resets),
-            # a tuple with None in it cannot be made at
+            # a tuple with None in it cannot be made here
             first=(),
             last=(),
             carried=load_pointer(table, 11 + 2 * S, tensors.carried),
