@@ -1,12 +1,13 @@
-// The adjoint, back through time. state [S, N, B, H] entered the first step; dy where GRAD_OF_Y;
-// dx (unused where it equals dr) and dr [R, N, G, H]; h_prev [R, N, H] or null; S gradients of the
-// last states [N, B, H], or null for zeros, and S of the initial ones, or null. marks [R] or null:
-// all bits of rows that are steps, none of those past an end; with resets [1 + N, R], zeros that
-// become all bits in rows that a gradient comes to, in any direction and in each.
+// The adjoint, back through time. dy where GRAD_OF_Y; dx (unused where it equals dr) and dr
+// [R, N, G, H]; h_prev [R, N, H] or null; S initial states [N, B, H] and S gradients of the last
+// ones, each or null for zeros, and S of the initial ones, or null. marks [R] or null: all bits of
+// rows that are steps, none of those past an end; with resets [1 + N, R], zeros that become all
+// bits in rows that a gradient comes to, in any direction and in each.
 extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence(
-    const T* w_hh, const T* state, const T* y, const T* states, const T* saved, const T* dy,
+    const T* w_hh, const T* y, const T* states, const T* saved, const T* dy,
     const T* dstates, T* dx, T* dr, T* h_prev,
-    STATE_PARAMETERS(const T, dlast_), STATE_PARAMETERS(T, dfirst_),
+    STATE_PARAMETERS(const T, first_), STATE_PARAMETERS(const T, dlast_),
+    STATE_PARAMETERS(T, dfirst_),
     const i64* lengths, const i64* offsets, const bool* resets, Bits* marks, uint4* packets,
     i64 steps, i64 B, i64 R, i64 H, i64 reverses, i64 first_tile) {
   if (MASKS && lengths && !offsets) {
@@ -20,11 +21,11 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   SHARED_MEMORY(memory);
   Worker worker(*reinterpret_cast<Shared*>(memory), w_hh, lengths, offsets, resets, packets,
                 steps, B, R, H, reverses, first_tile);
+  const T* const first[STATES] = STATE_POINTERS(first_);
   const T* const dlast[STATES] = STATE_POINTERS(dlast_);
   T* const dfirst[STATES] = STATE_POINTERS(dfirst_);
   float outgoing[VECTORS][P][2];
   float sums[ROWS][P][2];
-  state += worker.s0;
   y += worker.y0;
   states += worker.y0;
   saved += worker.y0;
@@ -49,21 +50,17 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   Inputs ahead;
   i64 y_at = 0;
   i64 before_at = 0;
+  // before its first step a sequence is in its initial state, which is loaded once
+  Pair initial[P][STATES];
+  EACH(p, P) EACH(k, STATES) {
+    const bool given = worker.inside(p) && first[k];
+    initial[p][k] = joined(worker.load(first[k] + worker.s0 + worker.at(p, H), given));
+  }
   auto load_states = [&](Loaded (&s)[P][STATES], int t, i64 offset) {
     EACH(p, P) EACH(k, STATES) {
       const T* from = (k ? states + (k - 1) * worker.plane : y) + offset +
                       worker.at(p, worker.y_row);
-      // before its first step a sequence is in its initial state
-      const T* const initial = state + k * worker.layer + worker.at(p, H);
-      if (PRECISE) {
-        // in branches, as there are no registers for two addresses
-        s[p][k] = {};
-        if (worker.runs(t, p)) s[p][k] = worker.load(from, true);
-        else if (worker.end[p]) s[p][k] = worker.load(initial, true);
-        continue;
-      }
-      if (!worker.runs(t, p)) from = initial;
-      s[p][k] = worker.load(from, worker.end[p] > 0);
+      s[p][k] = worker.load(from, worker.runs(t, p), initial[p][k]);
     }
   };
   // To `ahead` for step u, in two parts: what can be done without a load, and the loads.
@@ -76,31 +73,8 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     y_at = pin_register(row * worker.y_row);
     before_at = BEFORE ? pin_register(row_of_states * worker.y_row) : y_at;
   };
-  // All that is loaded for a sequence in one branch.
-  auto fetch_in_branches = [&](int t) {
-    EACH(p, P) {
-      const i64 at = y_at + worker.at(p, worker.y_row);
-      EACH(k, STATES) ahead.s[p][k] = ahead.d[p][k] = {};
-      EACH(k, SAVED) ahead.saved[p][k] = {};
-      if (!worker.runs(t, p)) {
-        EACH(k, STATES) if (worker.end[p])
-          ahead.s[p][k] = worker.load(state + k * worker.layer + worker.at(p, H), true);
-        continue;
-      }
-      EACH(k, STATES)
-        ahead.s[p][k] = worker.load((k ? states + (k - 1) * worker.plane : y) + at, true);
-      if (GRAD_OF_Y) ahead.d[p][0] = worker.load(dy + at, true);
-      EACH(k, STATES) if (k && dstates)
-        ahead.d[p][k] = worker.load(dstates + (k - 1) * worker.plane + at, true);
-      EACH(k, SAVED) ahead.saved[p][k] = worker.load(saved + k * worker.plane + at, true);
-    }
-  };
   auto fetch = [&](int u) {
     const int t = worker.time(u, !worker.reverse);
-    if (IN_BRANCHES) {
-      fetch_in_branches(t);
-      return;
-    }
     EACH(p, P) {
       const i64 at = y_at + worker.at(p, worker.y_row);
       const bool runs = worker.runs(t, p);
@@ -130,6 +104,9 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   y_at = rows[0] * worker.y_row;
   before_at = rows[BEFORE] * worker.y_row;
   fetch(0);
+  worker.settle(ahead);
+  worker.settle(initial);
+  worker.settle(d);
   for (int u = 0;; ++u) {
     const Inputs now = ahead;
     rows[1 + BEFORE] =
@@ -147,11 +124,12 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
       }
     }
     if (u == worker.steps) break;
+    if (LATE) rows[1 + BEFORE] = worker.after(d[0][0][0], rows[1 + BEFORE]);
     const auto& before = BEFORE ? now.before : ahead.s;
     EACH(p, P) {
       const bool runs = worker.runs(t, p);
       // whether gradients flow on to the state that entered
-      const bool flows = runs && !(RESETS && pin_register(now.cuts[p]));
+      const bool flows = runs && !(RESETS && worker.after(d[0][0][0], now.cuts[p]));
       float gx[2][GATES];
       float gr[2][GATES];
       float s_prev[2][STATES];

@@ -55,7 +55,7 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   // The states that enter a step, and of these h, which is multiplied.
   auto enter = [&](const u32 (&cuts)[P]) {
     EACH(p, P) EACH(e, 2) {
-      EACH(k, CARRIED) if (RESETS && pin_register(cuts[p])) s[p][k][e] = 0.f;
+      EACH(k, CARRIED) if (RESETS && worker.after(s[p][0][e], cuts[p])) s[p][k][e] = 0.f;
       outgoing[0][p][e] = s[p][0][e];
     }
   };
@@ -83,17 +83,23 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
   x_at = row * worker.x_row;
   fetch(0);
   worker.publish(0, outgoing);
+  worker.settle(ahead);
+  worker.settle(s);
   for (int u = 0; u < worker.steps; ++u) {
     const int next = worker.time(u + 1, worker.reverse);
     const i64 at = row * worker.y_row;
     const Inputs now = ahead;
-    const i64 next_row = MASKS ? now.next_row : worker.row(next);
-    const i64 far_row = MASKS ? now.far_row : worker.row(worker.time(u + AHEAD, worker.reverse));
+    i64 next_row = MASKS ? now.next_row : worker.row(next);
+    i64 far_row = MASKS ? now.far_row : worker.row(worker.time(u + AHEAD, worker.reverse));
     if (!LATE) prepare(u + 1, next_row, far_row);
     // the wait is also for all loads in flight
     worker.wait(u);
     if (EARLY) fetch(u + 1);
     worker.accumulate(u, sums);
+    if (LATE) {
+      next_row = worker.after(sums[0][0][0], next_row);
+      far_row = worker.after(sums[0][0][0], far_row);
+    }
     EACH(p, P) {
       float a[2][SAVED + 1];
       if (worker.runs(t, p)) {

@@ -184,15 +184,7 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _joined(states: Sequence[Tensor | None], y: Tensor, B: int) -> Tensor:
-    """S states [N, B, H], or zeros, one after the other."""
-    given = [t for t in states if t is not None]
-    if not given:
-        return y.new_zeros(len(states), B, y.shape[1])
-    return given[0] if len(given) == 1 else torch.stack(given)
-
-
-def _numbers(tensors: ForwardTensors | BackwardTensors, B: int) -> tuple[Tensor | None, ...]:
+def _numbers(tensors: ForwardTensors | BackwardTensors) -> tuple[Tensor | None, ...]:
     """The kernel's first parameters: the tensors of floating-point numbers."""
     if isinstance(tensors, ForwardTensors):
         return (
@@ -207,7 +199,6 @@ def _numbers(tensors: ForwardTensors | BackwardTensors, B: int) -> tuple[Tensor 
         )
     return (
         tensors.w_hh,
-        _joined(tensors.first, tensors.y, B),
         tensors.y,
         tensors.states,
         tensors.saved,
@@ -216,6 +207,7 @@ def _numbers(tensors: ForwardTensors | BackwardTensors, B: int) -> tuple[Tensor 
         tensors.dx,
         tensors.dr,
         tensors.h_prev,
+        *tensors.first,
         *tensors.dlast,
         *tensors.dfirst,
     )
@@ -251,9 +243,7 @@ def launch(
     if isinstance(tensors, BackwardTensors):
         grad_of_y = tensors.dy is not None
         marks = (tensors.marks,)
-    # kept until the kernel is launched: one may be new
-    numbers = _numbers(tensors, B)
-    numbers_at = [_address(t) for t in numbers]
+    numbers_at = [_address(t) for t in _numbers(tensors)]
     pair_bytes = 2 * w_hh.element_size()
     even = H % 2 == 0 and all(address % pair_bytes == 0 for address in numbers_at)
     R = len(tensors.y)

@@ -6,11 +6,18 @@
 #if EVEN || TYPE == FLOAT32
 typedef Pair Loaded;
 DEVICE Loaded loaded(u32 a, u32 b) { return join(a, b); }
+DEVICE Pair joined(Loaded pair) { return pair; }
 DEVICE float half_of(Loaded pair, int e) { return widen(part(pair, e)); }
 #else
 struct Loaded { u32 a, b; };
 DEVICE Loaded loaded(u32 a, u32 b) { return {a, b}; }
+DEVICE Pair joined(Loaded pair) { return join(pair.a, pair.b); }
 DEVICE float half_of(Loaded pair, int e) { return widen((T)(e ? pair.b : pair.a)); }
+#endif
+#if TYPE == FLOAT32
+DEVICE u32 bits(T v) { return __float_as_uint(v); }
+#else
+DEVICE u32 bits(T v) { return v; }
 #endif
 DEVICE float number(float v) { return v; }
 // Cuts the gradient, in the adjoint.

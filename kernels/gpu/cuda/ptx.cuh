@@ -18,18 +18,17 @@ DEVICE u32 pin_register(u32 v) { asm volatile("" : "+r"(v)); return v; }
 DEVICE i64 pin_register(i64 v) { asm volatile("" : "+l"(v)); return v; }
 // The bytes of a and b that the digits name.
 DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) { return __byte_perm(a, b, digits); }
-// What lies at p, or 0 where it is not there; no kernel writes there. The compiler would put the
+// What lies at p, or v where it is not there; no kernel writes there. The compiler would put the
 // load into a branch, and wait for it there. Not volatile: what no cell needs is not loaded.
-DEVICE u32 load_word_if(const void* p, bool there) {
-  u32 v;
-  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
-               "@p ld.global.nc.u32 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+DEVICE u32 load_word_if(const void* p, bool there, u32 v = 0) {
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.nc.u32 %0, [%1];\n}"
+               : "+r"(v) : "l"(p), "r"((u32)there));
   return v;
 }
 DEVICE u32 load_byte_if(const bool* p, bool there) {
-  u32 v;
-  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
-               "@p ld.global.nc.u8 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+  u32 v = 0;
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.nc.u8 %0, [%1];\n}"
+               : "+r"(v) : "l"(p), "r"((u32)there));
   return v;
 }
 DEVICE i64 load_row_if(const i64* p, bool there, i64 v) {
@@ -37,11 +36,10 @@ DEVICE i64 load_row_if(const i64* p, bool there, i64 v) {
                : "+l"(v) : "l"(p), "r"((u32)there));
   return v;
 }
-DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
-DEVICE u32 load_if(const u16* p, bool there) {
-  u32 v;
-  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
-               "@p ld.global.nc.u16 %0, [%1];\n}" : "=r"(v) : "l"(p), "r"((u32)there));
+DEVICE u32 load_if(const float* p, bool there, u32 v = 0) { return load_word_if(p, there, v); }
+DEVICE u32 load_if(const u16* p, bool there, u32 v = 0) {
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.nc.u16 %0, [%1];\n}"
+               : "+r"(v) : "l"(p), "r"((u32)there));
   return v;
 }
 // All bits, of numbers i + k and i + k + plane * pitch at p, where `there`. The compiler would put
@@ -76,11 +74,9 @@ DEVICE float reciprocal(float x) {
 #if TYPE == FLOAT32
 typedef float T;
 struct __align__(8) Pair { T a, b; };
-DEVICE Pair load_if(const Pair* p, bool there) {
-  Pair v;
-  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\nmov.f32 %0, 0f00000000;\n"
-               "mov.f32 %1, 0f00000000;\n@p ld.global.nc.v2.f32 {%0, %1}, [%2];\n}"
-               : "=f"(v.a), "=f"(v.b) : "l"(p), "r"((u32)there));
+DEVICE Pair load_if(const Pair* p, bool there, Pair v = {}) {
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.global.nc.v2.f32 {%0, %1}, [%2];\n}"
+               : "+f"(v.a), "+f"(v.b) : "l"(p), "r"((u32)there));
   return v;
 }
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
@@ -98,7 +94,9 @@ DEVICE u32 tf32(u32 v) {
 typedef u16 T;
 // in one piece: two parts would be unpacked right after the load, which would wait for it
 struct Pair { u32 both; };
-DEVICE Pair load_if(const Pair* p, bool there) { return {load_word_if(p, there)}; }
+DEVICE Pair load_if(const Pair* p, bool there, Pair v = {}) {
+  return {load_word_if(p, there, v.both)};
+}
 DEVICE T part(Pair v, int e) { return (T)(v.both >> 16 * e); }
 DEVICE Pair join(u32 a, u32 b) { return {b << 16 | a}; }
 #if TYPE == FLOAT16

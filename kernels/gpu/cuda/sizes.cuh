@@ -53,7 +53,9 @@ constexpr int K_LOADED = (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD 
 // independent sums, so that products overlap; four of two products at least where there are
 // registers, which numbers that are not in pairs take too
 constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
-constexpr int CHAINS = ONE_TILE && KS > 4 && (EVEN || !PRECISE) ? 4 : ROWS * NT < 4 ? 2 : 1;
+constexpr bool FULL = PRECISE && SCOPE == GRID && ADJOINT && RESETS && !EVEN;
+constexpr int OF_TILES = ROWS * NT < 4 && !FULL ? 2 : 1;
+constexpr int CHAINS = ONE_TILE && KS > 4 && (EVEN || !PRECISE) ? 4 : OF_TILES;
 // k-steps that a warp of a grid polls at a time, and how often
 constexpr int POLLED = KS < 8 ? KS : 8;
 constexpr int GROUPS = (KS + POLLED - 1) / POLLED;
@@ -68,13 +70,15 @@ constexpr int AHEAD = 8;
 // registers.
 constexpr bool EARLY = SCOPE == CLUSTER || (PRECISE && ADJOINT && MASKS) ||
                        (SCOPE == BLOCK && ADJOINT && GATES > 1 && !RESETS);
-// whether what an adjoint loads for a sequence is in one branch, which saves the many loads of an
-// LSTM a predicate each
-constexpr bool IN_BRANCHES = EARLY && ADJOINT && GATES > 3 && !MASKS;
 // whether what is done with rows waits until the end of a step too: rows are loaded with x
 constexpr bool LATE = MASKS && !EARLY;
+// whether what was loaded is kept from being looked at before a step's sums are there: elsewhere it
+// is not, or that costs more than it saves
+constexpr bool IN_ORDER = !PRECISE && (SCOPE == BLOCK || (SCOPE == CLUSTER && ADJOINT));
+// whether what is loaded before the time loop is waited for before it too
+constexpr bool SETTLED = EARLY && SCOPE != GRID && (ADJOINT || !MASKS);
 // whether there are registers for rows that are loaded a step ahead of their use
-constexpr bool ROWS_AHEAD = MASKS && !(PRECISE && ADJOINT);
+constexpr bool ROWS_AHEAD = MASKS && !(PRECISE && ADJOINT && (SCOPE == GRID || NT > 1));
 // whether memory is read ahead into the L2 cache: in three parts the gates' products take the
 // registers of a block; with masks it costs a block's adjoint 50 instructions
 constexpr bool READS_AHEAD = MASKS ? !PRECISE && (SCOPE == CLUSTER || !ADJOINT)

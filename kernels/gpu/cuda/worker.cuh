@@ -22,11 +22,13 @@ struct Worker {
   const u32 inbox;
   // row pitches of [R, N, G, H] and [R, N, H]
   const int x_row, y_row;
-  // first sequence of the block, where the launch begins at tile `first` of the batch; pitches of
-  // [A, R, N, H] and [S, N, B, H]; where the thread's first pair is in each
-  const i64 b0, plane, layer, x0, y0, s0;
+  // first sequence of the block, where the launch begins at tile `first` of the batch; pitch of
+  // [A, R, N, H]; where the thread's first pair is in x, y and [N, B, H]
+  const i64 b0, plane, x0, y0, s0;
   // whether the second of its two units, `unit` + 1, is inside
   const bool two;
+  // 0, which the compiler does not know
+  const u32 nothing;
 #if SCOPE == GRID
   const int signs_at;
 #endif
@@ -61,11 +63,11 @@ struct Worker {
         y_row(pin_register((u32)(gridDim.z * H))),
         b0((first + blockIdx.y) * NB),
         plane(pin_register(R * y_row)),
-        layer(gridDim.z * B * H),
         x0(pin_register((b0 + sequence0) * x_row + n * GATES * H + unit)),
         y0(pin_register((b0 + sequence0) * y_row + n * H + unit)),
         s0((n * B + b0 + sequence0) * H + unit),
-        two(EVEN || unit + 1 < H)
+        two(EVEN || unit + 1 < H),
+        nothing((u64)first >> 32)
 #if SCOPE == GRID
         , signs_at(own_signs())
 #endif
@@ -168,12 +170,13 @@ struct Worker {
   // Offset of a pair from the first, in rows of this pitch.
   DEVICE int at(int p, int pitch) const { return (p / 2 * 8 + p % 2) * pitch; }
 
-  // A pair, or 0 where it is not there.
-  DEVICE Loaded load(const T* p, bool there) const {
+  // A pair, or `other` where it is not there.
+  DEVICE Loaded load(const T* p, bool there, Pair other = {}) const {
 #if EVEN
-    return load_if((const Pair*)p, there);
+    return load_if((const Pair*)p, there, other);
 #else
-    return loaded(load_if(p, there), load_if(p + 1, there && two));
+    return loaded(load_if(p, there, bits(part(other, 0))),
+                  load_if(p + 1, there && two, bits(part(other, 1))));
 #endif
   }
   DEVICE void store(T* p, Pair v) const {
@@ -194,6 +197,20 @@ struct Worker {
     return load_row_if(from, offsets && t < steps, t < steps ? (i64)t * B : 0);
   }
   DEVICE bool runs(int t, int p) const { return t < end[p]; }
+  // v, for what is not done before `late` is known: else what was loaded would be waited for where
+  // the assembler moves its first use to.
+  DEVICE u32 after(float late, u32 v) const {
+    return IN_ORDER ? v | (__float_as_uint(late) & nothing) : pin_register(v);
+  }
+  DEVICE i64 after(float late, i64 v) const {
+    return IN_ORDER ? (u64)after(late, (u32)((u64)v >> 32)) << 32 | after(late, (u32)v) : v;
+  }
+  // Waits for what was loaded before the time loop. A step that may be the first would wait for it,
+  // and with it for its own loads, as these set the same one of the few scoreboards.
+  template <class Loads> DEVICE void settle(Loads& loads) const {
+    u32* const words = (u32*)&loads;
+    EACH(i, sizeof(loads) / 4) if (SETTLED) words[i] |= nothing;
+  }
   // As bytes, which are looked at only when they are needed.
   DEVICE void find_cuts(u32 (&cuts)[P], int t) const {
     const i64 boundary = (i64)(t + reverse) * B + b0;

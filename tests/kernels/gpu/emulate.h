@@ -38,11 +38,11 @@ DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) {
   for (int k = 0; k < 4; ++k) v |= (u32)(both >> 8 * (digits >> 4 * k & 7) & 255) << 8 * k;
   return v;
 }
-DEVICE u32 load_word_if(const void* p, bool there) { u32 v = 0; if (there) memcpy(&v, p, 4); return v; }
+DEVICE u32 load_word_if(const void* p, bool there, u32 v = 0) { if (there) memcpy(&v, p, 4); return v; }
 DEVICE u32 load_byte_if(const bool* p, bool there) { return there ? *p : 0; }
 DEVICE i64 load_row_if(const i64* p, bool there, i64 v) { return there ? *p : v; }
-DEVICE u32 load_if(const float* p, bool there) { return load_word_if(p, there); }
-DEVICE u32 load_if(const u16* p, bool there) { return there ? *p : 0; }
+DEVICE u32 load_if(const float* p, bool there, u32 v = 0) { return load_word_if(p, there, v); }
+DEVICE u32 load_if(const u16* p, bool there, u32 v = 0) { return there ? *p : v; }
 template <class Bits> void set_bits_if(Bits* p, i64 i, i64 k, u32 plane, i64 pitch, bool there) {
   if (there) p[i + k] = p[i + k + plane * pitch] = (Bits)~0;
 }
@@ -64,7 +64,7 @@ DEVICE u16 narrow(float f) { u32 v = __float_as_uint(f); return f != f ? 0x7FFF 
 #endif
 #endif
 struct alignas(2 * sizeof(T)) Pair { T a, b; };
-DEVICE Pair load_if(const Pair* p, bool there) { return there ? *p : Pair{}; }
+DEVICE Pair load_if(const Pair* p, bool there, Pair v = {}) { return there ? *p : v; }
 DEVICE Pair narrow(float a, float b) { return {narrow(a), narrow(b)}; }
 DEVICE T part(Pair v, int e) { return e ? v.b : v.a; }
 #if TYPE == FLOAT32

@@ -23,7 +23,7 @@ _compilers = ThreadPoolExecutor(2)
 _builds: dict[Path, Future[None]] = {}
 # Every argument is an address or a whole number of 64 bits, so one signature serves both kernels.
 ENTRY = """
-extern "C" long emulate_arguments() { return 21 + 2 * STATES; }
+extern "C" long emulate_arguments() { return 20 + 3 * STATES; }
 extern "C" long emulate_shared() { return sizeof(Shared); }
 extern "C" long emulate_exchange() { return 2 * (16 * PACKETS + 4 * SIGNS); }
 extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
@@ -34,7 +34,7 @@ extern "C" bool emulate_run(const i64* arguments, int tiles, int directions) {
       if (!emulate::run(BLOCKS, THREADS, sizeof(Shared), [] {
             []<std::size_t... k>(std::index_sequence<k...>) {
               ((void (*)(decltype((void)k, i64())...))recurrence)(a[k]...);
-            }(std::make_index_sequence<21 + 2 * STATES>());
+            }(std::make_index_sequence<20 + 3 * STATES>());
           })) return false;
   return true;
 }

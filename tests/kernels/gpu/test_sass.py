@@ -20,13 +20,13 @@ def compiler() -> None:
 # Cells, modes, H, batch; whether backward; the most instructions of a step, the most stall cycles
 # from the wait for other blocks to the end of the step.
 BARS = [
-    (Kernel("lstm", "bfloat16", 512, 16, True, 16), 520, 1100),
-    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16), 240, 420),
-    (Kernel("rnn_tanh", "float16", 64, 16, False), 215, 560),
-    (Kernel("rnn_tanh", "tf32x3", 512, 16, False, 16), 1400, 1700),
-    (Kernel("rnn_tanh", "tf32x3", 512, 16, True, 16), 1400, 1700),
-    (Kernel("rnn_tanh", "tf32", 512, 16, False, 16), 330, 720),
-    (Kernel("lstm", "bfloat16", 1024, 1, False), 620, 1600),
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16), 430, 780),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16), 200, 350),
+    (Kernel("rnn_tanh", "float16", 64, 16, False), 190, 420),
+    (Kernel("rnn_tanh", "tf32x3", 512, 16, False, 16), 785, 1360),
+    (Kernel("rnn_tanh", "tf32x3", 512, 16, True, 16), 785, 1335),
+    (Kernel("rnn_tanh", "tf32", 512, 16, False, 16), 270, 530),
+    (Kernel("lstm", "bfloat16", 1024, 1, False), 515, 1310),
     # 673 with NVRTC 13.0, 729 with the newest
     (Kernel("rnn_tanh", "bfloat16", 2048, 16, False), 735, 2600),
 ]
@@ -51,29 +51,32 @@ def test_what_no_kernel_has(kernel: Kernel) -> None:
     assert found.ivall == 0 or version < (13, 0)
     assert found.loads_of_w >= 8
     if plan.scope != "grid":
-        # The least of NVRTC 12.8 to 13.2: 189, of the RNN of H 512
-        assert found.load_distance >= 185
+        # The least of NVRTC 12.8 to 13.2: 250, of the RNN of H 64
+        assert found.load_distance >= 245
 
 
 NONE, ENDS, RESETS = Masks
 # Cells, modes, H, batch, backward, blocks, masks, even; the least cycles from a load of what the
 # next step is given to what waits for it, the most estimated cycles of a step.
 LOADS = [
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, False), 215, 430),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, NONE, False), 225, 480),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, ENDS, True), 120, 490),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, True), 280, 540),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, NONE, False), 390, 730),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, ENDS, True), 170, 565),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, ENDS, False), 190, 740),
-    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, ENDS, True), 320, 740),
-    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, ENDS, False), 320, 805),
-    (Kernel("rnn_tanh", "bfloat16", 512, 16, True, 16, ENDS, False), 310, 990),
-    (Kernel("lstm", "bfloat16", 512, 16, False, 16, ENDS, True), 700, 1340),
-    (Kernel("lstm", "bfloat16", 512, 16, True, 16, ENDS, True), 370, 1460),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, RESETS, True), 95, 540),
-    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, RESETS, True), 100, 960),
-    (Kernel("lstm", "bfloat16", 512, 16, True, 16, RESETS, True), 450, 1640),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False), 245, 400),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, NONE, False), 255, 445),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, ENDS, True), 250, 490),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True), 335, 500),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, NONE, False), 415, 550),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, ENDS, True), 180, 505),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, ENDS, False), 385, 615),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16), 340, 640),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, ENDS, True), 335, 690),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, False, 16, ENDS, False), 355, 750),
+    (Kernel("rnn_tanh", "bfloat16", 512, 16, True, 16, ENDS, False), 340, 890),
+    (Kernel("lstm", "bfloat16", 512, 16, False, 16, ENDS, True), 840, 1245),
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16, ENDS, True), 420, 1255),
+    (Kernel("rnn_tanh", "tf32x3", 64, 16, True, 0, ENDS, True), 400, 740),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, False, 0, RESETS, True), 200, 505),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, RESETS, True), 195, 685),
+    (Kernel("rnn_tanh", "bfloat16", 64, 16, True, 0, RESETS, False), 205, 790),
+    (Kernel("lstm", "bfloat16", 512, 16, True, 16, RESETS, True), 430, 1460),
 ]
 
 
