@@ -185,7 +185,8 @@ DEVICE void wait_more(u32& wait, int step) {
   asm volatile("mov.u32 %0, %globaltimer_hi;" : "=r"(now));
   if (!wait) wait = now << 12;
   if ((now << 12) - wait <= WAIT_LIMIT << 12) return;
-#if PRECISE || SCOPE == GRID && GATES > 3
+#if PRECISE || SCOPE == GRID && \
+    (GATES > 3 || !ADJOINT && GATES == 1 && BLOCKS > 64 && SEQUENCES > 8)
   // the call below would take registers that these kernels do not have
   asm volatile("trap;");
 #else

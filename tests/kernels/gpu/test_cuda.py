@@ -740,7 +740,7 @@ def test_a_wait_that_does_not_end() -> None:
     """By the clock, not by the number of polls; the message has the plan and the step."""
     pytest.importorskip("cupy", reason="there is no CuPy, whose NVRTC compiles CUDA C++")
     assert 60 < cuda.WAIT_LIMIT * 2**32 / 1e9 < 600
-    # the LSTM in a grid has no registers for a message
+    # the LSTM in a grid has no registers for a message, nor has the RNN forward in the largest
     for scope, cell in (("cluster", cells.lstm), ("grid", cells.gru)):
         plan = plan_for(scope, 64, BRAIN, 2, 2)
         code = cuda.program(cuda.text("ptx.cuh"), cell, plan, BRAIN, True, cuda.Masks.NONE, True)
