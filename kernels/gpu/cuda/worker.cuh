@@ -33,7 +33,7 @@ struct Worker {
   const int signs_at;
 #endif
   Words w[ROWS][HELD];
-  // steps of its pairs' sequences, 0 for those outside
+  // steps of its pairs' sequences, -1 for those outside
   int end[P];
 
   DEVICE Worker(Shared& shared, const T* w_hh, const i64* lengths, const i64* offsets,
@@ -73,7 +73,7 @@ struct Worker {
 #endif
   {
     load_weights(w_hh + (i64)n * GATES * H * H);
-    EACH(p, P) end[p] = !inside(p) ? 0 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
+    EACH(p, P) end[p] = !inside(p) ? -1 : lengths ? (int)lengths[b0 + sequence(p)] : steps;
     u32* words = &shared.inbox[0][0][0];
     for (int i = threadIdx.x; i < sizeof(shared.inbox) / 4; i += THREADS) words[i] = 0;
 #if SCOPE == CLUSTER
