@@ -751,11 +751,18 @@ def test_a_wait_that_does_not_end() -> None:
 
 GPUS = {80: Gpu(80, 108, 166912), 90: Gpu(90, 132, 232448), 100: Gpu(100, 148, 232448)}
 Kernel = tuple[cells.Cell, Plan, torch.dtype, bool, cuda.Masks, bool]
+NONE, ENDS, RESETS = cuda.Masks
+# Masks, and whether sizes are even: the plainest kernels and the largest
+EXTREMES = [(NONE, True), (RESETS, False)]
 
 
-def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) -> list[Kernel]:
-    """Each kernel that a plan for B sequences of H units chooses: the plainest and, with masks and
-    odd sizes, the largest."""
+def kernels(
+    capability: int,
+    shapes: list[tuple[int, int]],
+    names: list[str],
+    kinds: list[tuple[cuda.Masks, bool]] = EXTREMES,
+) -> list[Kernel]:
+    """Each kernel of these kinds that a plan for B sequences of H units chooses."""
     found: dict[Kernel, None] = {}
     modes = (BRAIN, "ieee"), (SINGLE, "tf32"), (SINGLE, "tf32x3")
     for (B, H), name, (dtype, precision) in itertools.product(shapes, names, modes):
@@ -764,10 +771,8 @@ def kernels(capability: int, shapes: list[tuple[int, int]], names: list[str]) ->
             iter(cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, GPUS[capability])), None
         )
         if plan is not None:
-            for masks, adjoint in itertools.product(
-                (cuda.Masks.NONE, cuda.Masks.RESETS), (False, True)
-            ):
-                found[cell, plan, dtype, adjoint, masks, not masks] = None
+            for (masks, even), adjoint in itertools.product(kinds, (False, True)):
+                found[cell, plan, dtype, adjoint, masks, even] = None
     return list(found)
 
 
@@ -815,18 +820,22 @@ def test_compiles() -> None:
 # Kernels that only just have enough registers: capability, cell, B, H, dtype, precision, adjoint,
 # masks, even.
 FULL = [
-    (80, "gru", 16, 64, SINGLE, "tf32x3", False, True, True),
-    (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, True, True),
-    (80, "gru", 4096, 360, BRAIN, "ieee", True, True, False),
-    (80, "lstm", 64, 360, BRAIN, "ieee", True, True, False),
-    (90, "lstm", 4096, 128, BRAIN, "ieee", True, True, False),
-    (90, "gru", 256, 64, SINGLE, "tf32x3", False, False, True),
-    (90, "lstm", 256, 64, SINGLE, "tf32x3", False, False, True),
-    (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, False, False),
-    (90, "lstm", 1, 360, SINGLE, "tf32x3", False, False, True),
-    (90, "gru", 1, 360, SINGLE, "tf32x3", True, True, False),
-    (100, "rnn_tanh", 16, 1024, SINGLE, "tf32", True, True, True),
-    (100, "rnn_tanh", 16, 2048, BRAIN, "ieee", False, True, False),
+    (80, "gru", 16, 64, SINGLE, "tf32x3", False, RESETS, True),
+    (80, "rnn_tanh", 16, 256, BRAIN, "ieee", True, RESETS, True),
+    (80, "gru", 4096, 360, BRAIN, "ieee", True, RESETS, False),
+    (80, "lstm", 64, 360, BRAIN, "ieee", True, RESETS, False),
+    (90, "lstm", 4096, 128, BRAIN, "ieee", True, RESETS, False),
+    (90, "gru", 256, 64, SINGLE, "tf32x3", False, NONE, True),
+    (90, "lstm", 256, 64, SINGLE, "tf32x3", False, NONE, True),
+    (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, NONE, False),
+    (90, "lstm", 1, 360, SINGLE, "tf32x3", False, NONE, True),
+    (90, "gru", 1, 360, SINGLE, "tf32x3", True, RESETS, False),
+    (90, "rnn_tanh", 16, 2048, BRAIN, "ieee", False, NONE, False),
+    (90, "gru", 4096, 128, SINGLE, "tf32x3", False, ENDS, False),
+    (90, "rnn_tanh", 256, 256, SINGLE, "tf32x3", False, ENDS, True),
+    (90, "lstm", 64, 1024, BRAIN, "ieee", False, RESETS, True),
+    (100, "rnn_tanh", 16, 1024, SINGLE, "tf32", True, RESETS, True),
+    (100, "rnn_tanh", 16, 2048, BRAIN, "ieee", False, RESETS, False),
 ]
 
 
@@ -837,17 +846,17 @@ def test_compiles_with_few_registers_left(full: tuple[Any, ...]) -> None:
     gpu = GPUS[capability]
     plan = cuda_plans(cell, (B, H, H, 1), dtype.itemsize, precision, gpu)[0]
     adjoint, masks, even = form
-    looked_at = cuda.Masks.RESETS if masks else cuda.Masks.NONE
-    check_kernels(capability, [(cell, plan, dtype, adjoint, looked_at, even)])
+    check_kernels(capability, [(cell, plan, dtype, adjoint, masks, even)])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("even", [True, False], ids=["even", "odd"])
+@pytest.mark.parametrize("masks", cuda.Masks, ids=lambda masks: masks.name)
 @pytest.mark.parametrize("capability", GPUS)
-def test_compiles_all(capability: int) -> None:
-    shapes = [
-        (B, H) for B in (1, 64, 4096) for H in (20, 64, 128, 192, 256, 360, 512, 768, 1024, 2048)
-    ]
-    check_kernels(capability, kernels(capability, shapes, OF_EACH_SIZE))
+def test_compiles_all(capability: int, masks: cuda.Masks, even: bool) -> None:
+    units = 20, 64, 128, 192, 256, 360, 512, 768, 1024, 2048
+    shapes = [(B, H) for B in (1, 16, 64, 256, 4096) for H in units]
+    check_kernels(capability, kernels(capability, shapes, OF_EACH_SIZE, [(masks, even)]))
 
 
 def test_resident_layers() -> None:
