@@ -48,8 +48,12 @@ constexpr int CHUNKS = VECTORS * P * 4 * (16 / CHUNK);
 // lanes that send different chunks at a time, and blocks that they send them to
 constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
 constexpr int PEERS = 32 / CHUNK_LANES;
-// k-steps whose weights a thread loads at a time: 32 words, or, in halves or of many threads, 16
-constexpr int K_LOADED = (ROWS > 1 ? 2 : THREADS > 256 ? 4 : 8) / (EVEN || WORD == 1 ? 1 : 2);
+// whether numbers of 2 bytes come one at a time, each in a register of its own
+constexpr bool APART = WORD > 1 && !EVEN;
+// k-steps whose weights a thread loads at a time: 32 words, or, in halves, of many threads or beside
+// many tiles, fewer
+constexpr bool FEW = THREADS > 256 || (APART && NT > 3);
+constexpr int K_LOADED = (ROWS > 1 ? 2 : FEW ? 4 : 8) / (APART ? 2 : 1);
 // independent sums, so that products overlap; four of two products at least where there are
 // registers, which numbers that are not in pairs take too
 constexpr bool ONE_TILE = ROWS * NT == 1 && THREADS <= 256 && SCOPE != GRID;
