@@ -130,9 +130,9 @@ extern "C" __global__ CLUSTER_SIZE __launch_bounds__(THREADS, 1) void recurrence
     t = next;
     row = next_row;
   }
-  // in three parts no register is left for whether a pair is inside
+  // in three parts a cluster has no register left for whether a pair is inside
   EACH(p, P) EACH(k, STATES)
-    if (PRECISE && MASKS ? worker.end[p] >= 0 : worker.inside(p))
+    if (PRECISE && MASKS && SCOPE == CLUSTER ? worker.end[p] >= 0 : worker.inside(p))
       worker.store(last[k] + worker.s0 + worker.at(p, H), narrow(s[p][k][0], s[p][k][1]));
   // No block exits while others may still write to its shared memory.
   cluster_sync();
