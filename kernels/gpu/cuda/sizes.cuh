@@ -71,9 +71,10 @@ constexpr int SIGNS = WK * GROUPS * NT * 16;
 constexpr int AHEAD = 8;
 // whether a step begins with the loads for the next one, which take registers of their own, or ends
 // with them. A cluster's wait is for all loads in flight; the others differ in instructions, and in
-// registers.
+// registers, of which W in half of them leaves too few where a pair takes two.
+constexpr bool LEAVES_FEW = APART && ROWS * HELD >= 32;
 constexpr bool EARLY = SCOPE == CLUSTER || (PRECISE && ADJOINT && MASKS) ||
-                       (SCOPE == BLOCK && ADJOINT && GATES > 1 && !RESETS);
+                       (SCOPE == BLOCK && ADJOINT && GATES > 1 && !RESETS && !LEAVES_FEW);
 // whether what is done with rows waits until the end of a step too: rows are loaded with x
 constexpr bool LATE = MASKS && !EARLY;
 // whether what was loaded is kept from being looked at before a step's sums are there: elsewhere it

@@ -87,6 +87,9 @@ RUNS: list[tuple[Any, ...]] = [
     ("rnn_tanh", "grid", 61, BRAIN, 4, 4, 8, "padded", False),
     ("gru", "grid", 40, HALF, 3, 8, 8, "packed", False),
     ("lstm", "grid", 30, SINGLE, 2, 1, 16, "lengths", True),
+    # W in half of the registers
+    ("lstm", "block", 117, BRAIN, 1, 1, 8, "padded", False),
+    pytest.param(("lstm", "block", 117, HALF, 1, 1, 8, "lengths", False), marks=pytest.mark.slow),
     # blocks without a unit
     ("gru", "grid", 20, SINGLE, 4, 4, 8, "lengths", True),
 ]
