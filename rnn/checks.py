@@ -146,7 +146,7 @@ def _rows_of_most(weights: Sequence[Any]) -> int:
 def check_layer(inputs: LayerInputs, batch_first: bool) -> int:  # B
     cell, x, weights, states, masks, reverse = inputs
     w_hh, b_ih, b_hh = weights[1:4]
-    batch_sizes = masks.batch_sizes
+    lengths, batch_sizes, resets = masks
     N = len(reverse)
     size = x.shape
     device = x.device
@@ -196,7 +196,12 @@ def check_layer(inputs: LayerInputs, batch_first: bool) -> int:  # B
         names = ["hidden"] if len(states) == 1 else [f"hidden[{k}]" for k in range(len(states))]
         for name, state in zip(names, states):
             expect(name, state, (N, B, H), floats, device)
-    return check_masks(x, masks, T, B)
+    # whole sequences, as most are
+    if not T or not lengths is batch_sizes is resets is None:
+        B = check_masks(x, masks, T, B)
+    # Not int(B): of a traced call it is symbolic.
+    sequences: int = B
+    return sequences
 
 
 def _check_range(lengths: Tensor, T: int, plain: bool) -> None:

@@ -110,8 +110,8 @@ def run_layer(inputs: LayerInputs, options: Options) -> LayerOutputs:
     """`recurrence`, each of whose states is a tensor of its own coming in and going out."""
     cell, x, weights, states, masks, reverse = inputs
     tensors = x, *weights, *(states or ())
-    seen = *tensors, *masks
-    if has_torch_function_variadic(*seen) and not torch.compiler.is_compiling():
+    if has_torch_function_variadic(*tensors, *masks) and not torch.compiler.is_compiling():
+        seen = *tensors, *masks
         overridden: LayerOutputs = handle_torch_function(run_layer, seen, inputs, options)
         return overridden
     # Asked first whether there is any: the type of a device takes as long as a check.

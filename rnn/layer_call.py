@@ -87,7 +87,9 @@ class LayerCall:
         reverse: Sequence[int],
         batch_first: bool = False,
     ) -> None:
-        lengths, batch_sizes, resets = masks if masks.whole() else ready(masks)
+        lengths, batch_sizes, resets = masks
+        if not lengths is batch_sizes is resets is None:
+            lengths, batch_sizes, resets = ready(masks)
         self.cell = cell
         self.reverse = [*map(int, reverse)]
         self.batch_first = batch_first
