@@ -99,6 +99,21 @@ def test_what_is_skipped_is_told(tmp_path: Path) -> None:
     assert len(found.chosen) == 5 and len(found.every) == 6
 
 
+def outcomes(file: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+    """Of a run of its tests that fails: what the script puts together."""
+    told = file.with_name("told.jsonl")
+    plugins = ["-p", "tests.on_gpu", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--told", str(told), str(file)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 1, done.stdout
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("prove").tested(told)
+
+
 def test_outcomes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one, whatever becomes of the process; and put together by the script."""
     file = tmp_path / "test_gpu_ends.py"
@@ -110,14 +125,7 @@ def test_outcomes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "def test_ends_the_process(): os._exit(1)\n"
         "def test_is_left(): ...\n"
     )
-    told = tmp_path / "told.jsonl"
-    plugins = ["-p", "tests.on_gpu", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--told", str(told), str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
-    assert done.returncode == 1
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    counts: Any = importlib.import_module("prove").tested(told)
+    counts = outcomes(file, monkeypatch)
     assert counts["chosen"] == 5 and counts["passed"] == 1
     assert [name.split("::")[1] for name in counts["failed"]] == ["test_fails"]
     assert [name.split("::")[1] for name in counts["left_out"]] == [
@@ -142,19 +150,7 @@ def test_a_fault_of_a_kernel(beside: bool, tmp_path: Path, monkeypatch: pytest.M
         "def test_after(): assert torch.cuda.synchronize is not synchronize\n"
         "def test_skips_itself(): pytest.skip('for want of memory')\n"
     )
-    told = tmp_path / "told.jsonl"
-    plugins = ["-p", "tests.on_gpu", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--told", str(told), str(file)]
-    if beside:
-        command += ["--numprocesses", "1"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 1, done.stdout
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    counts: Any = importlib.import_module("prove").tested(told)
+    counts = outcomes(file, monkeypatch, *(["--numprocesses", "1"] if beside else []))
     failed = [name.split("::")[1] for name in counts["failed"]]
     left_out = [name.split("::")[1] for name in counts["left_out"]]
     assert counts["chosen"] == 5 and failed == ["test_fails", "test_breaks"]

@@ -50,8 +50,8 @@ constexpr int CHUNK_LANES = CHUNKS % 32 == 0 ? 32 : CHUNKS % 16 == 0 ? 16 : 8;
 constexpr int PEERS = 32 / CHUNK_LANES;
 // whether numbers of 2 bytes come one at a time, each in a register of its own
 constexpr bool APART = WORD > 1 && !EVEN;
-// k-steps whose weights a thread loads at a time: 32 words, or, in halves, of many threads or beside
-// many tiles, fewer
+// k-steps whose weights a thread loads at a time: 32 words, or, in halves, of many threads or
+// beside many tiles, fewer
 constexpr bool FEW = THREADS > 256 || (APART && NT > 3);
 constexpr int K_LOADED = (ROWS > 1 ? 2 : FEW ? 4 : 8) / (APART ? 2 : 1);
 // independent sums, so that products overlap; four of two products at least where there are

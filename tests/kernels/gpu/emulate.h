@@ -38,7 +38,10 @@ DEVICE u32 select_bytes(u32 a, u32 b, u32 digits) {
   for (int k = 0; k < 4; ++k) v |= (u32)(both >> 8 * (digits >> 4 * k & 7) & 255) << 8 * k;
   return v;
 }
-DEVICE u32 load_word_if(const void* p, bool there, u32 v = 0) { if (there) memcpy(&v, p, 4); return v; }
+DEVICE u32 load_word_if(const void* p, bool there, u32 v = 0) {
+  if (there) memcpy(&v, p, 4);
+  return v;
+}
 DEVICE u32 load_byte_if(const bool* p, bool there) { return there ? *p : 0; }
 DEVICE i64 load_row_if(const i64* p, bool there, i64 v) { return there ? *p : v; }
 DEVICE u32 load_if(const float* p, bool there, u32 v = 0) { return load_word_if(p, there, v); }
